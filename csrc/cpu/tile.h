@@ -1,0 +1,109 @@
+// Register-blocked matrix products on packed panels, for kernels that reduce a tile of s_ij = <a_i, b_j> while it is in cache.
+//
+//     constexpr int64_t kRows = 192, kCols = 192;                 // any sizes; multiples of MR and NR waste nothing
+//     using E = Engine<float>;
+//     Scratch<float> b(E::b_size(kCols, depth)), a(E::a_size(kRows, depth)), s(kRows * E::round_cols(kCols));
+//     pack_rows<E::NR>(keys + j0 * depth, depth, nullptr, cols, depth, b.get());        // rows j0 .. of a row-major matrix
+//     pack_rows<E::MR>(queries, depth, index, rows, depth, a.get());                    // rows queries[index[r]]
+//     multiply<E>(rows, cols, depth, a.get(), b.get(), s.get(), ld);                     // s[r * ld + c] = <a_r, b_c>
+//
+// For C += G X with row-major X (k x columns), pack G with pack_rows<MR> (G is rows x k) and X with pack_columns<NR>, and call
+// multiply with accumulate = true: that is the gradient panel.
+//
+// multiply writes whole register blocks: C needs round_rows(rows) rows and ld >= round_cols(cols). Rows and columns past the
+// end are products with zeros. Every element is one chain c = fma(a_d, b_d, c), d ascending, so its value does not depend on
+// where in which tile it is computed, and <x_i, x_j> == <x_j, x_i> bit for bit.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace hpk::HPK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8, kTileVectors = 3;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6, kTileVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kTileRows = 8, kTileVectors = 3;
+#else
+constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
+
+template <class T>
+struct Engine {
+  using Scalar = T;
+  static constexpr int MR = kTileRows, NV = kTileVectors, NR = NV * kLanes<T>;
+
+  static int64_t round_rows(int64_t rows) { return (rows + MR - 1) / MR * MR; }
+  static int64_t round_cols(int64_t cols) { return (cols + NR - 1) / NR * NR; }
+  static int64_t a_size(int64_t rows, int64_t depth) { return round_rows(rows) * depth; }
+  static int64_t b_size(int64_t cols, int64_t depth) { return round_cols(cols) * depth; }
+
+  // c[MR][NR] = (accumulate ? c : 0) + a^T b;  a is [depth][MR], b is [depth][NR].
+  static inline void micro(int64_t depth, const T* a, const T* b, T* c, int64_t ld, bool accumulate) {
+    Vec<T> acc[MR][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[r][v] = accumulate ? load(c + r * ld + v * kLanes<T>) : Vec<T>{};
+    for (int64_t d = 0; d < depth; ++d, a += MR, b += NR) {
+      Vec<T> col[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) col[v] = load(b + v * kLanes<T>);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const Vec<T> row = splat(a[r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[r][v] += row * col[v];
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) store(c + r * ld + v * kLanes<T>, acc[r][v]);
+  }
+};
+
+// Panels of P rows of a row-major matrix, each [depth][P]; out needs ceil(rows / P) * P * depth elements. index (or nullptr)
+// picks the rows. Rows past the end are zero.
+template <int P, class T>
+void pack_rows(const T* x, int64_t stride, const int64_t* index, int64_t rows, int64_t depth, T* out) {
+  for (int64_t first = 0; first < rows; first += P, out += P * depth) {
+    const int count = static_cast<int>(rows - first < P ? rows - first : P);
+    const T* source[P];
+    for (int r = 0; r < count; ++r) source[r] = x + (index ? index[first + r] : first + r) * stride;
+    if (count == P) {
+      for (int64_t d = 0; d < depth; ++d)
+        for (int r = 0; r < P; ++r) out[d * P + r] = source[r][d];
+    } else {
+      for (int64_t d = 0; d < depth; ++d)
+        for (int r = 0; r < P; ++r) out[d * P + r] = r < count ? source[r][d] : T(0);
+    }
+  }
+}
+
+// Panels of P columns of a row-major matrix with `depth` rows, each [depth][P]; index (or nullptr) picks the rows. Columns
+// past the end are zero.
+template <int P, class T>
+void pack_columns(const T* x, int64_t stride, const int64_t* index, int64_t depth, int64_t columns, T* out) {
+  for (int64_t first = 0; first < columns; first += P) {
+    const int64_t count = columns - first < P ? columns - first : P;
+    for (int64_t d = 0; d < depth; ++d, out += P) {
+      const T* source = x + (index ? index[d] : d) * stride + first;
+      if (count == P) {
+        std::memcpy(out, source, sizeof(T) * P);
+      } else {
+        for (int64_t c = 0; c < P; ++c) out[c] = c < count ? source[c] : T(0);
+      }
+    }
+  }
+}
+
+// C (rows x cols, leading dimension ld) = or += the product of packed panels.
+template <class E, class T = typename E::Scalar>
+void multiply(int64_t rows, int64_t cols, int64_t depth, const T* a, const T* b, T* c, int64_t ld, bool accumulate = false) {
+  for (int64_t j = 0; j < cols; j += E::NR)
+    for (int64_t i = 0; i < rows; i += E::MR) E::micro(depth, a + i * depth, b + j * depth, c + i * ld + j, ld, accumulate);
+}
+
+}  // namespace hpk::HPK_ISA
