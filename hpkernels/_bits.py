@@ -1,0 +1,41 @@
+"""The layout of packed pairs, and packing in plain torch.
+
+A mask of N x M pairs is an int32 tensor (N, W), W = words(M): bit (i, j) is bit j % 32 of word j // 32 of row i.
+Rows are multiples of 16 bytes; padding bits are always zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK_PAIRS = 1 << 26  # bounds the one-byte-per-pair scratch of packing and unpacking
+
+
+def words(columns: int) -> int:
+    """int32 words in a row of `columns` bits."""
+    return 4 * ((columns + 127) // 128)
+
+
+def pack(dense: Tensor) -> Tensor:
+    """bool (N, M) -> int32 (N, words(M))."""
+    rows, columns = dense.shape
+    width = words(columns) * 32
+    weights = (1 << torch.arange(8, device=dense.device)).to(torch.uint8)
+    step = max(1, _CHUNK_PAIRS // max(width, 1))
+    packed = [
+        (torch.nn.functional.pad(dense[i : i + step].to(torch.uint8), (0, width - columns)).unflatten(1, (-1, 8)) * weights)
+        .sum(-1, dtype=torch.uint8)
+        for i in range(0, rows, step)
+    ]
+    if not packed or width == 0:
+        return torch.zeros(rows, words(columns), dtype=torch.int32, device=dense.device)
+    return torch.cat(packed).view(torch.int32)
+
+
+def unpack(bits: Tensor, columns: int) -> Tensor:
+    """int32 (N, W) -> bool (N, columns)."""
+    if bits.numel() == 0:
+        return torch.zeros(bits.shape[0], columns, dtype=torch.bool, device=bits.device)
+    shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return ((bits.contiguous().view(torch.uint8)[..., None] >> shifts) & 1).bool().flatten(1)[:, :columns]

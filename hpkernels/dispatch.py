@@ -1,0 +1,76 @@
+"""Which backend runs a call, and why not another.
+
+Backends: "reference" (plain torch, any device, the specification in code), "cpu" (the C++ extension
+`hpkernels._cpu`), "triton" (NVIDIA and AMD GPUs; on CPU tensors under TRITON_INTERPRET=1, for tests).
+An explicit `backend=` wins, then the environment variable HPKERNELS_BACKEND, then the device's default.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton")
+_MODULES = {"reference": "reference", "cpu": "native", "triton": "kernels"}
+_DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+
+
+@functools.lru_cache(maxsize=None)
+def _cpu_extension_missing() -> str | None:
+    try:
+        importlib.import_module("hpkernels._cpu")
+    except ImportError as error:
+        return f"the C++ extension hpkernels._cpu is not importable ({error}); reinstall with a C++17 compiler"
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    return None
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """The reason `backend` cannot take tensors on `device`, or None when it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"it takes CPU tensors, not {device.type} tensors"
+        return _cpu_extension_missing()
+    if backend == "triton":
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "it takes GPU tensors (CPU tensors only under TRITON_INTERPRET=1)"
+        if device.type not in ("cpu", "cuda"):
+            return f"it takes cuda tensors, not {device.type} tensors"
+        return _triton_missing()
+    return "it is not a backend of this version: " + ", ".join(BACKENDS)
+
+
+def choose(device: torch.device, backend: str | None = None) -> str:
+    """The backend for tensors on `device`. Raises ValueError with the reason if the one asked for cannot run."""
+    if backend is not None:
+        asked, source = backend, "backend"
+    else:
+        asked, source = os.environ.get("HPKERNELS_BACKEND"), "HPKERNELS_BACKEND"
+    if asked:
+        reason = why_not(asked, device)
+        if reason is not None:
+            raise ValueError(f"{source}: {asked!r} cannot be used here: {reason}")
+        return asked
+    for candidate in _DEFAULTS.get(device.type, ("reference",)):
+        if why_not(candidate, device) is None:
+            return candidate
+    return "reference"
+
+
+@functools.lru_cache(maxsize=None)
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module that holds `backend`'s functions of op folder `op`."""
+    return importlib.import_module(f"hpkernels.ops.{op}.{_MODULES[backend]}")

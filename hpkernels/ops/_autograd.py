@@ -1,0 +1,15 @@
+"""What the differentiable ops share."""
+
+from __future__ import annotations
+
+
+def refuse_second_backward(gradient_op) -> None:
+    """Make differentiating a gradient op an error that says what does support it."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "hpkernels: a second backward through the fused kernels is not available; "
+            'pass backend="reference", which supports it'
+        )
+
+    gradient_op.register_autograd(backward)

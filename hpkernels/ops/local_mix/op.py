@@ -1,0 +1,185 @@
+"""local_mix, neighbor_weights, neighbor_mix: 3 x 3 mixing of patch codes with weights from attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpkernels import dispatch
+from hpkernels._checks import check_float_tensor, check_positive, check_rate, describe
+from hpkernels.ops._autograd import refuse_second_backward
+from hpkernels.ops.local_mix import reference
+
+SIGMA = 28.0  # the published constant: the square root of the number of tokens of its 28 x 28 grid
+
+
+def local_mix(
+    code: Tensor,
+    attention: Tensor,
+    grid: tuple[int, int],
+    *,
+    sigma: float | None = None,
+    low_quantile: float = 0.1,
+    high_quantile: float = 0.9,
+    backend: str | None = None,
+) -> Tensor:
+    """Mix each patch code with its 3 x 3 neighbours, weighted by attention (Hidden Positives, CVPR 2023).
+
+    Args:
+        code: (B, T, D) or (B, D, H, W). The gradient flows to it.
+        attention: last-block LOGITS, (B, heads, T, T) or (B, T, T), prefix tokens removed. A constant added to a row
+            changes nothing, so from a softmaxed map pass `attention.float().log()`. No gradient.
+        grid: (H, W), H * W = T.
+        sigma: factor of the weights; None means 28, the published constant.
+        low_quantile, high_quantile: each row of logits is clamped to this range first.
+
+    Returns:
+        The mixed code, same shape and dtype as `code`.
+    """
+    check_float_tensor("code", code, ndim=(3, 4))
+    height, width = _check_grid(grid)
+    if code.ndim == 4 and tuple(code.shape[2:]) != (height, width):
+        raise ValueError(f"code: expected (B, D, {height}, {width}) for grid {tuple(grid)}, got {describe(code)}")
+    weights = neighbor_weights(
+        attention, grid, sigma=sigma, low_quantile=low_quantile, high_quantile=high_quantile, backend=backend
+    )
+    if code.ndim == 3:
+        return neighbor_mix(code, weights, grid, backend=backend)
+    rows = code.flatten(2).transpose(1, 2)
+    return neighbor_mix(rows, weights, grid, backend=backend).transpose(1, 2).reshape(code.shape)
+
+
+def neighbor_weights(
+    attention: Tensor,
+    grid: tuple[int, int],
+    *,
+    sigma: float | None = None,
+    low_quantile: float = 0.1,
+    high_quantile: float = 0.9,
+    backend: str | None = None,
+) -> Tensor:
+    """Weights of the 3 x 3 neighbours (self included) of each token, (B, T, 9) fp32 (fp64 for fp64).
+
+    Slot n = 3 (dy + 1) + (dx + 1); taps off the grid, and taps whose softmax is below its row mean, are 0; the division
+    by the number of neighbours on the grid (4, 6 or 9) is included. Arguments as in `local_mix`. No gradient.
+    """
+    height, width = _check_grid(grid)
+    check_float_tensor("attention", attention, ndim=(3, 4))
+    tokens = height * width
+    if tuple(attention.shape[-2:]) != (tokens, tokens):
+        raise ValueError(
+            f"attention: expected (..., {tokens}, {tokens}) for grid {tuple(grid)} (prefix tokens removed), "
+            f"got {describe(attention)}"
+        )
+    if attention.ndim == 4 and attention.shape[1] == 0:
+        raise ValueError(f"attention: expected at least one head, got {describe(attention)}")
+    sigma = SIGMA if sigma is None else check_positive("sigma", sigma)
+    low, high = check_rate("low_quantile", low_quantile), check_rate("high_quantile", high_quantile)
+    if low > high:
+        raise ValueError(f"low_quantile: expected at most high_quantile ({high}), got {low}")
+    chosen = dispatch.choose(attention.device, backend)
+    return _neighbor_weights(attention.detach(), height, width, sigma, low, high, chosen)
+
+
+def neighbor_mix(code: Tensor, weights: Tensor, grid: tuple[int, int], *, backend: str | None = None) -> Tensor:
+    """out_i = sum_n weights_i[n] code[i + n] over the 3 x 3 neighbours of token i on the grid.
+
+    Args:
+        code: (B, T, D). weights: (B, T, 9), slots as in `neighbor_weights`; taps off the grid are ignored.
+            Gradients flow to both.
+
+    Returns:
+        (B, T, D) in code's dtype, accumulated in fp32 (fp64 for fp64).
+    """
+    height, width = _check_grid(grid)
+    check_float_tensor("code", code, ndim=3)
+    check_float_tensor("weights", weights, ndim=3, like=code)
+    if code.shape[1] != height * width:
+        raise ValueError(f"code: expected {height * width} tokens for grid {tuple(grid)}, got {describe(code)}")
+    if tuple(weights.shape) != (code.shape[0], code.shape[1], 9):
+        raise ValueError(f"weights: expected shape {(code.shape[0], code.shape[1], 9)}, got {describe(weights)}")
+    chosen = dispatch.choose(code.device, backend)
+    if chosen == "reference":  # plain autograd, so that a second backward works
+        return reference.neighbor_mix(code, weights, height, width)
+    return _neighbor_mix(code, weights, height, width, chosen)
+
+
+def _check_grid(grid: object) -> tuple[int, int]:
+    if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
+        raise TypeError(f"grid: expected a pair (height, width), got {grid!r}")
+    if grid[0] < 1 or grid[1] < 1:
+        raise ValueError(f"grid: expected height and width of at least 1, got {tuple(grid)}")
+    return grid[0], grid[1]
+
+
+def _check_attention_numbers(attention: Tensor) -> None:
+    """NaN and +inf are errors on the CPU; -inf is an attention of zero."""
+    if attention.device.type == "cpu" and attention.numel():
+        largest = attention.amax()
+        if not largest < torch.inf:
+            raise ValueError(f"attention: expected logits without NaN or +inf, got {describe(attention)}")
+
+
+@torch.library.custom_op("hpkernels::neighbor_weights", mutates_args=())
+def _neighbor_weights(
+    attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float, backend: str
+) -> Tensor:
+    _check_attention_numbers(attention)
+    weights = dispatch.implementation("local_mix", backend).neighbor_weights
+    return weights(attention, height, width, sigma, low_quantile, high_quantile)
+
+
+@_neighbor_weights.register_fake
+def _(attention, height, width, sigma, low_quantile, high_quantile, backend):
+    dtype = torch.float64 if attention.dtype == torch.float64 else torch.float32
+    return torch.empty((attention.shape[0], height * width, 9), dtype=dtype, device=attention.device)
+
+
+@torch.library.custom_op("hpkernels::neighbor_mix", mutates_args=())
+def _neighbor_mix(code: Tensor, weights: Tensor, height: int, width: int, backend: str) -> Tensor:
+    return dispatch.implementation("local_mix", backend).neighbor_mix(code, weights, height, width)
+
+
+@_neighbor_mix.register_fake
+def _(code, weights, height, width, backend):
+    return torch.empty(code.shape, dtype=code.dtype, device=code.device)
+
+
+@torch.library.custom_op("hpkernels::neighbor_mix_grad", mutates_args=())
+def _neighbor_mix_grad(
+    grad_out: Tensor,
+    code: Tensor,
+    weights: Tensor,
+    height: int,
+    width: int,
+    need_code: bool,
+    need_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grad = dispatch.implementation("local_mix", backend).neighbor_mix_grad
+    return grad(grad_out, code, weights, height, width, need_code, need_weights)
+
+
+@_neighbor_mix_grad.register_fake
+def _(grad_out, code, weights, height, width, need_code, need_weights, backend):
+    grad_code = torch.empty(code.shape if need_code else (0,), dtype=code.dtype, device=code.device)
+    grad_weights = torch.empty(weights.shape if need_weights else (0,), dtype=weights.dtype, device=code.device)
+    return grad_code, grad_weights
+
+
+refuse_second_backward(_neighbor_mix_grad)
+
+
+def _setup(ctx, inputs, output):
+    code, weights, ctx.height, ctx.width, ctx.backend = inputs
+    ctx.save_for_backward(code, weights)
+
+
+def _backward(ctx, grad_out):
+    code, weights = ctx.saved_tensors
+    need_code, need_weights = ctx.needs_input_grad[:2]
+    grads = _neighbor_mix_grad(grad_out, code, weights, ctx.height, ctx.width, need_code, need_weights, ctx.backend)
+    return (grads[0] if need_code else None, grads[1] if need_weights else None, None, None, None)
+
+
+_neighbor_mix.register_autograd(_backward, setup_context=_setup)

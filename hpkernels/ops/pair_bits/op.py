@@ -1,0 +1,53 @@
+"""torch ops on packed pair masks: random bits, counts, transpose, masks from index lists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpkernels import dispatch
+from hpkernels._bits import words
+
+
+@torch.library.custom_op("hpkernels::random_bits", mutates_args=())
+def random_bits(seed: Tensor, rows: int, columns: int, rate: float, backend: str) -> Tensor:
+    """Bernoulli bits from a counter-based generator, the same on every backend. See reference.random_bits."""
+    return dispatch.implementation("pair_bits", backend).random_bits(seed, rows, columns, rate)
+
+
+@random_bits.register_fake
+def _(seed, rows, columns, rate, backend):
+    return seed.new_empty((rows, words(columns)), dtype=torch.int32)
+
+
+@torch.library.custom_op("hpkernels::count_bits", mutates_args=())
+def count_bits(bits: Tensor, backend: str) -> Tensor:
+    """Set bits of each row, int32 (N,)."""
+    return dispatch.implementation("pair_bits", backend).count_bits(bits)
+
+
+@count_bits.register_fake
+def _(bits, backend):
+    return bits.new_empty((bits.shape[0],), dtype=torch.int32)
+
+
+@torch.library.custom_op("hpkernels::transpose_bits", mutates_args=())
+def transpose_bits(bits: Tensor, columns: int, backend: str) -> Tensor:
+    """(N, words(columns)) -> (columns, words(N))."""
+    return dispatch.implementation("pair_bits", backend).transpose_bits(bits, columns)
+
+
+@transpose_bits.register_fake
+def _(bits, columns, backend):
+    return bits.new_empty((columns, words(bits.shape[0])))
+
+
+@torch.library.custom_op("hpkernels::pairs_from_indices", mutates_args=())
+def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, backend: str) -> Tensor:
+    """Set (i, indices[i, .]) and, with `symmetric`, the mirrored pairs without the diagonal."""
+    return dispatch.implementation("pair_bits", backend).pairs_from_indices(indices, columns, symmetric)
+
+
+@pairs_from_indices.register_fake
+def _(indices, columns, symmetric, backend):
+    return indices.new_empty((indices.shape[0], words(columns)), dtype=torch.int32)
