@@ -1,0 +1,3 @@
+from hpseg.cli import main
+
+raise SystemExit(main())

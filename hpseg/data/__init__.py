@@ -1,0 +1,1 @@
+"""Photographs in: decoding, views, and the order in which training sees them."""

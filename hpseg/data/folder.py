@@ -1,0 +1,103 @@
+"""A folder of photographs as a training set. Every view is a function of (seed, epoch, index) and of nothing else, so
+neither the number of workers nor an interruption changes what a run sees."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hpseg.config import UsageError
+from hpseg.data.transforms import UnreadableImage, five_crop, jitter, load_image, square, to_tensor
+
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
+              ".pnm", ".tga", ".avif", ".jp2"}
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All pictures in `folder` and below, sorted; hidden files and folders are left out."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"images: no folder {str(root)!r}; expected a folder of photographs, searched recursively")
+    files = [path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()
+             and not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    if not files:
+        found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+        raise UsageError(f"images: no pictures in {str(root)!r} (looked for {' '.join(sorted(EXTENSIONS))} in it and below; "
+                         f"it holds: {found})")
+    return sorted(files)
+
+
+def hash_seed(*parts: int | str) -> int:
+    """63 bits that depend on all of `parts`."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Views(NamedTuple):
+    """A batch: images (B, 3, S, S) uint8, the same after jitter or None, and the unreadable files met on the way."""
+
+    images: Tensor
+    jittered: Tensor | None
+    unreadable: list[str]
+
+
+class PhotoFolder(Dataset):
+    """Items are addressed by (epoch, index); index runs over images, or over five crops of each with crop "five"."""
+
+    def __init__(self, files: list[Path], size: int, crop: str, seed: int, with_jitter: bool):
+        self.files, self.size, self.crop, self.seed, self.with_jitter = files, size, crop, seed, with_jitter
+
+    def __len__(self) -> int:
+        return len(self.files) * (5 if self.crop == "five" else 1)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor | None, list[str]]:
+        """(3, S, S) uint8, its jittered twin or None, and unreadable files: the next readable one stands in for them."""
+        epoch, index = key
+        image_index, which = divmod(index, 5) if self.crop == "five" else (index, None)
+        image, unreadable = None, []
+        for step in range(len(self.files)):
+            path = self.files[(image_index + step) % len(self.files)]
+            try:
+                image = load_image(path)
+                break
+            except UnreadableImage:
+                unreadable.append(str(path))
+        if image is None:
+            raise UsageError(f"images: none of the {len(self.files)} pictures can be decoded, for example {self.files[0]}")
+        if which is not None:
+            image = five_crop(image, which)
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch, index)) if self.crop == "random" else None
+        view = to_tensor(square(image, self.size, generator))
+        twin = jitter(view, hash_seed("jitter", self.seed, epoch, index)) if self.with_jitter else None
+        return view, twin, unreadable
+
+
+def _collate(items: list[tuple[Tensor, Tensor | None, list[str]]]) -> Views:
+    images, jittered, unreadable = zip(*items, strict=True)
+    return Views(torch.stack(images), None if jittered[0] is None else torch.stack(jittered), sum(unreadable, []))
+
+
+def epoch_batches(length: int, batch_size: int, seed: int, start_step: int, steps: int) -> Iterator[list[tuple[int, int]]]:
+    """Keys of the batches of steps start_step .. steps - 1: a fresh permutation per epoch, incomplete batches dropped."""
+    per_epoch = length // batch_size
+    order: tuple[int, list[int]] = (-1, [])
+    for step in range(start_step, steps):
+        epoch, position = divmod(step, per_epoch)
+        if order[0] != epoch:
+            generator = torch.Generator().manual_seed(hash_seed("order", seed, epoch))
+            order = (epoch, torch.randperm(length, generator=generator).tolist())
+        yield [(epoch, index) for index in order[1][position * batch_size:(position + 1) * batch_size]]
+
+
+def make_loader(dataset: Dataset, batches: Iterator[list] | list[list], workers: int) -> DataLoader:
+    """Loads the given batches of keys in order; workers < 0 takes half of the processors, eight at most."""
+    if workers < 0:
+        workers = min(8, max(1, (os.cpu_count() or 1) // 2))
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_collate, generator=torch.Generator(),
+                      pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)

@@ -1,0 +1,47 @@
+"""Corpus-level scores: one integer confusion matrix over all pixels, one Hungarian match, then accuracy and IoU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+
+def confusion(predictions: np.ndarray, labels: np.ndarray, clusters: int, classes: int) -> np.ndarray:
+    """Counts int64 (clusters, classes) of pixels by (prediction, label). Labels outside 0..classes-1 are void."""
+    if predictions.shape != labels.shape:
+        raise ValueError(f"predictions: expected the shape of labels {labels.shape}, got {predictions.shape}")
+    valid = (labels >= 0) & (labels < classes)
+    pairs = predictions[valid].astype(np.int64) * classes + labels[valid]
+    return np.bincount(pairs, minlength=clusters * classes).reshape(clusters, classes).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """accuracy and miou in percent; iou per class in percent (NaN where a class neither occurs nor is predicted);
+    cluster_of: the cluster matched to each class, -1 for none."""
+
+    accuracy: float
+    miou: float
+    iou: np.ndarray
+    cluster_of: np.ndarray
+
+
+def match_and_score(counts: np.ndarray) -> Scores:
+    """Scores of a confusion matrix (clusters, classes) after the one-to-one match that agrees on most pixels.
+
+    IoU_c = tp / (tp + fp + fn) over the whole corpus; classes without a pixel in label and prediction stay out of the mean.
+    With more clusters than classes the pixels of unmatched clusters are errors; with fewer, some classes get IoU 0.
+    """
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    cluster_of = np.full(counts.shape[1], -1)
+    cluster_of[columns] = rows
+    matched = np.zeros((counts.shape[1], counts.shape[1]), np.int64)
+    matched[columns] = counts[rows]
+    hit, predicted, labelled = np.diag(matched), matched.sum(1), counts.sum(0)
+    union = predicted + labelled - hit
+    iou = np.divide(100 * hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+    total = counts.sum()
+    return Scores(accuracy=float(100 * hit.sum() / total) if total else float("nan"),
+                  miou=float(np.nanmean(iou)) if (union > 0).any() else float("nan"), iou=iou, cluster_of=cluster_of)

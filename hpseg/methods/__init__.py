@@ -1,0 +1,1 @@
+"""One file is one published method: its loss and its schedule."""

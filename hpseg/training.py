@@ -1,0 +1,149 @@
+"""Training, top to bottom: `hpseg train PHOTOS --out RUN --classes K`, or `hpseg.train(...)`.
+
+Reads images only, never labels; the last step is the result.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import hpkernels
+from hpseg.backbones import load_backbone, pick_device
+from hpseg.checkpoints import Log, open_run, save_model, save_state, write_json
+from hpseg.clustering import spherical_kmeans
+from hpseg.config import Config, UsageError, make_config
+from hpseg.data.folder import PhotoFolder, epoch_batches, find_images, hash_seed
+from hpseg.encoder import Encoder
+from hpseg.methods.hp import HiddenPositives, lambda_at
+from hpseg.pools import draw_tokens
+
+CLUSTERING_ROWS = 65_536
+
+
+def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False,
+          **settings) -> dict:
+    """Trains Hidden Positives on the photographs in `images` and writes the run folder `out`; returns its results.
+
+    settings: fields of `hpseg.config.Config`, for example classes=8, steps=400, backbone="vit_small_patch8_224.dino".
+    """
+    out = Path(out)
+    if settings.get("weights") is not None:
+        settings["weights"] = str(Path(settings["weights"]).resolve())
+    config = make_config(**{**settings, "images": str(Path(images).resolve())})
+    files = find_images(config.images)
+    device = pick_device(config.device)
+    backbone = load_backbone(config.backbone, config.weights, dtype=config.dtype).to(device)
+    state = open_run(out, config, resume, overwrite)
+
+    dataset = PhotoFolder(files, backbone.snap(config.size), config.crop, config.seed, config.consistency_weight > 0)
+    batch_size = min(config.batch_size, len(dataset))
+    say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    say(f"{len(files)} photographs, {config.classes} classes, {config.backbone} on {device}, batches of {batch_size} at "
+        f"{dataset.size} x {dataset.size} pixels")
+    encoder = Encoder(backbone, dataset, config, device)
+
+    # Random numbers come from these two generators only, so that their states are all there is to save.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash_seed("init", config.seed))
+        method = HiddenPositives(backbone.channels, config).to(device)
+    dropout_rng = torch.Generator(device).manual_seed(hash_seed("dropout", config.seed))
+    pool_rng = torch.Generator().manual_seed(hash_seed("pools", config.seed))
+    optimizers = {
+        "head": torch.optim.AdamW(method.head.parameters(), lr=config.lr, weight_decay=config.weight_decay),
+        "projection": torch.optim.Adam(method.projection.parameters(), lr=config.projection_lr),
+        "clusters": torch.optim.Adam(method.clusters.parameters(), lr=config.cluster_lr),
+    }
+
+    def draw_pool(renewal: int, mined) -> Tensor:
+        # Pools see their images as of negative epochs: other random crops than those of training.
+        return draw_tokens(len(dataset), config.pool_size, config.pool_images,
+                           lambda batches: (mined(f, dropout_rng) for f in encoder.features(batches, -1 - renewal)),
+                           batch_size, pool_rng)
+
+    if state is None:
+        step = 0
+        pools = (draw_pool(0, method.mining_features), draw_pool(0, method.mining_codes))
+    else:
+        step = state["step"]
+        if state["fingerprint"] != backbone.fingerprint:
+            raise UsageError(f"backbone: {config.backbone!r} holds other weights than those {out} was started with")
+        method.load_state_dict(state["method"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        pools = tuple(pool.to(device) for pool in state["pools"])
+        dropout_rng.set_state(state["dropout_rng"])
+        pool_rng.set_state(state["pool_rng"])
+        encoder.unreadable.update(state["unreadable"])
+        say(f"going on from step {step} of {config.steps}")
+
+    def checkpoint() -> None:
+        log.flush()
+        save_state(out, {
+            "step": step, "fingerprint": backbone.fingerprint, "method": method.state_dict(), "pools": list(pools),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+            "dropout_rng": dropout_rng.get_state(), "pool_rng": pool_rng.get_state(),
+            "unreadable": sorted(encoder.unreadable)})
+
+    log = Log(out / "log.csv", step)
+    started, first_step = time.perf_counter(), step
+    keys = epoch_batches(len(dataset), batch_size, config.seed, step, config.steps)
+    bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=True if quiet else None)
+    for tokens, jittered in encoder(keys):
+        position = step % (len(dataset) // batch_size)
+        if position and position % config.renew_interval == 0:
+            pools = (pools[0], draw_pool(step, method.mining_codes))
+
+        terms = method.losses(tokens, jittered, pools, step, hash_seed("negatives", config.seed, step), dropout_rng)
+        loss = sum(terms.values())
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(method.head.parameters(), config.clip_norm)
+        for optimizer in optimizers.values():
+            optimizer.step()
+
+        values = dict(zip(("loss", "grad_norm", *terms), torch.stack([loss, grad_norm, *terms.values()]).tolist()))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss: {values} at step {step}; the last checkpoint in {out} is from before")
+        seconds = time.perf_counter() - started
+        rate = (step + 1 - first_step) * batch_size / seconds
+        log.write({"step": step, "lambda": lambda_at(step, config), "images_per_s": rate, "seconds": seconds, **values})
+        step += 1
+        bar.update()
+        bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:.1f} images/s", refresh=False)
+        if step % config.save_every == 0 or step == config.steps:
+            checkpoint()
+            if bar.disable:
+                left = seconds / (step - first_step) * (config.steps - step)
+                say(f"step {step}/{config.steps}  loss {values['loss']:.4f}  {rate:.1f} images/s  {left:.0f} s left")
+    bar.close()
+    log.close()
+
+    tensors = method.state_dict()
+    if config.clusters == "kmeans":
+        codes = training_codes(encoder, method, batch_size, config.seed)
+        tensors["clusters.centroids"], _ = spherical_kmeans(codes, config.classes, seed=config.seed)
+    save_model(out, tensors, backbone.fingerprint)
+    results = {
+        "steps": step, "photographs": len(files), "unreadable": sorted(encoder.unreadable),
+        "seconds": round(time.perf_counter() - started, 2), "device": str(device), "torch": torch.__version__,
+        "hpkernels": hpkernels.__version__, "threads": torch.get_num_threads()}
+    write_json(out / "results.json", results)
+    if encoder.unreadable:
+        say(f"{len(encoder.unreadable)} unreadable pictures were skipped: {', '.join(sorted(encoder.unreadable)[:5])}")
+    say(f"trained; the run is in {out}")
+    return results
+
+
+@torch.no_grad()
+def training_codes(encoder: Encoder, method: HiddenPositives, batch_size: int, seed: int) -> Tensor:
+    """Codes (at most CLUSTERING_ROWS, D) of random patches of the training images, without dropout."""
+    images, rng = len(encoder.dataset), torch.Generator().manual_seed(hash_seed("clustering", seed))
+    return draw_tokens(images, CLUSTERING_ROWS, images,
+                       lambda batches: (method.head(f) for f in encoder.features(batches, 0)), batch_size, rng)
