@@ -5,12 +5,10 @@
     hpseg.overlay("photo.jpg", labels).save("photo_overlay.png")
 """
 
-from hpkernels._version import __version__
-
 # Imported on first use: importing hpseg pulls in neither torch nor timm.
-_HOMES = {"train": "hpseg.training", "load": "hpseg.predict", "overlay": "hpseg.predict", "Segmenter": "hpseg.predict",
+_HOMES = {"__version__": "hpkernels", "train": "hpseg.training", "load": "hpseg.predict", "overlay": "hpseg.predict", "Segmenter": "hpseg.predict",
           "evaluate": "hpseg.evaluation.evaluate", "Config": "hpseg.config", "UsageError": "hpseg.config"}
-__all__ = ["__version__", *_HOMES]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; 0 for success, 2 for a mistake in what was asked, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="hpseg", description="Unsupervised semantic segmentation with a frozen ViT.")
-    parser.add_argument("--version", action="version", version=f"hpseg {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
@@ -114,6 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _version() -> str:
-    from hpkernels._version import __version__
-    return __version__
+class _Version(argparse.Action):
+    """Asks for the version only when it is wanted: the package that knows it imports torch."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from hpkernels import __version__
+        print(f"hpseg {__version__}")
+        parser.exit()
