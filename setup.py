@@ -59,7 +59,9 @@ class BuildNative(build_ext):
         isas = [name for name, flags in (KERNELS | KERNELS_BF16).items() if name == "baseline" or _accepts(compiler, flags)]
         includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), *_python_includes())]
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
-                  "-fno-trapping-math", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", *includes]
+                  "-fno-trapping-math", "-pthread", "-Wall", "-Wextra", "-Wno-psabi",
+              # GCC 12 finds its own intrinsics headers wanting.
+              "-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized", *includes]
         common += [f"-DHPK_HAVE_{name.upper()}=1" for name in isas]
         temp = Path(self.build_temp) / "cpu"
         jobs = [(source, temp / f"{source.stem}.o", common) for source in sorted(ext.folder.glob("*.cpp"))]
