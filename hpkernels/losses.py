@@ -164,6 +164,8 @@ def masked_contrastive_loss(
         _check_pairs("negatives", negatives, (None, count), z)
         if count and (negatives.shape[0] == 0 or count % negatives.shape[0]):
             raise ValueError(f"negatives: expected a number of rows that divides N = {count}, got {negatives!r}")
+    positives = positives.off_diagonal()
+    extra_positives = None if extra_positives is None else extra_positives.off_diagonal()
     chosen = dispatch.choose(z.device, backend)
     x = normalize_rows(rows, "z", chosen)[None]
     bits, denominator = (None, "all") if negatives is None else (negatives.bits, "dense")

@@ -93,6 +93,15 @@ class PairMask:
         counts = op.count_bits(mask.bits, dispatch.choose(self.device))
         return counts.sum() if dim is None else counts
 
+    def off_diagonal(self) -> PairMask:
+        """The mask without pairs (i, i)."""
+        row = torch.arange(min(self.shape), device=self.device)
+        word = (row >> 5)[:, None]
+        kept = self.bits[: len(row)]
+        cleared = kept.gather(1, word) & ~torch.bitwise_left_shift(torch.ones_like(row), row & 31).int()[:, None]
+        bits = torch.cat([kept.scatter(1, word, cleared), self.bits[len(row) :]])
+        return PairMask(bits, self.columns, symmetric=self.symmetric)
+
     def to_dense(self) -> Tensor:
         """bool (N, M): one byte a pair, for small masks."""
         return unpack(self.bits, self.columns)
