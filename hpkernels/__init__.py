@@ -6,9 +6,9 @@ The names below are the public interface; everything else may change between ver
 from hpkernels import nn
 from hpkernels._version import __version__
 from hpkernels.losses import LossStats, hidden_positive_loss, masked_contrastive_loss
-from hpkernels.mining import hidden_positives
+from hpkernels.mining import hidden_positives, pairs_above
 from hpkernels.ops.local_mix.op import local_mix, neighbor_mix, neighbor_weights
-from hpkernels.ops.similarity_search.op import max_similarity, pairs_above, topk_similarity
+from hpkernels.ops.similarity_search.op import max_similarity, topk_similarity
 from hpkernels.pairs import PairMask
 
 __all__ = [

@@ -20,8 +20,7 @@ _MODULES = {"reference": "reference", "cpu": "native", "triton": "kernels"}
 _DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 
-@functools.lru_cache(maxsize=None)
-def _cpu_extension_missing() -> str | None:
+def _cpu_missing() -> str | None:
     try:
         importlib.import_module("hpkernels._cpu")
     except ImportError as error:
@@ -29,11 +28,11 @@ def _cpu_extension_missing() -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
-def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed"
-    return None
+# Found out once, at import: torch.compile traces through choose() and must see constants.
+_MISSING = {
+    "cpu": _cpu_missing(),
+    "triton": None if importlib.util.find_spec("triton") else "the triton package is not installed",
+}
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
@@ -43,13 +42,13 @@ def why_not(backend: str, device: torch.device) -> str | None:
     if backend == "cpu":
         if device.type != "cpu":
             return f"it takes CPU tensors, not {device.type} tensors"
-        return _cpu_extension_missing()
+        return _MISSING["cpu"]
     if backend == "triton":
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "it takes GPU tensors (CPU tensors only under TRITON_INTERPRET=1)"
         if device.type not in ("cpu", "cuda"):
             return f"it takes cuda tensors, not {device.type} tensors"
-        return _triton_missing()
+        return _MISSING["triton"]
     return "it is not a backend of this version: " + ", ".join(BACKENDS)
 
 
