@@ -25,7 +25,7 @@ import hpkernels
 from hpseg.config import UsageError
 
 EMBEDDED = Path(__file__).parent / "assets" / "vit_tiny8.safetensors"
-REACH_SECONDS = 8.0
+REACH_SECONDS = 5.0
 
 
 class Tokens(NamedTuple):
@@ -110,6 +110,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@torch.random.fork_rng(devices=[])  # timm's random initialisation is no business of the caller's random numbers
 def load_backbone(name: str = "embedded", weights: str | Path | None = None, *, pretrained: bool = True,
                   dtype: str = "fp32") -> Backbone:
     """The frozen ViT `name`: "embedded", or a timm name, with the weights of `weights` if given.
@@ -122,6 +123,8 @@ def load_backbone(name: str = "embedded", weights: str | Path | None = None, *, 
 
     if name == "embedded":
         file = Path(weights) if weights is not None else EMBEDDED
+        if weights is not None and not file.is_file():
+            raise UsageError(f"weights: no file {file}")
         sidecar = next((path for path in (file.with_suffix(".json"), EMBEDDED.with_suffix(".json")) if path.is_file()), None)
         if sidecar is None:
             raise UsageError(f"backbone: 'embedded' needs {EMBEDDED.with_suffix('.json')}, which this installation lacks")
@@ -185,7 +188,7 @@ def _read_state(path: Path) -> dict:
             raise UsageError(f"weights: {path} is not a readable safetensors file ({error})") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         raise UsageError(f"weights: {path} is not a torch file of plain tensors ({str(error).splitlines()[0]})") from None
     if not isinstance(state, dict):
         raise UsageError(f"weights: {path} holds a {type(state).__name__}, expected a dictionary of tensors")

@@ -54,7 +54,7 @@ class Config:
     lambda_warmup: int = 1000  # steps before task-specific positives count, then a linear rise to 1
     pool_size: int = 2048  # rows of each reference pool
     pool_images: int = 2048  # at most so many images fill a pool
-    renew_interval: int = 100  # steps between rebuilds of the task-specific pool, counted within an epoch
+    renew_interval: int = 100  # steps between rebuilds of the task-specific pool
     clusters: str = "probe"  # final centroids: "probe" as trained, or "kmeans" over the codes of the training images
 
     # Machine; these may differ between a run and its resumption

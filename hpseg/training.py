@@ -95,8 +95,8 @@ def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrit
     keys = epoch_batches(len(dataset), batch_size, config.seed, step, config.steps)
     bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=True if quiet else None)
     for tokens, jittered in encoder(keys):
-        position = step % (len(dataset) // batch_size)
-        if position and position % config.renew_interval == 0:
+        # Counted over the run, not within an epoch as published: a small folder's epochs are shorter than the interval.
+        if step and step % config.renew_interval == 0:
             pools = (pools[0], draw_pool(step, method.mining_codes))
 
         terms = method.losses(tokens, jittered, pools, step, hash_seed("negatives", config.seed, step), dropout_rng)

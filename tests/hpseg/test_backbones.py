@@ -1,0 +1,152 @@
+"""Three ViT families, weights in every supported form, and what is said when weights cannot be had."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ARCH, make_vit
+from safetensors.torch import save_file
+
+from hpseg.backbones import Backbone, _last_attention, load_backbone, load_weights
+from hpseg.config import UsageError
+
+FAMILIES = {  # timm name: settings that make it tiny
+    "vit_small_patch8_224.dino": dict(embed_dim=32, depth=2, num_heads=2, img_size=32),
+    "vit_small_patch14_reg4_dinov2.lvd142m": dict(embed_dim=32, depth=2, num_heads=2, img_size=56),
+    "vit_small_patch16_dinov3.lvd1689m": dict(embed_dim=32, depth=2, num_heads=2, img_size=64),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_of_the_last_block(name):
+    import timm
+    vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **FAMILIES[name])
+    backbone = Backbone(vit, name, (0.5,) * 3, (0.25,) * 3)
+    rows, columns = 3, 5
+    images = torch.rand(2, 3, rows * backbone.patch, columns * backbone.patch)
+    with torch.no_grad(), _last_attention(backbone.vit) as maps:
+        backbone.vit.forward_features((images - 0.5) / 0.25)
+    prefix = vit.num_prefix_tokens
+    assert maps[0].shape == (2, 2, rows * columns + prefix, rows * columns + prefix)
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(maps[0].shape[:3]))
+
+    plain, full = backbone(images), backbone(images, with_neighbors=True)
+    assert plain.neighbors is None and full.grid == (rows, columns)
+    assert full.features.shape == (2, rows * columns, 32) and full.neighbors.shape == (2, rows * columns, 9)
+    torch.testing.assert_close(plain.features, full.features, rtol=1e-4, atol=1e-5)
+    # The final norm is applied: forward_features gives the same tokens behind the prefix.
+    torch.testing.assert_close(plain.features, backbone.vit.forward_features((images - 0.5) / 0.25)[:, prefix:], rtol=1e-4,
+                               atol=1e-5)
+    expected = weights_by_hand(maps[0][..., prefix:, prefix:].log().mean(1), rows, columns)
+    torch.testing.assert_close(full.neighbors, expected, rtol=1e-4, atol=1e-6)
+
+
+def weights_by_hand(logits, rows, columns):
+    """Neighbour weights as the paper's code states them: clamp to 10-90 % quantiles, softmax, threshold at the row mean."""
+    low, high = torch.quantile(logits, 0.1, -1, keepdim=True), torch.quantile(logits, 0.9, -1, keepdim=True)
+    p = logits.clamp(low, high).softmax(-1)
+    p = torch.where(p >= p.mean(-1, keepdim=True) * (1 - 1e-6), p, 0)
+    out = torch.zeros(*logits.shape[:2], 9)
+    for y in range(rows):
+        for x in range(columns):
+            taps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if 0 <= y + dy < rows and 0 <= x + dx < columns]
+            for dy, dx in taps:
+                out[:, y * columns + x, 3 * dy + dx + 4] = 28 * p[:, y * columns + x, (y + dy) * columns + x + dx] / len(taps)
+    return out
+
+
+def test_frozen_and_sizes(vit_file):
+    backbone = load_backbone(weights=vit_file)
+    assert not any(p.requires_grad for p in backbone.parameters()) and not backbone.train().vit.training
+    assert [backbone.snap(pixels) for pixels in (1, 27, 29, 224)] == [16, 24, 32, 224]
+    with pytest.raises(ValueError, match="multiples of 8"):
+        backbone(torch.rand(1, 3, 30, 32))
+    as_bytes = torch.randint(0, 256, (1, 3, 32, 40), dtype=torch.uint8)
+    torch.testing.assert_close(backbone(as_bytes).features, backbone(as_bytes / 255).features)
+    half = load_backbone(weights=vit_file, dtype="bf16")(as_bytes, with_neighbors=True)
+    assert half.features.dtype == torch.float32 and half.neighbors.isfinite().all()
+    torch.testing.assert_close(half.features, backbone(as_bytes).features, rtol=0.1, atol=0.1)
+
+
+def dino(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("form", ["timm.safetensors", "timm.pth", "half.safetensors", "teacher.pth", "module.pt", "model.pth"])
+def test_weight_files(tmp_path, vit_file, form):
+    state = make_vit(seed=3).state_dict()
+    path = tmp_path / form
+    path.with_suffix(".json").write_bytes(vit_file.with_suffix(".json").read_bytes())
+    if form == "half.safetensors":
+        save_file({key: value.half() for key, value in state.items()}, path)
+    elif form == "timm.safetensors":
+        save_file(state, path)
+    else:
+        head = {"head.mlp.0.weight": torch.zeros(2, 2)}
+        torch.save({"timm.pth": state,
+                    "teacher.pth": {"student": {}, "teacher": dino("backbone.", {**state}) | head, "epoch": 3},
+                    "module.pt": dino("module.backbone.", state),
+                    "model.pth": {"model": state}}[form], path)
+    loaded = load_backbone(weights=path).vit.state_dict()
+    for key, value in state.items():
+        torch.testing.assert_close(loaded[key], value, rtol=2e-3, atol=1e-5)
+
+
+def test_position_embedding_is_resampled(tmp_path):
+    from timm.models.vision_transformer import VisionTransformer
+    bigger = VisionTransformer(num_classes=0, global_pool="", dynamic_img_size=True, **{**ARCH, "img_size": 64})
+    save_file(make_vit().state_dict(), tmp_path / "w.safetensors")
+    load_weights(bigger, tmp_path / "w.safetensors")
+    assert bigger.pos_embed.shape[1] == 65
+
+
+def test_weight_files_that_do_not_fit(tmp_path, vit_file):
+    (tmp_path / "w.json").write_bytes(vit_file.with_suffix(".json").read_bytes())
+    state = make_vit().state_dict()
+    path = tmp_path / "w.pth"
+    for content, message in ((b"rubbish", "not a torch file"), ({"epoch": 3}, "holds no backbone tensors"),
+                             ([1, 2], "holds a list"), ({k: v for k, v in state.items() if "fc1" not in k}, "4 tensors missing"),
+                             ({**state, "extra": torch.zeros(1)}, "1 unexpected"),
+                             ({**state, "norm.weight": torch.zeros(5)}, "does not fit")):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(UsageError, match=message):
+            load_backbone(weights=path)
+    (tmp_path / "w.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UsageError, match="not a readable safetensors"):
+        load_backbone(weights=tmp_path / "w.safetensors")
+
+
+def test_names_that_are_no_plain_vit():
+    with pytest.raises(UsageError, match="vit_smal_patch8_224.*near names"):
+        load_backbone("vit_smal_patch8_224", pretrained=False)
+    with pytest.raises(UsageError, match="backbone: "):
+        load_backbone("resnet18", pretrained=False)
+    with pytest.raises(UsageError, match="no pretrained weights for 'vit_tiny_patch16_384'|cannot be reached"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        try:
+            load_backbone("vit_tiny_patch16_384")
+        finally:
+            del os.environ["HF_HUB_OFFLINE"]
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent"])
+def test_unreachable_weights_say_what_else_to_do_within_15_seconds(tmp_path, photos, kind):
+    server = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
+    port = server.getsockname()[1]
+    if kind == "refused":
+        server.close()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path), "no_proxy": "*"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "hpseg", "train", str(photos), "--out", str(tmp_path / "run"), "--classes", "3",
+                           "--backbone", "vit_small_patch8_224.dino"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "--weights FILE" in done.stderr and "--backbone embedded" in done.stderr and "Traceback" not in done.stderr
+    assert time.monotonic() - start < 15
+    server.close()

@@ -1,0 +1,190 @@
+"""Training from a folder to a run folder, and going on after a kill as if nothing had happened."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SMALL, make_vit, paint
+from safetensors.torch import load_file, save_file
+
+import hpseg
+from hpseg.config import UsageError
+
+
+def state_of(run):
+    return torch.load(run / "state.pt", weights_only=True)
+
+
+def assert_same(a, b, where=""):
+    """Bitwise equality through dictionaries, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def test_five_pictures_twenty_steps(run):
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "log.csv", "model.safetensors", "results.json", "state.pt"]
+    with open(run / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(20))
+    assert all(float(row["loss"]) == float(row["loss"]) for row in rows)
+    assert float(rows[2]["lambda"]) == 0 and float(rows[-1]["lambda"]) == pytest.approx(17 / 18, rel=1e-5)
+    results = json.loads((run / "results.json").read_text())
+    assert results["steps"] == 20 and results["photographs"] == 5 and results["unreadable"] == []
+    assert not any(name.startswith("backbone") for name in load_file(run / "model.safetensors"))
+
+
+def test_training_moves_every_trained_part(run, photos, vit_file, tmp_path):
+    hpseg.train(photos, tmp_path / "one", weights=vit_file, steps=20, save_every=1, **SMALL)
+    first, last = state_of(run)["method"], state_of(tmp_path / "one")["method"]
+    assert_same(first, last)  # how often a run is saved changes nothing
+    from hpseg.config import make_config
+    from hpseg.data.folder import hash_seed
+    from hpseg.methods.hp import HiddenPositives
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash_seed("init", 0))
+        start = HiddenPositives(32, make_config(classes=3, dim=16)).state_dict()
+    assert all(not torch.equal(start[name], last[name]) for name in start)
+
+
+def test_leaves_the_callers_random_numbers_alone(photos, vit_file, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    hpseg.train(photos, tmp_path / "run", weights=vit_file, steps=2, **SMALL)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("extra", [{"steps": 150}, {"steps": 60, "workers": 2, "crop": "five"}],
+                         ids=["plain", "workers"])
+def test_resume_after_sigkill_equals_an_uninterrupted_run(photos, vit_file, tmp_path, extra):
+    settings = {**SMALL, "weights": vit_file, "save_every": 7, "renew_interval": 8, **extra}
+    hpseg.train(photos, tmp_path / "whole", **{**settings, "save_every": 1000})
+    command = f"import hpseg, torch; torch.set_num_threads(1); hpseg.train({str(photos)!r}, {str(tmp_path / 'cut')!r}, **{settings!r})"
+    command = command.replace(repr(vit_file), repr(str(vit_file)))
+    process = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
+    try:
+        while not (tmp_path / "cut" / "state.pt").is_file():
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.4)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "cut" / "results.json").exists()
+    assert 0 < state_of(tmp_path / "cut")["step"] < settings["steps"]
+    hpseg.train(photos, tmp_path / "cut", resume=True, **settings)
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
+    assert_same(load_file(tmp_path / "whole" / "model.safetensors"), load_file(tmp_path / "cut" / "model.safetensors"))
+    with open(tmp_path / "cut" / "log.csv") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(settings["steps"]))
+
+
+def test_workers_change_nothing(photos, vit_file, tmp_path):
+    for workers in (0, 2):
+        hpseg.train(photos, tmp_path / str(workers), weights=vit_file, steps=4, crop="random", **{**SMALL, "workers": workers})
+    assert_same(state_of(tmp_path / "0"), state_of(tmp_path / "2"))
+
+
+def test_cached_features_train_the_same_as_fresh_ones(photos, vit_file, tmp_path):
+    fixed = dict(weights=vit_file, steps=6, crop="center", consistency_weight=0.0, **SMALL)
+    hpseg.train(photos, tmp_path / "fresh", **fixed)
+    hpseg.train(photos, tmp_path / "cached", cache_features=True, **fixed)
+    fresh, cached = (state_of(tmp_path / name)["method"] for name in ("fresh", "cached"))
+    for name in fresh:
+        torch.testing.assert_close(fresh[name], cached[name], rtol=1e-3, atol=1e-4)
+
+
+def test_other_settings_run(photos, vit_file, tmp_path):
+    hpseg.train(photos, tmp_path / "a", weights=vit_file, steps=5, negative_rate=1.0, weighting="separate", clusters="kmeans",
+                consistency_weight=0.0, mining_dropout=0.0, dtype="bf16", **SMALL)
+    assert load_file(tmp_path / "a" / "model.safetensors")["clusters.centroids"].norm(dim=1).allclose(torch.ones(3))
+
+
+def test_out_must_be_empty_unless_told(run, photos, vit_file, tmp_path):
+    settings = dict(weights=vit_file, steps=2, **SMALL)
+    with pytest.raises(UsageError, match="out: .* is not empty .*--resume.*--overwrite"):
+        hpseg.train(photos, run, **settings)
+    with pytest.raises(UsageError, match="steps: .* started with 20, got 2"):
+        hpseg.train(photos, run, resume=True, **settings)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file, expected a folder"):
+        hpseg.train(photos, tmp_path / "file", **settings)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("kept")
+    with pytest.raises(UsageError, match="mine.txt"):
+        hpseg.train(photos, tmp_path / "other", **settings)
+    hpseg.train(photos, tmp_path / "other", overwrite=True, **settings)
+    assert (tmp_path / "other" / "mine.txt").read_text() == "kept"
+
+
+def test_resume_refuses_another_backbone(photos, vit_file, tmp_path):
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(vit_file.read_bytes())
+    weights.with_suffix(".json").write_bytes(vit_file.with_suffix(".json").read_bytes())
+    settings = dict(weights=weights, steps=4, **SMALL)
+    hpseg.train(photos, tmp_path / "run", **settings)
+    save_file(make_vit(seed=1).state_dict(), weights)
+    with pytest.raises(UsageError, match="other weights"):
+        hpseg.train(photos, tmp_path / "run", resume=True, **settings)
+    with pytest.raises(UsageError, match="was trained on"):
+        hpseg.load(tmp_path / "run")
+
+
+def test_corrupt_pictures_are_skipped_and_counted(vit_file, tmp_path, capsys):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i in range(4):
+        paint(60, 50, i).save(root / f"{i}.png")
+    (root / "2b.jpg").write_bytes(b"not a picture")
+    (root / "3.png").write_bytes((root / "3.png").read_bytes()[:300])
+    results = hpseg.train(root, tmp_path / "run", weights=vit_file, steps=6, **{**SMALL, "quiet": False})
+    assert [name.rsplit("/")[-1] for name in results["unreadable"]] == ["2b.jpg", "3.png"]
+    assert "2 unreadable pictures were skipped" in capsys.readouterr().err
+    for path in root.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match="none of the 5 pictures can be decoded"):
+        hpseg.train(root, tmp_path / "none", weights=vit_file, steps=6, **SMALL)
+
+
+def test_never_opens_a_label(photos, vit_file, tmp_path):
+    root = tmp_path / "data"
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    for i in range(3):
+        paint(40, 40, i).save(root / "images" / f"{i}.png")
+        (root / "labels" / f"{i}.txt").write_text("no picture")
+    opened = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    hpseg.train(root / "images", tmp_path / "run", weights=vit_file, steps=2, **SMALL)
+    assert any("images" in name for name in opened) and not any(str(root / "labels") in name for name in opened)
+
+
+@pytest.mark.parametrize("setting, message", [
+    ({"classes": 1}, "classes: expected at least 2, got 1"), ({"classes": 300}, "at most 255, got 300"),
+    ({"steps": "many"}, "steps: expected int, got 'many'"), ({"crop": "big"}, "crop: expected one of center, random, five"),
+    ({"dropout": 1.5}, r"dropout: expected a number in \[0, 1\], got 1.5"), ({"temperature": 0.0}, "temperature"),
+    ({"preset": "imagenet"}, "preset: expected one of cocostuff"), ({"step": 3}, "unknown setting 'step'"),
+    ({"cache_features": True}, "cache_features: needs the same view"), ({"device": "tpu9"}, "device: expected auto, cpu"),
+    ({"weights": "nowhere.pt"}, "weights: no file"),
+])
+def test_settings_that_cannot_be(photos, vit_file, tmp_path, setting, message):
+    with pytest.raises(UsageError, match=message):
+        hpseg.train(photos, tmp_path / "run", **{"weights": vit_file, **SMALL, **setting})
+    assert not (tmp_path / "run").exists()
