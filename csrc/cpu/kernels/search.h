@@ -54,7 +54,7 @@ class Panels {
       }
       block_[task] = largest;
     });
-    if (!finite) throw std::invalid_argument(std::string(rows.name) + " must be finite, got inf or nan");
+    if (!finite) throw std::invalid_argument(std::string(rows.name) + ": expected finite values, got inf or nan");
   }
 
   int64_t groups() const { return groups_; }
