@@ -1,0 +1,115 @@
+"""local_mix, neighbor_weights, neighbor_mix: golden numbers, a direct oracle, gradients, odd input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hpkernels as hk
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("name", ["local_mix_a", "local_mix_b"])
+def test_golden(name, backend, device):
+    data = np.load(GOLDEN / f"{name}.npz")
+    meta = json.loads(str(data["meta"]))
+    skip = meta["prefix_tokens"]
+    tensors = {k: torch.from_numpy(data[k]).to(device) for k in data.files if data[k].ndim}
+    attention = tensors["attention"][:, :, skip:, skip:]
+    code = tensors["code"].requires_grad_()
+    mixed = hk.local_mix(code, attention, meta["grid"], sigma=meta["sigma"], backend=backend)
+    assert (mixed - tensors["local_code"]).abs().max() <= 1e-6 * tensors["local_code"].abs().max()
+    mixed.backward(tensors["grad_out"])
+    assert (code.grad - tensors["grad_code"]).abs().max() <= 1e-6 * tensors["grad_code"].abs().max()
+
+
+def oracle_weights(attention: np.ndarray, height: int, width: int, sigma=28.0, low=0.1, high=0.9) -> np.ndarray:
+    a = attention.astype(np.float64)
+    a = a.mean(1) if a.ndim == 4 else a
+    batch, tokens = a.shape[0], height * width
+    c = np.clip(a, np.quantile(a, low, axis=2, keepdims=True), np.quantile(a, high, axis=2, keepdims=True))
+    p = np.exp(c - c.max(2, keepdims=True))
+    p /= p.sum(2, keepdims=True)
+    out = np.zeros((batch, tokens, 9))
+    for y in range(height):
+        for x in range(width):
+            inside = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if 0 <= y + dy < height and 0 <= x + dx < width]
+            for dy, dx in inside:
+                taps = p[:, y * width + x, (y + dy) * width + x + dx]
+                out[:, y * width + x, 3 * dy + dx + 4] = np.where(taps >= 1 / tokens, sigma * taps / len(inside), 0)
+    return out
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (3, 2), (7, 7), (5, 13), (28, 28)])
+@pytest.mark.parametrize("heads", [None, 1, 6])
+def test_weights_equal_oracle(grid, heads, backend, device):
+    tokens = grid[0] * grid[1]
+    shape = (2, tokens, tokens) if heads is None else (2, heads, tokens, tokens)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    attention = 3 * torch.randn(shape, device=device, dtype=dtype)
+    weights = hk.neighbor_weights(attention, grid, sigma=5.0, low_quantile=0.2, high_quantile=0.85, backend=backend)
+    expected = oracle_weights(attention.cpu().numpy(), *grid, 5.0, 0.2, 0.85)
+    got = weights.double().cpu().numpy()
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    disagree = np.abs(got - expected) > tolerance * 5.0
+    if grid == (1, 1):  # one token: p = 1 = 1/T exactly, a tie of rounding
+        return
+    assert disagree.mean() <= (0 if dtype == torch.float64 else 1e-3)
+
+
+def test_a_constant_per_row_and_a_logarithm_change_nothing(backend, device):
+    attention = torch.randn(2, 3, 25, 25, device=device)
+    base = hk.neighbor_weights(attention, (5, 5), backend=backend)
+    shifted = hk.neighbor_weights(attention + torch.randn(2, 3, 25, 1, device=device), (5, 5), backend=backend)
+    logged = hk.neighbor_weights(attention.softmax(-1).log(), (5, 5), backend=backend)
+    torch.testing.assert_close(shifted, base, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logged, base, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_attention_that_underflowed_to_zero(share, backend, device):
+    """log of a 16-bit softmax holds -inf: an attention of zero, never NaN."""
+    attention = torch.randn(2, 2, 25, 25, device=device)
+    attention[torch.rand_like(attention) < share] = -torch.inf
+    weights = hk.neighbor_weights(attention, (5, 5), backend=backend)
+    assert torch.isfinite(weights).all()
+    torch.testing.assert_close(weights, hk.neighbor_weights(attention.clamp_min(-1e30), (5, 5), backend=backend))
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 4)])
+def test_mix_gradcheck(grid, backend, device):
+    if device.type == "cuda":
+        pytest.skip("fp64 runs on reference and cpu only")
+    tokens = grid[0] * grid[1]
+    code = torch.randn(2, tokens, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, tokens, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda c, w: hk.neighbor_mix(c, w, grid, backend=backend), (code, weights))
+
+
+def test_mix_equals_unfold(backend, device):
+    code, weights = torch.randn(2, 20, 7, device=device), torch.rand(2, 20, 9, device=device)
+    image = code.transpose(1, 2).reshape(2, 7, 4, 5)
+    taps = torch.nn.functional.unfold(image, 3, padding=1).view(2, 7, 9, 20)
+    expected = (taps * weights.permute(0, 2, 1)[:, None]).sum(2).transpose(1, 2)
+    torch.testing.assert_close(hk.neighbor_mix(code, weights, (4, 5), backend=backend), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit(dtype, backend, device):
+    code, attention = torch.randn(2, 16, 8, device=device).to(dtype), torch.randn(2, 3, 16, 16, device=device).to(dtype)
+    mixed = hk.local_mix(code, attention, (4, 4), backend=backend)
+    exact = hk.local_mix(code.double(), attention.double(), (4, 4), backend="reference")
+    assert mixed.dtype == dtype
+    torch.testing.assert_close(mixed.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_both_layouts_of_the_code(backend, device):
+    code, attention = torch.randn(2, 6, 4, 5, device=device), torch.randn(2, 20, 20, device=device)
+    image = hk.local_mix(code, attention, (4, 5), backend=backend)
+    rows = hk.local_mix(code.flatten(2).transpose(1, 2), attention, (4, 5), backend=backend)
+    assert torch.equal(image.flatten(2).transpose(1, 2), rows) and image.shape == code.shape
