@@ -1,0 +1,234 @@
+"""What the Triton kernels of several ops share: bits, ordered keys, tile order, the tile product, launch helpers.
+
+Conventions: matrices are contiguous along their last axis; `rows_*` are index vectors of a tile, clamped to valid rows
+so that the loads of a tile need no mask (what a clamped row yields is never stored or counted); offsets of rows are
+int64. A pair mask is int32 words, bit j of a row is bit j % 32 of word j // 32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
+_TRANSPOSE_ROWS, _TRANSPOSE_WORDS = 128, 4
+_INTERPRETER_PROCESSORS = 1  # CPU tensors under the interpreter: no reason to split work
+
+
+# ------------------------------------------------------------------ host side
+
+
+def require_supported(**tensors: Tensor | None) -> None:
+    """TypeError, naming the argument, unless every tensor is fp16, bf16 or fp32."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise TypeError(
+                f"{name}: the triton backend takes float16, bfloat16 or float32, got {tensor.dtype}; "
+                "backend='reference' takes float64"
+            )
+
+
+def same_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous tensors of one dtype: unchanged where they agree, else each promoted to fp32 (exact)."""
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = tuple(tensor.float() for tensor in tensors)
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    """Key of the configuration tables: "half" runs on the matrix units, "single" is IEEE fp32 arithmetic."""
+    return "single" if dtype == torch.float32 else "half"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: fp32 decisions are IEEE products, never silent TF32; 16-bit operands ignore it."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def word_count(columns: int) -> int:
+    """int32 words in a row of `columns` bits: rows are multiples of 16 bytes."""
+    return 4 * ((columns + 127) // 128)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Launches inside go to the tensor's device (nothing to do for CPU tensors, under the interpreter)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def processor_count(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _INTERPRETER_PROCESSORS
+
+
+def split_tiles(programs: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """(splits, tiles per split) of a loop over `tiles`, so that `programs` row panels fill the device twice.
+
+    Depends on shapes and the device only; every split has at least one tile.
+    """
+    splits = min(max(1, 2 * processor_count(device) // max(1, programs)), tiles)
+    per_split = triton.cdiv(tiles, splits)
+    return triton.cdiv(tiles, per_split), per_split
+
+
+# ------------------------------------------------------------------ bits
+
+
+@triton.jit
+def popcount(words):
+    """Set bits of each int32 word."""
+    v = words.to(tl.uint32, bitcast=True)
+    v = v - ((v >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F
+    v = v + (v >> 8)
+    return ((v + (v >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def expand_words(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """int32 words [ROWS, COLUMNS // 32] -> int1 [ROWS, COLUMNS]."""
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, [ROWS, COLUMNS]) != 0
+
+
+@triton.jit
+def bit_tile(bits_ptr, rows, first_word, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """int1 [ROWS, COLUMNS]: the bits of rows `rows` from word `first_word` on."""
+    word = first_word + tl.arange(0, COLUMNS // 32)
+    words = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * stride + word[None, :])
+    return expand_words(words, ROWS, COLUMNS)
+
+
+@triton.jit
+def pack_columns(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """int1 [ROWS, COLUMNS] -> int32 words [ROWS, COLUMNS // 32]."""
+    lanes = tl.reshape(bits.to(tl.int32), [ROWS, COLUMNS // 32, 32]) << tl.arange(0, 32)[None, None, :]
+    return tl.sum(lanes, axis=2)
+
+
+@triton.jit
+def pack_rows(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """int1 [ROWS, COLUMNS] -> words [ROWS // 32, COLUMNS] of the transposed bits (entry [w, c] belongs to row c)."""
+    lanes = tl.reshape(bits.to(tl.int32), [ROWS // 32, 32, COLUMNS]) << tl.arange(0, 32)[None, :, None]
+    return tl.sum(lanes, axis=1)
+
+
+@triton.jit
+def _transpose_bits_kernel(bits_ptr, out_ptr, N, W, columns, W_out, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Transposes BLOCK_M rows x 32 BLOCK_W columns of bits."""
+    COLUMNS: tl.constexpr = 32 * BLOCK_W
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    inside = (rows < N)[:, None] & (word < W)[None, :]
+    words = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0)
+    turned = pack_rows(expand_words(words, BLOCK_M, COLUMNS), BLOCK_M, COLUMNS)
+    out_rows = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    out_word = tl.program_id(0) * (BLOCK_M // 32) + tl.arange(0, BLOCK_M // 32)
+    out_at = out_rows.to(tl.int64)[None, :] * W_out + out_word[:, None]
+    tl.store(out_ptr + out_at, turned, mask=(out_rows < columns)[None, :])
+
+
+def transpose_bits(bits: Tensor, columns: int) -> Tensor:
+    """(N, W) -> (columns, words(N)): bit (j, i) of the result is bit (i, j)."""
+    bits = bits.contiguous()
+    n, width = bits.shape
+    out = torch.empty((columns, word_count(n)), dtype=torch.int32, device=bits.device)
+    if out.numel():  # blocks of 128 rows make exactly words(N): padding words are written, as zeros
+        with on_device(bits):
+            _transpose_bits_kernel[(triton.cdiv(n, _TRANSPOSE_ROWS), triton.cdiv(width, _TRANSPOSE_WORDS))](
+                bits, out, n, width, columns, out.stride(0), BLOCK_M=_TRANSPOSE_ROWS, BLOCK_W=_TRANSPOSE_WORDS
+            )
+    return out
+
+
+# ------------------------------------------------------------------ ordered keys
+
+
+@triton.jit
+def ordered_key(values, indices):
+    """int64 keys whose signed order is: larger value first, then lower index. -0.0 counts as 0.0."""
+    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - indices.to(tl.int64))
+
+
+@triton.jit
+def key_value(keys):
+    """The fp32 value of an ordered key; -inf for the empty keys (below every number's)."""
+    ordered = (keys >> 32).to(tl.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return tl.where(ordered < -2139095041, float("-inf"), bits.to(tl.float32, bitcast=True))
+
+
+def decode_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 values and int64 indices of ordered keys; -inf and -1 for empty keys and for values of -inf."""
+    ordered = keys >> 32
+    bits = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(torch.int32)
+    missing = ordered <= -2139095041  # the ordered bits of -inf
+    values = torch.where(missing, -torch.inf, bits.view(torch.float32))
+    return values, torch.where(missing, -1, 0xFFFFFFFF - (keys & 0xFFFFFFFF))
+
+
+# ------------------------------------------------------------------ tiles
+
+
+@triton.jit
+def _triangle_start(column_group, GROUP: tl.constexpr):
+    return GROUP * GROUP * (column_group * (column_group - 1) // 2) + column_group * (GROUP * (GROUP + 1) // 2)
+
+
+@triton.jit
+def triangle_tile(p, GROUP: tl.constexpr):
+    """Program p -> tile (r, c), r <= c, of the upper triangle.
+
+    Columns go in groups of GROUP; within a group row tiles are walked top down, so that GROUP column tiles stay in
+    cache while row tiles stream by. The square root is fp32: one integer correction each way makes it exact.
+    """
+    root = tl.sqrt(2.0 * p.to(tl.float32)) / GROUP
+    g = tl.maximum(root.to(tl.int32), 0)
+    g = tl.where(_triangle_start(g, GROUP) > p, g - 1, g)
+    g = tl.where(_triangle_start(g + 1, GROUP) <= p, g + 1, g)
+    q = p - _triangle_start(g, GROUP)
+    above = g * GROUP * GROUP  # tiles of the group's full rows; the group's own small triangle comes last
+    t = tl.maximum(q - above, 0)
+    c = 0
+    for step in tl.static_range(1, GROUP):
+        c = tl.where(t >= step * (step + 1) // 2, step, c)
+    r_corner = g * GROUP + t - c * (c + 1) // 2
+    r = tl.where(q < above, q // GROUP, r_corner)
+    c = g * GROUP + tl.where(q < above, q % GROUP, c)
+    return r, c
+
+
+def triangle_programs(tiles: int, group: int) -> int:
+    """Programs that cover the upper triangle of tiles x tiles (those past the last column have nothing to do)."""
+    g = triton.cdiv(tiles, group)
+    return group * group * (g * (g - 1) // 2) + g * (group * (group + 1) // 2)
+
+
+@triton.jit
+def tile_product(
+    a_ptr, b_ptr, rows_a, rows_b, D, stride_a, stride_b,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_A, BLOCK_B]: inner products of rows rows_a of a with rows rows_b of b, D in steps of BLOCK_K."""
+    a_rows = a_ptr + rows_a.to(tl.int64)[:, None] * stride_a
+    b_rows = b_ptr + rows_b.to(tl.int64)[None, :] * stride_b
+    acc = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    for start in range(0, D, BLOCK_K):
+        d = start + tl.arange(0, BLOCK_K)
+        if EVEN_K:
+            a = tl.load(a_rows + d[None, :])
+            b = tl.load(b_rows + d[:, None])
+        else:
+            a = tl.load(a_rows + d[None, :], mask=d[None, :] < D, other=0.0)
+            b = tl.load(b_rows + d[:, None], mask=d[:, None] < D, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
