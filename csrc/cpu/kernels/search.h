@@ -54,7 +54,7 @@ class Panels {
       }
       block_[task] = largest;
     });
-    if (!finite) throw std::invalid_argument(std::string(rows.name) + ": expected finite values, got inf or nan");
+    if (!finite) throw std::invalid_argument(std::string(rows.name) + ": expected finite numbers, got NaN or infinity");
   }
 
   int64_t groups() const { return groups_; }
@@ -201,7 +201,10 @@ struct TopkRow {
   T bar;  // at least k keys reach it
   const T* query;
 
-  void add(T lower, T upper, int64_t key, const Rows<T>& keys) {
+  void add(T value, T band, int64_t key, const Rows<T>& keys) {
+    const bool bounded = band <= std::numeric_limits<T>::max();
+    const T lower = bounded ? value - band : -std::numeric_limits<T>::infinity();
+    const T upper = bounded ? value + band : std::numeric_limits<T>::infinity();
     if (upper < bar) return;
     if (count == capacity) {
       raise_bar();
@@ -228,7 +231,9 @@ struct TopkRow {
     raise_bar();
     for (int64_t n = 0; n < count; ++n) {
       TopkEntry<T>& entry = entries[n];
-      if (entry.lower != entry.upper) entry.lower = entry.upper = canonical_dot(query, keys.row(entry.key), keys.depth);
+      if (entry.lower == entry.upper) continue;
+      const T value = canonical_dot(query, keys.row(entry.key), keys.depth);
+      entry.lower = entry.upper = value == value ? value : -std::numeric_limits<T>::infinity();  // inf - inf: keep an order
     }
     std::sort(entries, entries + count, [](const TopkEntry<T>& x, const TopkEntry<T>& y) {
       return x.lower > y.lower || (x.lower == y.lower && x.key < y.key);
@@ -281,7 +286,7 @@ void topk_similarity_with(const TopkArgs<T>& args) {
           if (largest_of(s, cols) < bar) continue;
           const int64_t self = args.exclude_self ? original(args.queries, i) : -1;
           for_each_candidate(s, first, cols, bar, [&](int64_t c, T value) {
-            if (self < 0 || original(args.keys, j + c) != self) row.add(value - band, value + band, j + c, args.keys);
+            if (self < 0 || original(args.keys, j + c) != self) row.add(value, band, j + c, args.keys);
           });
         }
       }
