@@ -1,0 +1,172 @@
+"""`hpseg demo`: the whole path in a few minutes on two cores, without a network.
+
+For every seed it draws texture mosaics with known masks, trains the Hidden Positives head on them without looking at a
+mask, and scores it on unseen mosaics beside k-means on the same frozen features and on plain colours. A last run
+trains on the photographs in this package, for the eye only. The classes of the mosaics are textures: each region has
+its own random colours, so colour says nothing about the class.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from hpseg.config import UsageError
+
+TEXTURES = ("stripes", "checks", "dots", "bricks", "cells", "grain")
+PHOTOS = Path(__file__).parent / "assets" / "photos"
+SIDE = 160  # of a mosaic, in pixels
+REGIONS = 5  # of a mosaic
+MOSAIC_SETTINGS = dict(size=SIDE, predict_size=SIDE, classes=len(TEXTURES), crop="center", batch_size=8, dim=128)
+PHOTO_SETTINGS = dict(size=224, predict_size=224, classes=6, crop="random", batch_size=4, dim=128)
+METHODS = {"kmeans_rgb": "k-means, RGB", "kmeans_features": "k-means, frozen features", "trained": "trained head"}
+
+
+def add_arguments(parser):
+    """Declare the options of `hpseg demo` on an argparse parser."""
+    add = parser.add_argument
+    add("--out", type=Path, help="folder to write (default: demo, or the first free of demo-2, demo-3, ...)")
+    add("--overwrite", action="store_true", help="write into a non-empty --out")
+    add("--seeds", type=int, default=3, help="independent repetitions: mosaics, training and k-means (default 3)")
+    add("--steps", type=int, default=150, help="training steps of each run (default 150)")
+    add("--train-images", type=int, default=64, help="mosaics to train on, per seed")
+    add("--test-images", type=int, default=24, help="mosaics to score on, per seed")
+    add("--backbone", default="embedded", help="'embedded' or any timm ViT, such as vit_small_patch8_224.dino")
+    add("--weights", type=Path, help="local checkpoint for the backbone")
+    add("--device", default="auto")
+
+
+def output_folder(out: Path | None, overwrite: bool) -> Path:
+    """The folder to write to. Without `out`: demo, or the first of demo-2, demo-3, ... that is not in use."""
+    def in_use(path):
+        return path.is_file() or path.is_dir() and any(path.iterdir())
+
+    if out is None:
+        number, out = 1, Path("demo")
+        while in_use(out) and not overwrite:
+            number += 1
+            out = Path(f"demo-{number}")
+    elif in_use(out) and not overwrite:
+        raise UsageError(f"--out: {out} is not empty; name another folder or give --overwrite")
+    return out
+
+
+def write_mosaics(folder: Path, count: int, seed: list[int], labels: bool) -> None:
+    """Draw `count` mosaics into folder/images, and with `labels` their masks into folder/labels."""
+    from hpseg.predict import label_image
+    from hpseg.procedural import mosaic
+
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    if labels:
+        (folder / "labels").mkdir(exist_ok=True)
+        (folder / "classes.json").write_text(json.dumps({"classes": TEXTURES}) + "\n")
+    for number in range(count):
+        image, mask = mosaic(rng, SIDE, TEXTURES, REGIONS)
+        Image.fromarray(image).save(folder / "images" / f"{number:03d}.png")
+        if labels:
+            label_image(mask.astype(np.uint8)).save(folder / "labels" / f"{number:03d}.png")
+
+
+def contact_sheet(rows: list[list[Image.Image]], titles: list[str], height: int = 120) -> Image.Image:
+    """Rows of pictures under column titles; every picture is brought to the same height, every column to one width."""
+    rows = [[p.convert("RGB").resize((round(p.width * height / p.height), height)) for p in row] for row in rows]
+    width, gap = max(p.width for row in rows for p in row), 4
+    sheet = Image.new("RGB", (len(titles) * (width + gap) + gap, len(rows) * (height + gap) + 20), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (width + gap) + width // 2, 10), title, fill="black", anchor="mm")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (gap + x * (width + gap) + (width - picture.width) // 2, 20 + y * (height + gap)))
+    return sheet
+
+
+def pictures(run: Path, train_images: Path, files: list[Path], labels: Path | None, scores: dict | None, seed: int):
+    """One row of the contact sheet per file: image, truth, k-means, head, overlay; clusters in their class's colour."""
+    import torch
+
+    from hpseg.data.folder import find_images
+    from hpseg.evaluation.evaluate import KMeans
+    from hpseg.predict import label_image, load, overlay
+
+    segmenter = load(run)
+
+    def features(pixels):
+        tokens = segmenter.backbone(pixels)
+        return tokens.features.unflatten(1, tokens.grid)
+
+    def recolour(prediction, method):
+        """Cluster numbers -> numbers of the classes they were matched to; unmatched ones keep theirs."""
+        table = np.arange(256, dtype=np.uint8)
+        for cls, cluster in enumerate(scores[method]["cluster_of"] if scores else ()):
+            table[cluster] = cls
+        return table[prediction]
+
+    with torch.no_grad():
+        kmeans = KMeans(features, segmenter.config.classes,
+                        [segmenter.prepare(path)[0] for path in find_images(train_images)], seed)
+        for path in files:
+            image = Image.open(path).convert("RGB")
+            truth = Image.open(labels / path.name) if labels else Image.new("RGB", image.size, "white")
+            by_kmeans = recolour(kmeans.predict(*segmenter.prepare(image)), "kmeans_features")
+            by_head = recolour(segmenter.predict(image), "trained")
+            yield [image, truth, label_image(by_kmeans), label_image(by_head), overlay(image, by_head, 0.5)]
+
+
+def run(args) -> None:
+    """Do everything `hpseg demo` does; prints the table and leaves results.json, contact_sheet.png and overlays/."""
+    from hpseg.evaluation.evaluate import evaluate
+    from hpseg.training import train
+
+    for name in ("seeds", "steps", "train_images", "test_images"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    started, out = time.perf_counter(), output_folder(args.out, args.overwrite)
+    common = dict(steps=args.steps, backbone=args.backbone, weights=args.weights, device=args.device,
+                  overwrite=args.overwrite)
+    rows, scores = [], []
+    for seed in range(args.seeds):
+        base = out / f"seed{seed}"
+        write_mosaics(base / "train", args.train_images, [seed, 0], labels=False)
+        write_mosaics(base / "test", args.test_images, [seed, 1], labels=True)
+        train(base / "train", base / "run", seed=seed, **MOSAIC_SETTINGS, **common)
+        scores.append(evaluate(base / "run", base / "test", rgb=True, seed=seed, device=args.device))
+        print(f"seed {seed}: mIoU " + ", ".join(f"{title} {scores[-1][m]['miou']:.1f}" for m, title in METHODS.items()),
+              flush=True)
+        if seed == 0:
+            files = sorted((base / "test" / "images").iterdir())[:4]
+            rows += pictures(base / "run", base / "train", files, base / "test" / "labels", scores[0], seed)
+
+    train(PHOTOS, out / "photographs", seed=0, **PHOTO_SETTINGS, **common)
+    photographs = sorted(PHOTOS.glob("*.jpg"))
+    shown = list(pictures(out / "photographs", PHOTOS, photographs, None, None, 0))
+    (out / "overlays").mkdir(exist_ok=True)
+    for path, row in zip(photographs, shown, strict=True):
+        row[-1].save(out / "overlays" / path.name, quality=90)
+    for number, row in enumerate(rows):
+        row[-1].save(out / "overlays" / f"mosaic{number}.jpg", quality=90)
+    sheet = contact_sheet(rows + shown[:4], ["image", "truth", "k-means, frozen features", "trained head", "overlay"])
+    sheet.quantize(256).save(out / "contact_sheet.png", optimize=True)
+
+    mean = {m: float(np.mean([s[m]["miou"] for s in scores])) for m in METHODS}
+    seconds = time.perf_counter() - started
+    results = {"seconds": round(seconds, 1), "textures": TEXTURES, "backbone": args.backbone, "steps": args.steps,
+               "miou_mean": mean, "miou": {m: [s[m]["miou"] for s in scores] for m in METHODS},
+               "accuracy": {m: [s[m]["accuracy"] for s in scores] for m in METHODS}}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(scores, mean))
+    print(f"{seconds:.0f} seconds; contact sheet, overlays, results and runs are in {out}")
+
+
+def table(scores: list[dict], mean: dict) -> str:
+    """mIoU in percent, one line per method, one column per seed and the mean."""
+    lines = [f"mIoU on unseen mosaics of {len(TEXTURES)} textures, percent",
+             " " * 26 + "".join(f"{f'seed {n}':>9}" for n in range(len(scores))) + f"{'mean':>9}"]
+    lines += [f"{title:<26}" + "".join(f"{s[m]['miou']:>9.1f}" for s in scores) + f"{mean[m]:>9.1f}"
+              for m, title in METHODS.items()]
+    return "\n".join(lines)
