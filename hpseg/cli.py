@@ -27,10 +27,10 @@ HELP = {
 }
 
 
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag per field of Config but `images`; a flag that is not given leaves the preset's value."""
+def add_setting_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ("images",)) -> None:
+    """A flag per field of Config; a flag that is not given leaves the preset's value."""
     for field in dataclasses.fields(Config):
-        if field.name == "images":
+        if field.name in leave_out:
             continue
         flag, text = "--" + field.name.replace("_", "-"), HELP.get(field.name)
         if field.type == "bool":

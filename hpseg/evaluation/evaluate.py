@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from hpseg.checkpoints import write_json
 from hpseg.clustering import spherical_kmeans
 from hpseg.config import UsageError
 from hpseg.data.folder import find_images
 from hpseg.data.transforms import UnreadableImage, load_image
-from hpseg.evaluation.metrics import Scores, confusion, match_and_score
+from hpseg.evaluation.metrics import confusion, match_and_score
 from hpseg.predict import Segmenter, label_map, load
 
 KMEANS_ROWS = 65_536
@@ -55,58 +57,75 @@ def read_label(path: Path) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-class KMeans:
-    """A baseline: centroids (K, C) over what `describe` makes of a prepared image, (1, rows, columns, C)."""
+class Segments(Protocol):
+    """What is scored: maps (1, K, rows, columns) of which the largest decides, for what `describe` makes of a picture."""
 
-    def __init__(self, describe, classes: int, pictures: list[Tensor], seed: int):
-        self.describe = describe
-        each = math.ceil(KMEANS_ROWS / len(pictures))
-        rng = torch.Generator().manual_seed(seed)
-        rows = []
-        for pixels in pictures:
-            tokens = describe(pixels).flatten(0, 2)
-            rows.append(tokens[torch.randperm(len(tokens), generator=rng)[:each].to(tokens.device)])
-        self.centroids, _ = spherical_kmeans(torch.cat(rows), classes, restarts=10, seed=seed)
-
-    def predict(self, pixels: Tensor, size: tuple[int, int]) -> np.ndarray:
-        return label_map((self.describe(pixels) @ self.centroids.T).movedim(-1, 1), size)
+    def __call__(self, described: Tensor) -> Tensor: ...
 
 
-def evaluate(run: str | Path, data: str | Path, *, fit_on: str | Path | None = None, void: int = 255, rgb: bool = False,
-             seed: int = 0, device: str = "auto") -> dict:
-    """Scores of the run and of its baselines on DATA; also written to RUN/eval.json.
+def kmeans_baseline(rows: Tensor, classes: int, seed: int) -> Segments:
+    """The fixed recipe: spherical k-means over rows (N, C), 10 restarts, the best inertia."""
+    centroids, _ = spherical_kmeans(rows, classes, restarts=10, seed=seed)
+    return lambda described: (described @ centroids.T).movedim(-1, 1)
 
-    The baselines are spherical k-means with as many clusters as the run has, 10 restarts, the best inertia, fitted to
-    patches of the photographs in `fit_on` (by default the run's own training images: what the head saw, no more). `rgb`
-    adds k-means on standardised colour means of patches.
+
+def trained(segmenter: Segmenter) -> Segments:
+    return lambda features: segmenter.clusters(segmenter.head(features.flatten(1, 2))).transpose(1, 2).unflatten(
+        2, features.shape[1:3])
+
+
+def evaluate(run: str | Path, data: str | Path, **options) -> dict:
+    """Scores of one run and its baselines on DATA; also written to RUN/eval.json. Options: see `evaluate_runs`."""
+    results = evaluate_runs([run], data, **options)[0]
+    write_json(Path(run) / "eval.json", results)
+    return results
+
+
+@torch.no_grad()
+def evaluate_runs(runs: list[str | Path], data: str | Path, *, fit_on: str | Path | None = None, void: int = 255,
+                  rgb: bool = False, seed: int = 0, device: str = "auto") -> list[dict]:
+    """Scores of runs that share a backbone, a prediction size and training images, in one pass over DATA.
+
+    The baselines are spherical k-means with as many clusters as the run has, fitted to patches of the photographs in
+    `fit_on` (by default the runs' own training images: what the head saw, no more); k-means of run r is seeded with
+    seed + r. `rgb` adds k-means on standardised colour means of patches.
     """
-    pairs, segmenter = find_pairs(data), load(run, device)
-    config = segmenter.config
+    pairs, segmenters = find_pairs(data), [load(run, device) for run in runs]
+    first, config = segmenters[0], segmenters[0].config
+    for other in segmenters[1:]:
+        if other.backbone.fingerprint != first.backbone.fingerprint or other.config.predict_size != config.predict_size:
+            raise UsageError(f"runs: {runs} differ in backbone or prediction size; evaluate them one by one")
     fit_on = Path(fit_on or config.images)
     if not fit_on.is_dir():
         raise UsageError(f"fit_on: no folder {fit_on}; name the photographs that k-means is to be fitted to")
 
-    def features(pixels: Tensor) -> Tensor:
-        tokens = segmenter.backbone(pixels)
-        return tokens.features.unflatten(1, tokens.grid)
+    def describe(pixels: Tensor) -> dict[str, Tensor]:
+        tokens = first.backbone(pixels)
+        described = {"features": tokens.features.unflatten(1, tokens.grid)}
+        if rgb:
+            means = F.avg_pool2d(pixels.float() / 255, first.backbone.patch)
+            described["rgb"] = ((means - first.backbone.mean) / first.backbone.std).movedim(1, -1)
+        return described
 
-    def colours(pixels: Tensor) -> Tensor:
-        means = F.avg_pool2d(pixels.float() / 255, segmenter.backbone.patch)
-        return ((means - segmenter.backbone.mean) / segmenter.backbone.std).movedim(1, -1)
-
-    pictures = []
-    for path in tqdm(find_images(fit_on), desc="fit", unit="image", disable=None, leave=False):
+    files = find_images(fit_on)
+    each, rng, rows = math.ceil(KMEANS_ROWS / len(files)), torch.Generator().manual_seed(seed), []
+    for path in tqdm(files, desc="fit", unit="image", disable=None, leave=False):
         try:
-            pictures.append(segmenter.prepare(path)[0])
+            described = describe(first.prepare(path)[0])
         except UnreadableImage as error:
             print(f"skipped {error}", file=sys.stderr)
-    with torch.no_grad():
-        baselines = {"kmeans_features": KMeans(features, config.classes, pictures, seed)}
-        if rgb:
-            baselines["kmeans_rgb"] = KMeans(colours, config.classes, pictures, seed)
-    del pictures
+            continue
+        picks = torch.randperm(described["features"][0, ..., 0].numel(), generator=rng)[:each]
+        rows.append({name: maps.flatten(0, 2)[picks.to(maps.device)] for name, maps in described.items()})
+    methods: list[dict[str, tuple[str, Segments]]] = []
+    for number, segmenter in enumerate(segmenters):
+        methods.append({"trained": ("features", trained(segmenter))})
+        for name in rows[0]:
+            baseline = kmeans_baseline(torch.cat([part[name] for part in rows]), segmenter.config.classes, seed + number)
+            methods[-1][f"kmeans_{name}"] = (name, baseline)
 
-    counts = {name: np.zeros((config.classes, 256), np.int64) for name in ("trained", *baselines)}
+    counts = [{name: np.zeros((segmenter.config.classes, 256), np.int64) for name in of_run}
+              for segmenter, of_run in zip(segmenters, methods, strict=True)]
     scored = 0
     for image_path, label_path in tqdm(pairs, desc="eval", unit="image", disable=None, leave=False):
         try:
@@ -119,24 +138,28 @@ def evaluate(run: str | Path, data: str | Path, *, fit_on: str | Path | None = N
             raise UsageError(f"labels: {label_path} is {truth.shape[1]} x {truth.shape[0]} pixels, its image "
                              f"{picture.width} x {picture.height}")
         truth = np.where(truth == void, -1, truth)
-        pixels, size = segmenter.prepare(picture)
-        counts["trained"] += confusion(segmenter.predict(picture), truth, config.classes, 256)
-        with torch.no_grad():
-            for name, baseline in baselines.items():
-                counts[name] += confusion(baseline.predict(pixels, size), truth, config.classes, 256)
+        pixels, size = first.prepare(picture)
+        described = describe(pixels)
+        for of_run, totals in zip(methods, counts, strict=True):
+            for name, (source, segments) in of_run.items():
+                totals[name] += confusion(label_map(segments(described[source]), size), truth, len(totals[name]), 256)
         scored += 1
+    return [_report(totals, Path(data), {"data": str(data), "fit_on": str(fit_on), "images": scored, "seed": seed + number})
+            for number, totals in enumerate(counts)]
 
+
+def _report(counts: dict[str, np.ndarray], data: Path, facts: dict) -> dict:
+    """Scores of every confusion matrix (clusters, 256) over the classes that occur."""
     occurring = np.flatnonzero(counts["trained"].sum(0))
     if not len(occurring):
-        raise UsageError(f"data: no labelled pixel in {data} (void is {void})")
-    names = class_names(Path(data), int(occurring[-1]) + 1)
-    results = {"data": str(data), "fit_on": str(fit_on), "images": scored, "clusters": config.classes,
-               "classes": [names[c] for c in occurring], "pixels": int(counts["trained"].sum()), "seed": seed}
+        raise UsageError(f"data: no labelled pixel in {data}")
+    names = class_names(data, int(occurring[-1]) + 1)
+    results = {**facts, "clusters": len(counts["trained"]), "pixels": int(counts["trained"].sum()),
+               "classes": [names[c] for c in occurring]}
     for name, matrix in counts.items():
         scores = match_and_score(matrix[:, occurring])
         results[name] = {"accuracy": scores.accuracy, "miou": scores.miou, "iou": scores.iou.tolist(),
                          "cluster_of": scores.cluster_of.tolist()}
-    (Path(run) / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
