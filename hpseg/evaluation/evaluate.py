@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,16 +57,31 @@ def read_label(path: Path) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-class Segments(Protocol):
-    """What is scored: maps (1, K, rows, columns) of which the largest decides, for what `describe` makes of a picture."""
-
-    def __call__(self, described: Tensor) -> Tensor: ...
+# Descriptions (1, rows, columns, C) of a picture -> maps (1, K, rows, columns), of which the largest decides.
+Segments = Callable[[Tensor], Tensor]
 
 
 def kmeans_baseline(rows: Tensor, classes: int, seed: int) -> Segments:
     """The fixed recipe: spherical k-means over rows (N, C), 10 restarts, the best inertia."""
     centroids, _ = spherical_kmeans(rows, classes, restarts=10, seed=seed)
     return lambda described: (described @ centroids.T).movedim(-1, 1)
+
+
+class KMeans:
+    """The baseline on its own, for pictures: fitted to prepared images (1, 3, H, W), then `predict`s label maps.
+
+    describe: pixels -> (1, rows, columns, C).
+    """
+
+    def __init__(self, describe: Callable[[Tensor], Tensor], classes: int, pictures: list[Tensor], seed: int):
+        each, rng, rows = math.ceil(KMEANS_ROWS / len(pictures)), torch.Generator().manual_seed(seed), []
+        for pixels in pictures:
+            tokens = describe(pixels).flatten(0, 2)
+            rows.append(tokens[torch.randperm(len(tokens), generator=rng)[:each].to(tokens.device)])
+        self.describe, self.segments = describe, kmeans_baseline(torch.cat(rows), classes, seed)
+
+    def predict(self, pixels: Tensor, size: tuple[int, int]) -> np.ndarray:
+        return label_map(self.segments(self.describe(pixels)), size)
 
 
 def trained(segmenter: Segmenter) -> Segments:

@@ -113,3 +113,15 @@ def test_eval_refuses_labels_of_another_size(run, tree):
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tree / "labels" / "a.png")
     with pytest.raises(UsageError, match="a.png is 4 x 4 pixels, its image 60 x 40"):
         evaluate(run, tree, device="cpu")
+
+
+def test_runs_are_scored_as_they_predict(run, tree):
+    import hpseg
+    from hpseg.evaluation.evaluate import evaluate_runs
+    segmenter, counts = hpseg.load(run, device="cpu"), np.zeros((3, 4), np.int64)
+    for image, label in find_pairs(tree):
+        counts += confusion(segmenter.predict(image), read_label(label), 3, 4)
+    scores = match_and_score(counts[:, [0, 3]])
+    both = evaluate_runs([run, run], tree, device="cpu")
+    assert [results["trained"]["miou"] for results in both] == pytest.approx([scores.miou] * 2)
+    assert both[0]["trained"]["iou"] == pytest.approx(scores.iou.tolist()) and both[1]["seed"] == 1
