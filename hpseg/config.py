@@ -31,7 +31,7 @@ class Config:
     size: int = 224  # side of the square training crop, rounded to whole patches
     crop: str = "center"  # "center", "random", or "five": half-size corner and centre crops, as the published runs
     predict_size: int = 320  # short side at prediction
-    cache_features: bool = False  # run the frozen backbone once per image and keep its output in memory
+    cache_features: bool = False  # run the frozen backbone once per whole photograph; crops are windows of its tokens
 
     # Optimisation (HP, section 4.1 and released configurations)
     steps: int = 1000
@@ -83,9 +83,11 @@ class Config:
             raise UsageError(f"classes: label maps are 8-bit, expected at most 255, got {self.classes}")
         if not self.temperature > 0:
             raise UsageError(f"temperature: expected a number above 0, got {self.temperature}")
-        if self.cache_features and (self.consistency_weight or self.crop == "random"):
-            raise UsageError("cache_features: needs the same view of an image every time, so crop 'center' or 'five' "
-                             f"and consistency_weight 0, got crop {self.crop!r} and {self.consistency_weight}")
+        if self.cache_features and self.consistency_weight:
+            raise UsageError("cache_features: there are no jittered views of cached features, expected consistency_weight 0, "
+                             f"got {self.consistency_weight}")
+        if self.cache_features and self.crop == "five":
+            raise UsageError("cache_features: expected crop 'center' or 'random', got 'five'")
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")

@@ -18,7 +18,7 @@ from hpseg.backbones import Backbone, load_backbone, pick_device
 from hpseg.checkpoints import load_model
 from hpseg.config import Config, UsageError
 from hpseg.data.folder import find_images
-from hpseg.data.transforms import UnreadableImage, load_image, to_tensor
+from hpseg.data.transforms import UnreadableImage, load_image, short_side, to_tensor
 from hpseg.heads import ClusterProbe, SegmentationHead
 
 ImageLike = "str | Path | Image.Image | np.ndarray | Tensor"
@@ -43,10 +43,8 @@ class Segmenter(nn.Module):
     def prepare(self, image: ImageLike) -> tuple[Tensor, tuple[int, int]]:
         """(1, 3, H', W') uint8 with the short side at `config.predict_size`, whole patches; and the image's own (H, W)."""
         picture = as_picture(image)
-        scale = self.config.predict_size / min(picture.size)
-        width, height = (self.backbone.snap(side * scale) for side in picture.size)
+        resized = short_side(picture, self.config.predict_size, self.backbone.patch)
         device = next(self.head.parameters()).device
-        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
         return to_tensor(resized)[None].to(device), (picture.height, picture.width)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hpseg.config import UsageError
-from hpseg.data.transforms import UnreadableImage, five_crop, jitter, load_image, square, to_tensor
+from hpseg.data.transforms import UnreadableImage, five_crop, jitter, load_image, short_side, square, to_tensor
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
               ".pnm", ".tga", ".avif", ".jp2"}
@@ -52,6 +52,13 @@ class PhotoFolder(Dataset):
 
     def __init__(self, files: list[Path], size: int, crop: str, seed: int, with_jitter: bool):
         self.files, self.size, self.crop, self.seed, self.with_jitter = files, size, crop, seed, with_jitter
+        self.patch: int | None = None
+
+    def whole(self, patch: int) -> PhotoFolder:
+        """The same pictures uncut: short side at `size`, the long one at whole patches."""
+        uncut = PhotoFolder(self.files, self.size, self.crop, self.seed, False)
+        uncut.patch = patch
+        return uncut
 
     def __len__(self) -> int:
         return len(self.files) * (5 if self.crop == "five" else 1)
@@ -72,6 +79,8 @@ class PhotoFolder(Dataset):
             raise UsageError(f"images: none of the {len(self.files)} pictures can be decoded, for example {self.files[0]}")
         if which is not None:
             image = five_crop(image, which)
+        if self.patch is not None:
+            return to_tensor(short_side(image, self.size, self.patch)), None, unreadable
         generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch, index)) if self.crop == "random" else None
         view = to_tensor(square(image, self.size, generator))
         twin = jitter(view, hash_seed("jitter", self.seed, epoch, index)) if self.with_jitter else None

@@ -71,6 +71,13 @@ def square(image: Image.Image, size: int, generator: torch.Generator | None = No
     return image.crop((left, top, left + size, top + size))
 
 
+def short_side(image: Image.Image, size: int, patch: int) -> Image.Image:
+    """The whole picture, short side as near to `size` and long side as near to its proportion as whole patches allow."""
+    scale = size / min(image.size)
+    width, height = (max(2, round(side * scale / patch)) * patch for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
 def jitter(image: Tensor, seed: int) -> Tensor:
     """Photometric jitter of an RGB picture (3, H, W) uint8, before any normalisation; geometry stays.
 
