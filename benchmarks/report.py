@@ -44,8 +44,6 @@ def rewrite_readme(readme: Path = README, folder: Path = RESULTS) -> None:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{readme}: expected the lines {BEGIN} and {END}")
     blocks = [render(json.loads(path.read_text())) for device in ("cpu", "cuda") if (path := folder / f"{device}.json").is_file()]
-    if not (folder / "cuda.json").is_file():
-        blocks.append("On a GPU: not measured yet (`benchmarks/gpu_check.sh OUT` measures it).")
     head, rest = text.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
     readme.write_text("\n\n".join([head + BEGIN, *blocks, END]) + tail)
