@@ -39,13 +39,14 @@ struct Engine {
   static int64_t a_size(int64_t rows, int64_t depth) { return round_rows(rows) * depth; }
   static int64_t b_size(int64_t cols, int64_t depth) { return round_cols(cols) * depth; }
 
-  // c[MR][NR] = (accumulate ? c : 0) + a^T b;  a is [depth][MR], b is [depth][NR].
+  // c[MR][NR] = (accumulate ? c : 0) + a^T b;  a is [depth][MR], b is [depth][NR]. The product is summed first and added to c
+  // at the end, so that a long sum made of several calls is a sum of short ones.
   static inline void micro(int64_t depth, const T* a, const T* b, T* c, int64_t ld, bool accumulate) {
     Vec<T> acc[MR][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] = accumulate ? load(c + r * ld + v * kLanes<T>) : Vec<T>{};
+      for (int v = 0; v < NV; ++v) acc[r][v] = Vec<T>{};
     for (int64_t d = 0; d < depth; ++d, a += MR, b += NR) {
       Vec<T> col[NV];
 #pragma GCC unroll 8
@@ -60,7 +61,10 @@ struct Engine {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store(c + r * ld + v * kLanes<T>, acc[r][v]);
+      for (int v = 0; v < NV; ++v) {
+        T* out = c + r * ld + v * kLanes<T>;
+        store(out, accumulate ? load(out) + acc[r][v] : acc[r][v]);
+      }
   }
 };
 

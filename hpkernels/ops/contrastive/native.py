@@ -1,0 +1,77 @@
+"""Contrastive statistics and their gradient on the CPU: the pointer calls into `hpkernels._cpu`."""
+
+import torch
+from torch import Tensor
+
+from hpkernels import _cpu
+
+
+def _working(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _kernel(name: str, dtype: torch.dtype):
+    return getattr(_cpu, f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
+
+
+class _Masks:
+    """The masks as the kernels take them; keeps contiguous copies alive."""
+
+    def __init__(self, positives, positives_t, extra, extra_t, negatives):
+        masks = (positives, positives_t, extra, extra_t, negatives)
+        self.tensors = [None if mask is None else mask.contiguous() for mask in masks]
+        addresses = [0 if mask is None else mask.data_ptr() for mask in self.tensors]
+        negative_rows = 1 if negatives is None else negatives.shape[0]
+        self.native = _cpu.ContrastiveMasks(*addresses, positives.shape[1], negative_rows)
+
+
+def contrastive_stats(
+    x: Tensor,
+    positives: Tensor,
+    positives_t: Tensor | None,
+    extra: Tensor | None,
+    extra_t: Tensor | None,
+    negatives: Tensor | None,
+    denominator: str,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row (lse, pos, ext), each (S, N) fp32 (fp64 for fp64), of unit rows x (S, N, D); see op.py."""
+    x = _working(x)
+    streams, rows, depth = x.shape
+    lse, pos, ext = (torch.zeros(streams, rows, dtype=x.dtype) for _ in range(3))
+    if lse.numel():
+        masks = _Masks(positives, positives_t, extra, extra_t, negatives)
+        _kernel("contrastive_stats", x.dtype)(
+            x.data_ptr(), streams, rows, depth, masks.native, denominator, temperature,
+            lse.data_ptr(), pos.data_ptr(), ext.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return lse, pos, ext
+
+
+def contrastive_grad(
+    x: Tensor,
+    positives: Tensor,
+    positives_t: Tensor | None,
+    extra: Tensor | None,
+    extra_t: Tensor | None,
+    negatives: Tensor | None,
+    denominator: str,
+    temperature: float,
+    lse: Tensor,
+    grad_lse: Tensor,
+    grad_pos: Tensor,
+    grad_ext: Tensor,
+) -> Tensor:
+    """The gradient (S, N, D) with respect to x, in x's dtype; grads and lse are (S, N); see reference.py."""
+    dtype = x.dtype
+    x = _working(x)
+    streams, rows, depth = x.shape
+    tables = [table.to(x.dtype).contiguous() for table in (lse, grad_lse, grad_pos, grad_ext)]
+    grad_x = torch.empty_like(x)
+    if grad_x.numel():
+        masks = _Masks(positives, positives_t, extra, extra_t, negatives)
+        _kernel("contrastive_grad", x.dtype)(
+            x.data_ptr(), streams, rows, depth, masks.native, denominator, temperature,
+            *(table.data_ptr() for table in tables), grad_x.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return grad_x.to(dtype)
