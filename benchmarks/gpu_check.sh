@@ -26,7 +26,7 @@ steps=("$@")
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3}
+python=${PYTHON:-$(command -v python || command -v python3)}
 deadline=$((SECONDS + 1190))
 summary=()
 failed=0
@@ -72,6 +72,7 @@ limit_of() {
 
 # timeout runs commands, not functions: each step is this script again, with the step's name in GPU_CHECK_STEP.
 if [ -n "${GPU_CHECK_STEP:-}" ]; then
+    set -e
     "step_$GPU_CHECK_STEP"
     exit
 fi

@@ -108,7 +108,7 @@ def _mask(x: Tensor, best: Tensor, rows: slice) -> Tensor:
 
 def _log_prob(anchors: Tensor, x: Tensor, denominator: Tensor, temperature: float) -> Tensor:
     logits = anchors @ x.T / temperature
-    logits = logits - logits.amax(1, keepdim=True).detach()
+    logits = logits - logits.detach().amax(1, keepdim=True)
     return logits - (logits.exp() * denominator).sum(1, keepdim=True).log()
 
 
