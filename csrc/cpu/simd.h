@@ -58,6 +58,11 @@ inline Vec<T> splat(T x) {
 
 template <class T>
 inline Vec<T> load_part(const T* p, int64_t count) {  // the first `count` lanes, zero in the others
+#if defined(__AVX512F__)
+  const uint32_t lanes = _bzhi_u32(~0u, static_cast<uint32_t>(count));
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes), p);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_loadu_epi64(static_cast<__mmask8>(lanes), p);
+#endif
   Vec<T> v{};
   std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(T));
   return v;
@@ -73,22 +78,47 @@ inline V min(V a, V b) {
   return a < b ? a : b;
 }
 
-template <class T>
-inline T sum(Vec<T> v) {  // fixed order: halves are added until one lane is left
+// Folds a vector to one lane with f(low half, high half), the same order for every vector width.
+template <class T, class F>
+inline T fold(Vec<T> v, F&& f) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+#if defined(__AVX512F__)
+    const __m512 wide = (__m512)v;
+    const __m256 half = f(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
+#else
+    const __m256 half = (__m256)v;
+#endif
+    const __m128 quarter = f(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 pair = f(quarter, _mm_movehl_ps(quarter, quarter));
+    return f(pair, _mm_movehdup_ps(pair))[0];
+  } else {
+#if defined(__AVX512F__)
+    const __m512d wide = (__m512d)v;
+    const __m256d half = f(_mm512_castpd512_pd256(wide), _mm512_extractf64x4_pd(wide, 1));
+#else
+    const __m256d half = (__m256d)v;
+#endif
+    const __m128d pair = f(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
+    return f(pair, _mm_unpackhi_pd(pair, pair))[0];
+  }
+#else
   T lane[kLanes<T>];
   store(lane, v);
   for (int half = kLanes<T> / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    for (int i = 0; i < half; ++i) lane[i] = f(lane[i], lane[i + half]);
   return lane[0];
+#endif
+}
+
+template <class T>
+inline T sum(Vec<T> v) {
+  return fold<T>(v, [](auto low, auto high) { return low + high; });
 }
 
 template <class T>
 inline T largest(Vec<T> v) {
-  T lane[kLanes<T>];
-  store(lane, v);
-  for (int half = kLanes<T> / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+  return fold<T>(v, [](auto low, auto high) { return low > high ? low : high; });
 }
 
 // Bit l of the result: a[l] > b[l]. False where either is NaN.

@@ -1,8 +1,12 @@
 #include "cpu/similarity_search.h"
 
 #include <algorithm>
+#include <atomic>
+#include <iterator>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/bindings.h"
@@ -10,18 +14,27 @@
 namespace hpk {
 namespace {
 
-// bf16 products keep their error bound up to this depth (error_band's allowance for products flushed to zero).
-constexpr int64_t kMaxScreenDepth = 65536;
+std::atomic<SearchScreen> asked_screen{SearchScreen::automatic};
+
+void set_search_screen(const std::string& name) {
+  constexpr const char* names[] = {"automatic", "int8", "bf16", "exact"};
+  const auto* found = std::find(std::begin(names), std::end(names), name);
+  if (found == std::end(names)) throw std::invalid_argument("expected automatic, int8, bf16 or exact, got '" + name + "'");
+  asked_screen = static_cast<SearchScreen>(found - std::begin(names));
+}
+
+// Up to this depth int8 sums cannot overflow, and error_band allows for all bf16 products that are flushed to zero.
+constexpr int64_t kMaxScreenDepth = 32768;
 
 template <class T>
-bool screens_in_bf16(const Rows<T>& rows) {
+bool screens_narrow(const Rows<T>& rows) {
   return isa() >= Isa::avx512_bf16 && rows.depth <= kMaxScreenDepth;
 }
 
 #ifdef HPK_HAVE_AVX512_BF16
 #define HPK_SEARCH(rows, ...)                                               \
   if constexpr (sizeof(T) == sizeof(float)) {                               \
-    if (screens_in_bf16(rows)) return avx512_bf16::__VA_ARGS__;             \
+    if (screens_narrow(rows)) return avx512_bf16::__VA_ARGS__;             \
   }                                                                         \
   HPK_DISPATCH(__VA_ARGS__)
 #else
@@ -90,8 +103,12 @@ void bound_pairs_above(uintptr_t x, int64_t n, uintptr_t keys, int64_t m, int64_
 
 }  // namespace
 
+SearchScreen search_screen() { return asked_screen; }
+
 HPK_BIND(similarity_search) {
   const py::call_guard<py::gil_scoped_release> unlocked;
+  m.def("set_search_screen", &set_search_screen, py::arg("name"),
+        "Use one screening engine for fp32 search where several are there (tests and benchmarks); 'automatic' chooses again.");
   m.def("max_similarity_f32", &bound_max_similarity<float>, unlocked);
   m.def("max_similarity_f64", &bound_max_similarity<double>, unlocked);
   m.def("topk_similarity_f32", &bound_topk_similarity<float>, unlocked);

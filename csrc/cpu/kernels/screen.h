@@ -80,13 +80,18 @@ struct ScreenExact {
   template <bool kLeft>
   static bool pack(const T* const* rows, int64_t depth, T* out, T*, int32_t*, Bound<T>* bounds) {
     constexpr int P = kLeft ? MR : NR;
+    constexpr int64_t kChunk = 16;  // keeps the part of the panel that is being written in the first-level cache
     bool finite = true;
-    for (int r = 0; r < P; ++r) {
-      if (!rows[r]) {
-        for (int64_t d = 0; d < depth; ++d) out[d * P + r] = 0;
-        continue;
+    for (int64_t begin = 0; begin < depth; begin += kChunk) {
+      const int64_t end = std::min(depth, begin + kChunk);
+      for (int r = 0; r < P; ++r) {
+        if (!rows[r])
+          for (int64_t d = begin; d < end; ++d) out[d * P + r] = 0;
+        else
+          for (int64_t d = begin; d < end; ++d) out[d * P + r] = rows[r][d];
       }
-      for (int64_t d = 0; d < depth; ++d) out[d * P + r] = rows[r][d];
+    }
+    for (int r = 0; r < P && rows[r]; ++r) {
       const T norm = norm_bound(rows[r], depth);
       finite = finite && norm == norm;
       bounds[r] = {norm, norm * static_cast<T>(depth + 16) * std::numeric_limits<T>::epsilon()};
@@ -94,7 +99,7 @@ struct ScreenExact {
     return finite;
   }
 
-  static inline void micro(int64_t groups, const T* a, const T* b, const T*, const T*, const int32_t*, T* out, int64_t ld) {
+  __attribute__((noinline)) static void micro(int64_t groups, const T* a, const T* b, const T*, const T*, const int32_t*, T* out, int64_t ld) {
     Engine<T>::micro(groups, a, b, out, ld, false);
   }
 };

@@ -80,8 +80,7 @@ template <class S>
 struct Strip {
   static constexpr int64_t kSize = S::MR * kBlock + 64 / sizeof(typename S::Input);  // a vector load may pass the last column
 
-  static inline void fill(const Panels<S, true>& a, int64_t i, const Panels<S, false>& b, int64_t j, int64_t cols,
-                          typename S::Input* out) {
+  static void fill(const Panels<S, true>& a, int64_t i, const Panels<S, false>& b, int64_t j, int64_t cols, typename S::Input* out) {
     for (int64_t c = 0; c < cols; c += S::NR) {
       S::micro(a.groups(), a.panel(i), b.panel(j + c), a.scale(i), b.scale(j + c), b.offset(j + c), out + c, kBlock);
     }
@@ -113,6 +112,14 @@ inline void for_each_candidate(const T* s, int64_t begin, int64_t count, T bar, 
   }
 }
 
+// Rows to be verified lie far apart: asking for one this many dot products ahead hides the way to the outer caches.
+constexpr int64_t kAhead = 6;
+
+template <class T>
+inline void prefetch_row(const T* x, int64_t depth) {
+  for (int64_t d = 0; d < depth; d += 64 / sizeof(T)) __builtin_prefetch(x + d);
+}
+
 // ---- max_similarity --------------------------------------------------------------------------------------------------
 
 // The keys that may hold a row's maximum: upper bounds of s, and a value that the maximum reaches.
@@ -136,7 +143,11 @@ struct MaxRow {
 
   void settle(const T* query, const Rows<T>& keys) {
     drop_beaten();
-    for (int n = 0; n < count; ++n) best = std::max(best, canonical_dot(query, keys.row(key[n]), keys.depth));
+    for (int n = 0; n < std::min<int>(count, kAhead); ++n) prefetch_row(keys.row(key[n]), keys.depth);
+    for (int n = 0; n < count; ++n) {
+      if (n + kAhead < count) prefetch_row(keys.row(key[n + kAhead]), keys.depth);
+      best = std::max(best, canonical_dot(query, keys.row(key[n]), keys.depth));
+    }
     floor = std::max(floor, best);
     count = 0;
   }
@@ -231,6 +242,8 @@ struct TopkRow {
     raise_bar();
     for (int64_t n = 0; n < count; ++n) {
       TopkEntry<T>& entry = entries[n];
+      if (n + kAhead < count && entries[n + kAhead].lower != entries[n + kAhead].upper)
+        prefetch_row(keys.row(entries[n + kAhead].key), keys.depth);
       if (entry.lower == entry.upper) continue;
       const T value = canonical_dot(query, keys.row(entry.key), keys.depth);
       entry.lower = entry.upper = value == value ? value : -std::numeric_limits<T>::infinity();  // inf - inf: keep an order
@@ -275,7 +288,13 @@ void topk_similarity_with(const TopkArgs<T>& args) {
       TopkEntry<T>* mine = entries.get() + (worker * kTaskRows + r) * capacity;
       rows[r] = {mine, 0, capacity, args.k, -std::numeric_limits<T>::infinity(), args.queries.row(i)};
     }
-    for (int64_t j = task.key_begin / kBlock * kBlock; j < task.key_end; j += kBlock) {
+    // Starts at the keys in the same relative place as the queries: where both are one set, or patches of the same images, the
+    // largest values are found there, and few later keys reach the bar.
+    const int64_t begin_block = task.key_begin / kBlock, blocks = (task.key_end + kBlock - 1) / kBlock - begin_block;
+    const int64_t place = task.query_begin * args.keys.count / args.queries.count;
+    const int64_t start = std::min(std::max(place, task.key_begin), task.key_end - 1) / kBlock - begin_block;
+    for (int64_t n = 0; n < blocks; ++n) {
+      const int64_t j = (begin_block + (start + n) % blocks) * kBlock;
       const int64_t first = std::max<int64_t>(0, task.key_begin - j), cols = std::min(kBlock, task.key_end - j);
       for (int64_t i0 = task.query_begin / S::MR * S::MR; i0 < task.query_end; i0 += S::MR) {
         Strip<S>::fill(a, i0, b, j, cols, strip);
@@ -294,10 +313,10 @@ void topk_similarity_with(const TopkArgs<T>& args) {
     for (int64_t i = task.query_begin; i < task.query_end; ++i) {
       TopkRow<T>& row = rows[i - task.query_begin];
       row.finish(args.keys);
-      const int64_t place = original(args.queries, i) * args.k;
+      const int64_t out = original(args.queries, i) * args.k;
       for (int64_t n = 0; n < row.count; ++n) {
-        args.values[place + n] = row.entries[n].lower;
-        args.indices[place + n] = original(args.keys, row.entries[n].key);
+        args.values[out + n] = row.entries[n].lower;
+        args.indices[out + n] = original(args.keys, row.entries[n].key);
       }
     }
   });
@@ -384,6 +403,7 @@ class PairsSearch {
     }
     for (int64_t n = 0; n < open; ++n) {
       const int64_t r = tile.open_row[n], c = tile.open_col[n];
+      if (n + kAhead < open) prefetch_row(args_.keys.row(j0 + tile.open_col[n + kAhead]), args_.x.depth);
       const T value = canonical_dot(args_.x.row(i0 + r), args_.keys.row(j0 + c), args_.x.depth);
       if (value > threshold(i0 + r, j0 + c)) tile.bits[r][c / 32] |= 1u << c % 32;
     }

@@ -47,7 +47,7 @@ struct ScreenBf16 {
     return finite;
   }
 
-  static inline void micro(int64_t groups, const uint32_t* a, const uint32_t* b, const float*, const float*, const int32_t*, float* out,
+  __attribute__((noinline)) static void micro(int64_t groups, const uint32_t* a, const uint32_t* b, const float*, const float*, const int32_t*, float* out,
                            int64_t ld) {
     __m512 acc[MR][NV];
 #pragma GCC unroll 16
