@@ -102,6 +102,20 @@ def test_position_embedding_is_resampled(tmp_path):
     assert bigger.pos_embed.shape[1] == 65
 
 
+def test_a_plain_vit_needs_no_description(tmp_path):
+    from timm.models.vision_transformer import VisionTransformer
+    vit = VisionTransformer(num_classes=0, global_pool="", img_size=48, patch_size=16, embed_dim=128, depth=3, num_heads=2,
+                            dynamic_img_size=True).eval()
+    torch.save({"teacher": dino("backbone.", vit.state_dict())}, tmp_path / "w.pth")
+    backbone = load_backbone(weights=tmp_path / "w.pth")
+    assert (backbone.patch, backbone.channels, len(backbone.vit.blocks)) == (16, 128, 3)
+    x = torch.rand(1, 3, 48, 48)
+    torch.testing.assert_close(backbone(x).features, vit.forward_features((x - backbone.mean) / backbone.std)[:, 1:])
+    torch.save({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "cnn.pth")
+    with pytest.raises(UsageError, match="not a plain ViT; name its architecture with --backbone"):
+        load_backbone(weights=tmp_path / "cnn.pth")
+
+
 def test_weight_files_that_do_not_fit(tmp_path, vit_file):
     (tmp_path / "w.json").write_bytes(vit_file.with_suffix(".json").read_bytes())
     state = make_vit().state_dict()
