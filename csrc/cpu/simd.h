@@ -1,16 +1,17 @@
 // Vectors of the instruction set this file is compiled for. Include only from csrc/cpu/kernels*/.
 //
-// Vec<T> is a GCC/Clang vector of kLanes<T> floats or doubles: + - * / and comparisons work element by element, and a*b + c
-// becomes one fused multiply-add where the machine has it. Masks of comparisons are integer vectors (all ones or zero).
-// Use no std:: containers or algorithms in kernels beyond what inlines (std::min, std::max): scratch comes from Scratch<T>.
+// Vec<T> is a GCC/Clang vector of kLanes<T> floats or doubles: + - * / and comparisons work element by element, and a*b
+// + c becomes one fused multiply-add where the machine has it. Masks of comparisons are integer vectors (all ones or
+// zero). Use no std:: containers or algorithms in kernels beyond what inlines (std::min, std::max): scratch comes from
+// Scratch<T>.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <type_traits>
+
+#include "cpu/memory.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -106,7 +107,8 @@ inline T fold(Vec<T> v, F&& f) {
   T lane[kLanes<T>];
   store(lane, v);
   for (int half = kLanes<T> / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = f(lane[i], lane[i + half]);
+    for (int i = 0; i < half; ++i)
+      lane[i] = f(lane[i], lane[i + half]);
   return lane[0];
 #endif
 }
@@ -131,7 +133,8 @@ inline uint32_t bits_greater(Vec<float> a, Vec<float> b) {
   return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)));
 #else
   uint32_t bits = 0;
-  for (int l = 0; l < kLanes<float>; ++l) bits |= static_cast<uint32_t>(a[l] > b[l]) << l;
+  for (int l = 0; l < kLanes<float>; ++l)
+    bits |= static_cast<uint32_t>(a[l] > b[l]) << l;
   return bits;
 #endif
 }
@@ -145,30 +148,29 @@ inline uint32_t bits_greater(Vec<double> a, Vec<double> b) {
   return static_cast<uint32_t>(_mm_movemask_pd(_mm_cmpgt_pd((__m128d)a, (__m128d)b)));
 #else
   uint32_t bits = 0;
-  for (int l = 0; l < kLanes<double>; ++l) bits |= static_cast<uint32_t>(a[l] > b[l]) << l;
+  for (int l = 0; l < kLanes<double>; ++l)
+    bits |= static_cast<uint32_t>(a[l] > b[l]) << l;
   return bits;
 #endif
 }
 
-// Uninitialised, 64-byte aligned memory for `count` objects of a trivial type. Allocate outside of parallel_for, one slice
-// per worker, with slices a multiple of 64 bytes so that threads share no cache line.
+// Uninitialised, 64-byte aligned memory for `count` objects of a trivial type. Allocate outside of parallel_for, one
+// slice per worker, with slices a multiple of 64 bytes so that threads share no cache line.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
+  explicit Scratch(int64_t count) : bytes_(static_cast<size_t>(count) * sizeof(T)), data_(take_memory(bytes_)) {
     static_assert(std::is_trivial<T>::value, "Scratch holds trivial types");
-    const size_t bytes = (static_cast<size_t>(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (!data_) throw std::bad_alloc();
   }
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { give_memory(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
+  T* get() const { return static_cast<T*>(data_); }
+  T& operator[](int64_t i) const { return get()[i]; }
 
  private:
-  T* data_;
+  size_t bytes_;
+  void* data_;
 };
 
 }  // namespace hpk::HPK_ISA

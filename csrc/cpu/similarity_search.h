@@ -60,9 +60,9 @@ struct PairsArgs {
 
 }  // namespace hpk
 
-#define HPK_SEARCH_FUNCTIONS(T)                    \
-  void max_similarity(const MaxArgs<T>& args);     \
-  void topk_similarity(const TopkArgs<T>& args);   \
+#define HPK_SEARCH_FUNCTIONS(T)                  \
+  void max_similarity(const MaxArgs<T>& args);   \
+  void topk_similarity(const TopkArgs<T>& args); \
   void pairs_above(const PairsArgs<T>& args);
 
 HPK_DECLARE(HPK_SEARCH_FUNCTIONS(float) HPK_SEARCH_FUNCTIONS(double))

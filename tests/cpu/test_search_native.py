@@ -145,6 +145,19 @@ def test_screening_never_shows_in_a_crowd(variants, spread):
         assert all(torch.equal(x, y) for x, y in zip(first, other))
 
 
+def test_unset_memory_never_shows(variants):
+    queries, keys = unit_rows(130, 50), unit_rows(201, 50, seed=1)
+    limits = canonical(queries, keys)[:, 3].contiguous()
+    expected = all_searches(queries, keys, limits)
+    _cpu.poison_memory(True)
+    try:
+        results = variants(lambda: all_searches(queries, keys, limits))
+    finally:
+        _cpu.poison_memory(False)
+    for other in results:
+        assert all(torch.equal(x, y) for x, y in zip(expected, other))
+
+
 def test_an_unknown_screen_is_refused():
     with pytest.raises(ValueError, match="expected automatic, int8, bf16 or exact, got 'guess'"):
         _cpu.set_search_screen("guess")
