@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpkernels.ops._triton import LN2, LOG2E, bit_tile, dtype_class, on_device, precision, split_tiles, tile_product
+from hpkernels.ops._triton import (
+    LN2,
+    LOG2E,
+    bit_tile,
+    dtype_class,
+    on_device,
+    padded_rows,
+    precision,
+    split_tiles,
+    tile_product,
+)
 
 _STATS = {
     "half": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
@@ -25,7 +35,7 @@ _GRAD = {
     ("half", 256): dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=256, BLOCK_K=64, RESIDENT=True, num_warps=8, num_stages=2),
     ("half", 512): dict(BLOCK_M=64, BLOCK_N=32, BLOCK_D=512, BLOCK_K=64, RESIDENT=True, num_warps=8, num_stages=2),
     ("half", None): dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=256, BLOCK_K=64, RESIDENT=False, num_warps=8, num_stages=2),
-    ("single", None): dict(BLOCK_M=64, BLOCK_N=32, BLOCK_D=128, BLOCK_K=16, RESIDENT=False, num_warps=8, num_stages=2),
+    ("single", None): dict(BLOCK_M=64, BLOCK_N=32, BLOCK_D=256, BLOCK_K=16, RESIDENT=False, num_warps=8, num_stages=1),
 }
 
 
@@ -40,7 +50,7 @@ def _contrastive_stats_kernel(
     x_ptr, positives_ptr, extra_ptr, negatives_ptr, total_ptr, shift_ptr, pos_ptr, ext_ptr,
     N, D, R, W, tiles_per_split, scale, fixed_shift,
     ALL: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_NEGATIVES: tl.constexpr, FIXED_SHIFT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per row and split: sum_{j in E} exp2(z_ij - shift), the shift, sum_j P_ij l_ij and sum_j Q_ij l_ij."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -58,7 +68,7 @@ def _contrastive_stats_kernel(
     for tile in range(split * tiles_per_split, last):
         cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         z = tile_product(
-            x_ptr, x_ptr, valid_rows, tl.minimum(cols, N - 1), D, D, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+            x_ptr, x_ptr, valid_rows, tl.minimum(cols, N - 1), D, D, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         z *= scale
         others = (rows[:, None] != cols[None, :]) & (cols < N)[None, :]
@@ -92,8 +102,9 @@ def stats(
     everything: bool, temperature: float, fixed_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Parts (splits, S, N) of the sums of exponentials, their base-2 shifts, and of the two logit sums."""
-    streams, n, d = x.shape
     config = _STATS[dtype_class(x.dtype)]
+    x = padded_rows(x, config["BLOCK_K"])
+    streams, n, d = x.shape
     panels = triton.cdiv(n, config["BLOCK_M"])
     splits, tiles_per_split = split_tiles(panels * streams, triton.cdiv(n, config["BLOCK_N"]), x.device)
     parts = torch.empty((4, splits, streams, n), dtype=torch.float32, device=x.device)
@@ -103,7 +114,7 @@ def stats(
             n, d, n if negatives is None else negatives.shape[0], positives.stride(0), tiles_per_split,
             LOG2E / temperature, LOG2E / temperature,
             ALL=everything, HAS_EXTRA=extra is not None, HAS_NEGATIVES=negatives is not None, FIXED_SHIFT=fixed_shift,
-            EVEN_K=d % config["BLOCK_K"] == 0, PRECISION=precision(x.dtype), **config,
+            PRECISION=precision(x.dtype), **config,
         )  # fmt: skip
     return tuple(parts)
 
@@ -112,10 +123,10 @@ def stats(
 def _contrastive_grad_kernel(
     x_ptr, positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr,
     lse_ptr, grad_lse_ptr, grad_pos_ptr, grad_ext_ptr, out_scale_ptr, out_ptr,
-    N, D, R, W, scale,
+    N, D, D_out, R, W, scale,
     ALL: tl.constexpr, SYMMETRIC_POSITIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, SYMMETRIC_EXTRA: tl.constexpr,
-    HAS_NEGATIVES: tl.constexpr, RESIDENT: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_NEGATIVES: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i = out_scale sum_j (G_ij + G_ji) x_j for a panel of BLOCK_M rows and BLOCK_D columns of x."""
@@ -130,10 +141,7 @@ def _contrastive_grad_kernel(
     valid_rows = tl.minimum(rows, N - 1)
     x_rows_at = valid_rows.to(tl.int64)[:, None] * D + d[None, :]
     if RESIDENT:
-        if EVEN_D:
-            x_rows = tl.load(x_ptr + x_rows_at)
-        else:
-            x_rows = tl.load(x_ptr + x_rows_at, mask=(d < D)[None, :], other=0.0)
+        x_rows = tl.load(x_ptr + x_rows_at)
     lse_i = tl.load(lse_ptr + valid_rows)[:, None]
     gl_i = tl.load(grad_lse_ptr + valid_rows)[:, None]
     gp_i = tl.load(grad_pos_ptr + valid_rows)[:, None]
@@ -142,16 +150,12 @@ def _contrastive_grad_kernel(
     for tile in range(0, tl.cdiv(N, BLOCK_N)):
         cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid_cols = tl.minimum(cols, N - 1)
-        x_cols_at = valid_cols.to(tl.int64)[:, None] * D + d[None, :]
-        if EVEN_D:
-            x_cols = tl.load(x_ptr + x_cols_at)
-        else:
-            x_cols = tl.load(x_ptr + x_cols_at, mask=(d < D)[None, :], other=0.0)
+        x_cols = tl.load(x_ptr + valid_cols.to(tl.int64)[:, None] * D + d[None, :])
         if RESIDENT:
             z = tl.dot(x_rows, tl.trans(x_cols), input_precision=PRECISION)
         else:
             z = tile_product(
-                x_ptr, x_ptr, valid_rows, valid_cols, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+                x_ptr, x_ptr, valid_rows, valid_cols, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
             )
         z *= scale
         others = (rows[:, None] != cols[None, :]) & (cols < N)[None, :]
@@ -185,9 +189,9 @@ def _contrastive_grad_kernel(
             weight += tl.where(also, ge_i, 0.0) + tl.where(also_t, ge_j, 0.0)
         weight = tl.where(others, weight, 0.0)
         acc = tl.dot(weight.to(x_cols.dtype), x_cols, acc, input_precision=PRECISION)
-    out_at = (stream.to(tl.int64) * N + rows)[:, None] * D + d[None, :]
+    out_at = (stream.to(tl.int64) * N + rows)[:, None] * D_out + d[None, :]
     out = (acc * tl.load(out_scale_ptr)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + out_at, out, mask=(rows < N)[:, None] & (d < D)[None, :])
+    tl.store(out_ptr + out_at, out, mask=(rows < N)[:, None] & (d < D_out)[None, :])
 
 
 def grad(
@@ -196,18 +200,20 @@ def grad(
     lse2: Tensor, grad_lse: Tensor, grad_pos: Tensor, grad_ext: Tensor, out_scale: Tensor,
 ) -> Tensor:  # fmt: skip
     """out_scale sum_j (G_ij + G_ji) x_j in x's dtype; lse2 is the log-sum-exp in base 2."""
-    streams, n, d = x.shape
-    config = grad_config(_GRAD, x.dtype, d)
+    config = grad_config(_GRAD, x.dtype, x.shape[2])
     out = torch.empty_like(x)
+    x = padded_rows(x, config["BLOCK_D"])
+    streams, n, d = x.shape
     masks = [positives if mask is None else mask for mask in (positives, positives_t, extra, extra_t, negatives)]
     grid = (triton.cdiv(n, config["BLOCK_M"]), triton.cdiv(d, config["BLOCK_D"]), streams)
     with on_device(x):
         _contrastive_grad_kernel[grid](
             x, *masks, lse2, grad_lse, grad_pos, grad_ext, out_scale, out,
-            n, d, n if negatives is None else negatives.shape[0], positives.stride(0), LOG2E / temperature,
+            n, d, out.shape[2], n if negatives is None else negatives.shape[0], positives.stride(0),
+            LOG2E / temperature,
             ALL=everything, SYMMETRIC_POSITIVES=positives_t is None,
             HAS_EXTRA=extra is not None, SYMMETRIC_EXTRA=extra_t is None, HAS_NEGATIVES=negatives is not None,
-            EVEN_D=d % config["BLOCK_D"] == 0, EVEN_K=d % config["BLOCK_K"] == 0, PRECISION=precision(x.dtype),
+            PRECISION=precision(x.dtype),
             **config,
         )  # fmt: skip
     return out

@@ -28,6 +28,7 @@ from hpkernels.ops._triton import (
     LOG2E,
     dtype_class,
     on_device,
+    padded_rows,
     popcount,
     precision,
     tile_product,
@@ -36,7 +37,7 @@ from hpkernels.ops._triton import (
 from hpkernels.ops.contrastive.kernels_dense import grad_config
 
 _PANEL = 16  # rows that share a list of positives
-_TILE = 64  # listed columns a tile; 64 is the least for wgmma
+_LIST_MULTIPLE = 64  # lists are padded to whole tiles: every BLOCK_C divides it
 _LIST_SHARE = (5, 32)  # capacity of the lists as a share of all pairs (negatives) or all panels x columns (positives)
 _WORKSPACE_BYTES = 256 << 20
 _SCAN_WORDS = 64
@@ -46,16 +47,16 @@ _SUM_PROGRAMS = 4096
 _SUM_ROWS = 8  # workspace rows added at a time
 
 _STATS = {
-    "half": dict(BLOCK_K=128, num_warps=4, num_stages=3),
-    "single": dict(BLOCK_K=16, num_warps=4, num_stages=2),
+    "half": dict(BLOCK_C=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    "single": dict(BLOCK_C=64, BLOCK_K=16, num_warps=4, num_stages=2),
 }
-# As in kernels_dense: RESIDENT holds rows of x whole (BLOCK_D >= D).
+# BLOCK_C listed columns a tile: 64 is the least that wgmma takes. RESIDENT as in kernels_dense.
 _GRAD = {
-    ("half", 128): dict(BLOCK_D=128, BLOCK_K=64, RESIDENT=True, num_warps=4, num_stages=3),
-    ("half", 256): dict(BLOCK_D=256, BLOCK_K=64, RESIDENT=True, num_warps=4, num_stages=2),
-    ("half", 512): dict(BLOCK_D=512, BLOCK_K=64, RESIDENT=True, num_warps=8, num_stages=1),
-    ("half", None): dict(BLOCK_D=256, BLOCK_K=64, RESIDENT=False, num_warps=4, num_stages=2),
-    ("single", None): dict(BLOCK_D=128, BLOCK_K=16, RESIDENT=False, num_warps=4, num_stages=2),
+    ("half", 128): dict(BLOCK_C=64, BLOCK_D=128, BLOCK_K=64, RESIDENT=True, num_warps=4, num_stages=3),
+    ("half", 256): dict(BLOCK_C=64, BLOCK_D=256, BLOCK_K=64, RESIDENT=True, num_warps=4, num_stages=2),
+    ("half", 512): dict(BLOCK_C=64, BLOCK_D=512, BLOCK_K=64, RESIDENT=True, num_warps=8, num_stages=2),
+    ("half", None): dict(BLOCK_C=64, BLOCK_D=256, BLOCK_K=64, RESIDENT=False, num_warps=4, num_stages=2),
+    ("single", None): dict(BLOCK_C=32, BLOCK_D=256, BLOCK_K=16, RESIDENT=False, num_warps=8, num_stages=1),
 }
 
 
@@ -128,7 +129,7 @@ class _Lists:
         total_rows, width = mask.shape
         self.number = triton.cdiv(total_rows, rows)
         columns = triton.cdiv(n * _LIST_SHARE[0], _LIST_SHARE[1])
-        self.capacity = self.number * (triton.cdiv(columns, _TILE) + 1) * _TILE
+        self.capacity = self.number * (triton.cdiv(columns, _LIST_MULTIPLE) + 1) * _LIST_MULTIPLE
         self.counts = torch.empty(self.number, dtype=torch.int32, device=mask.device)
         self.prefix = torch.empty((total_rows, width) if rows == 1 else 0, dtype=torch.int32, device=mask.device)
         four = (distinct + [mask] * 4)[:4]
@@ -137,7 +138,7 @@ class _Lists:
                 *four, self.counts, self.prefix, rows, total_rows - 1, width,
                 MASKS=len(distinct), STORE_PREFIX=rows == 1, BLOCK_W=_SCAN_WORDS, num_warps=2,
             )  # fmt: skip
-        padded = (self.counts + (_TILE - 1)) // _TILE * _TILE
+        padded = (self.counts + (_LIST_MULTIPLE - 1)) // _LIST_MULTIPLE * _LIST_MULTIPLE
         ends = padded.cumsum(0, dtype=torch.int64)
         self.starts = ends - padded
         if not share_room:
@@ -194,7 +195,7 @@ def _contrastive_listed_stats_kernel(
     x_ptr, positives_ptr, extra_ptr, negatives_ptr, starts_ptr, counts_ptr, columns_ptr, capacity,
     total_ptr, shift_ptr, pos_ptr, ext_ptr, N, D, R, W, scale, fixed_shift,
     NEGATIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_NEGATIVES: tl.constexpr, FIXED_SHIFT: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over one list for BLOCK_R of its rows: of M's columns (NEGATIVES), or of the positives, without M's in E.
 
@@ -215,7 +216,7 @@ def _contrastive_listed_stats_kernel(
         shift = tl.zeros([BLOCK_R], tl.float32) + fixed_shift
     for tile in range(0, tl.cdiv(tl.where(fits, count, N), BLOCK_C)):
         cols, there = _tile_columns(columns_ptr, start, count, fits, tile, N, BLOCK_C)
-        z = tile_product(x_ptr, x_ptr, cols, valid_rows, D, D, D, BLOCK_C, BLOCK_R, BLOCK_K, EVEN_K, PRECISION)
+        z = tile_product(x_ptr, x_ptr, cols, valid_rows, D, D, D, BLOCK_C, BLOCK_R, BLOCK_K, PRECISION)
         z *= scale
         others = (rows[None, :] != cols[:, None]) & there[:, None]
         if NEGATIVES:
@@ -247,8 +248,9 @@ def stats(
     everything: bool, temperature: float, fixed_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Parts (1 or 2, S, N): over the positives without M's columns and, with negatives, over M's columns."""
-    streams, n, d = x.shape
     config = _STATS[dtype_class(x.dtype)]
+    x = padded_rows(x, config["BLOCK_K"])
+    streams, n, d = x.shape
     period = n if negatives is None else negatives.shape[0]
     width = positives.stride(0)
     masks = (positives, positives if extra is None else extra, positives if negatives is None else negatives)
@@ -263,8 +265,8 @@ def stats(
                 x, *masks, *lists.arguments(), *parts[:, part], n, d, period, width,
                 LOG2E / temperature, LOG2E / temperature,
                 NEGATIVES=of_negatives, HAS_EXTRA=extra is not None, HAS_NEGATIVES=negatives is not None,
-                FIXED_SHIFT=fixed_shift, BLOCK_C=_TILE, BLOCK_R=rows,
-                EVEN_K=d % config["BLOCK_K"] == 0, PRECISION=precision(x.dtype), **config,
+                FIXED_SHIFT=fixed_shift, BLOCK_R=rows,
+                PRECISION=precision(x.dtype), **config,
             )  # fmt: skip
     return tuple(parts)
 
@@ -276,11 +278,11 @@ def stats(
 def _contrastive_listed_grad_kernel(
     x_ptr, positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr,
     starts_ptr, counts_ptr, columns_ptr, capacity,
-    lse_ptr, grad_lse_ptr, grad_pos_ptr, grad_ext_ptr, out_scale_ptr, out_ptr, N, D, R, W, scale,
+    lse_ptr, grad_lse_ptr, grad_pos_ptr, grad_ext_ptr, out_scale_ptr, out_ptr, D_out, N, D, R, W, scale,
     NEGATIVES: tl.constexpr, ADD: tl.constexpr,
     SYMMETRIC_POSITIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, SYMMETRIC_EXTRA: tl.constexpr,
-    HAS_NEGATIVES: tl.constexpr, RESIDENT: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_NEGATIVES: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i (+)= out_scale sum_{j in the list} w_ij x_j for BLOCK_R of the list's rows, one stream.
@@ -297,10 +299,7 @@ def _contrastive_listed_grad_kernel(
     fits = start + count <= capacity
     if RESIDENT:
         x_rows_at = valid_rows.to(tl.int64)[None, :] * D + d[:, None]
-        if EVEN_D:
-            x_rows = tl.load(x_ptr + x_rows_at)
-        else:
-            x_rows = tl.load(x_ptr + x_rows_at, mask=(d < D)[:, None], other=0.0)
+        x_rows = tl.load(x_ptr + x_rows_at)
     lse_i = tl.load(lse_ptr + valid_rows)[None, :]
     gl_i = tl.load(grad_lse_ptr + valid_rows)[None, :]
     gp_i = tl.load(grad_pos_ptr + valid_rows)[None, :]
@@ -309,14 +308,11 @@ def _contrastive_listed_grad_kernel(
     for tile in range(0, tl.cdiv(tl.where(fits, count, N), BLOCK_C)):
         cols, there = _tile_columns(columns_ptr, start, count, fits, tile, N, BLOCK_C)
         x_cols_at = cols.to(tl.int64)[:, None] * D + d[None, :]
-        if EVEN_D:
-            x_cols = tl.load(x_ptr + x_cols_at)
-        else:
-            x_cols = tl.load(x_ptr + x_cols_at, mask=(d < D)[None, :], other=0.0)
+        x_cols = tl.load(x_ptr + x_cols_at)
         if RESIDENT:
             z = tl.dot(x_cols, x_rows, input_precision=PRECISION)
         else:
-            z = tile_product(x_ptr, x_ptr, cols, valid_rows, D, D, D, BLOCK_C, BLOCK_R, BLOCK_K, EVEN_K, PRECISION)
+            z = tile_product(x_ptr, x_ptr, cols, valid_rows, D, D, D, BLOCK_C, BLOCK_R, BLOCK_K, PRECISION)
         z *= scale
         if NEGATIVES:
             inside = _bits_at(negatives_ptr, item, cols, W)[:, None]
@@ -345,8 +341,8 @@ def _contrastive_listed_grad_kernel(
                 weight += tl.where(also, ge_i, 0.0) + tl.where(also_t, ge_j, 0.0)
         weight = tl.where((rows[None, :] != cols[:, None]) & there[:, None], weight, 0.0)
         acc = tl.dot(tl.trans(x_cols), weight.to(x_cols.dtype), acc, input_precision=PRECISION)
-    out_at = rows.to(tl.int64)[None, :] * D + d[:, None]
-    mask = (rows < N)[None, :] & (d < D)[:, None]
+    out_at = rows.to(tl.int64)[None, :] * D_out + d[:, None]
+    mask = (rows < N)[None, :] & (d < D_out)[:, None]
     acc *= tl.load(out_scale_ptr)
     if ADD:
         acc += tl.load(out_ptr + out_at, mask=mask, other=0.0)
@@ -368,13 +364,14 @@ def _contrastive_column_side_kernel(
     x_ptr, negatives_ptr, prefix_ptr, starts_ptr, counts_ptr, columns_ptr, capacity,
     turned_ptr, turned_prefix_ptr, turned_counts_ptr, turned_starts_ptr, window_ptr, workspace_ptr,
     lse_ptr, grad_lse_ptr, N, D, R, W, W_turned, scale,
-    RESIDENT: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """workspace[slot(t, j)] = sum over the rows i of token position t of grad_lse_i p_ij x_i, for the window's j in M_t.
+    """workspace[slot(t, j)] = sum over the rows i of token position t of grad_lse_i p_ij x_i.
 
-    slot counts the set bits (j, t) of the turned negatives from the window's first column on.
+    For the window's columns j in M_t; slot counts the set bits (j, t) of the turned negatives from the window's first
+    column on.
     """
     t = tl.program_id(0)
     first_column, last_column = tl.load(window_ptr), tl.load(window_ptr + 1)
@@ -390,24 +387,18 @@ def _contrastive_column_side_kernel(
             cols = tl.load(columns_ptr + start + position, mask=there, other=0)
             x_cols_at = cols.to(tl.int64)[:, None] * D + d[None, :]
             if RESIDENT:
-                if EVEN_D:
-                    x_cols = tl.load(x_ptr + x_cols_at)
-                else:
-                    x_cols = tl.load(x_ptr + x_cols_at, mask=(d < D)[None, :], other=0.0)
+                x_cols = tl.load(x_ptr + x_cols_at)
             acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
             for block in range(0, tl.cdiv(N // R, BLOCK_R)):
                 rows = t + R * (block * BLOCK_R + tl.arange(0, BLOCK_R))
                 valid_rows = tl.minimum(rows, N - 1)
                 x_rows_at = valid_rows.to(tl.int64)[:, None] * D + d[None, :]
-                if EVEN_D:
-                    x_rows = tl.load(x_ptr + x_rows_at)
-                else:
-                    x_rows = tl.load(x_ptr + x_rows_at, mask=(d < D)[None, :], other=0.0)
+                x_rows = tl.load(x_ptr + x_rows_at)
                 if RESIDENT:
                     z = tl.dot(x_cols, tl.trans(x_rows), input_precision=PRECISION)
                 else:
                     z = tile_product(
-                        x_ptr, x_ptr, cols, valid_rows, D, D, D, BLOCK_C, BLOCK_R, BLOCK_K, EVEN_K, PRECISION
+                        x_ptr, x_ptr, cols, valid_rows, D, D, D, BLOCK_C, BLOCK_R, BLOCK_K, PRECISION
                     )
                 lse_i = tl.load(lse_ptr + valid_rows)[None, :]
                 gl_i = tl.load(grad_lse_ptr + valid_rows)[None, :]
@@ -417,14 +408,13 @@ def _contrastive_column_side_kernel(
             rank = _rank(turned_ptr, turned_prefix_ptr, turned_counts_ptr, cols, t + tl.zeros_like(cols), R, W_turned)
             slot = tl.load(turned_starts_ptr + cols) - origin + rank
             out_at = slot[:, None] * D + d[None, :]
-            mask = there[:, None] & (d < D)[None, :]
-            tl.store(workspace_ptr + out_at, acc.to(workspace_ptr.dtype.element_ty), mask=mask)
+            tl.store(workspace_ptr + out_at, acc.to(workspace_ptr.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit
 def _contrastive_column_sum_kernel(
     x_ptr, turned_ptr, turned_counts_ptr, turned_starts_ptr, starts_ptr, capacity, window_ptr, workspace_ptr,
-    lse_ptr, grad_lse_ptr, partial_ptr, out_scale_ptr, out_ptr, N, D, R, W_turned, scale,
+    lse_ptr, grad_lse_ptr, partial_ptr, out_scale_ptr, out_ptr, D_out, N, D, R, W_turned, scale,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """out_j = out_scale (partial_j + the column side of j) for the window's columns j.
@@ -462,7 +452,7 @@ def _contrastive_column_sum_kernel(
                         acc += tl.sum(tl.where(others, p, 0.0)[:, None] * x_rows, 0)
         acc += tl.load(partial_ptr + j * D + d, mask=d < D, other=0.0)
         out = (acc * tl.load(out_scale_ptr)).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + j * D + d, out, mask=d < D)
+        tl.store(out_ptr + j * D_out + d, out, mask=d < D_out)
 
 
 class _ColumnSide:
@@ -498,22 +488,22 @@ def grad(
     lse2: Tensor, grad_lse: Tensor, grad_pos: Tensor, grad_ext: Tensor, out_scale: Tensor,
 ) -> Tensor:  # fmt: skip
     """out_scale sum_j (G_ij + G_ji) x_j in x's dtype, stream by stream to bound the scratch; lse2 in base 2."""
+    config = grad_config(_GRAD, x.dtype, x.shape[2])
+    out = torch.empty_like(x)
+    x = padded_rows(x, config["BLOCK_D"])
     streams, n, d = x.shape
-    config = grad_config(_GRAD, x.dtype, d)
     period = n if negatives is None else negatives.shape[0]
     width = positives.stride(0)
     masks = [positives if mask is None else mask for mask in (positives, positives_t, extra, extra_t, negatives)]
     pieces = triton.cdiv(d, config["BLOCK_D"])
     scale = LOG2E / temperature
     options = dict(
-        EVEN_D=d % config["BLOCK_D"] == 0, EVEN_K=d % config["BLOCK_K"] == 0, PRECISION=precision(x.dtype),
-        BLOCK_C=_TILE, **config,
+        PRECISION=precision(x.dtype), **config,
     )  # fmt: skip
     listed = dict(
         SYMMETRIC_POSITIVES=positives_t is None, HAS_EXTRA=extra is not None, SYMMETRIC_EXTRA=extra_t is None,
         HAS_NEGATIVES=negatives is not None, **options,
     )  # fmt: skip
-    out = torch.empty_like(x)
     positive_lists = _positive_lists(n, positives, positives_t, extra, extra_t)
     if negatives is not None:
         negative_lists = _negative_lists(negatives, n)
@@ -527,16 +517,16 @@ def grad(
             sizes = (n, d, period, width, scale)
             if negatives is None:
                 _contrastive_listed_grad_kernel[(positive_lists.number, 1, pieces)](
-                    x[s], *masks, *positive_lists.arguments(), *vectors, out_scale, out[s], *sizes,
+                    x[s], *masks, *positive_lists.arguments(), *vectors, out_scale, out[s], out.shape[2], *sizes,
                     NEGATIVES=False, ADD=False, BLOCK_R=_PANEL, **listed,
                 )  # fmt: skip
                 continue
             _contrastive_listed_grad_kernel[(positive_lists.number, 1, pieces)](
-                x[s], *masks, *positive_lists.arguments(), *vectors, one, partial, *sizes,
+                x[s], *masks, *positive_lists.arguments(), *vectors, one, partial, d, *sizes,
                 NEGATIVES=False, ADD=False, BLOCK_R=_PANEL, **listed,
             )  # fmt: skip
             _contrastive_listed_grad_kernel[(negative_lists.number, blocks, pieces)](
-                x[s], *masks, *negative_lists.arguments(), *vectors, one, partial, *sizes,
+                x[s], *masks, *negative_lists.arguments(), *vectors, one, partial, d, *sizes,
                 NEGATIVES=True, ADD=True, BLOCK_R=_NEGATIVE_ROWS, **listed,
             )  # fmt: skip
             for w in range(side.windows):
@@ -550,7 +540,7 @@ def grad(
                 _contrastive_column_sum_kernel[(min(n, _SUM_PROGRAMS),)](
                     x[s], side.bits, side.counts, side.starts, negative_lists.starts, negative_lists.capacity,
                     window, side.workspace, lse2[s], grad_lse[s], partial, out_scale, out[s],
-                    n, d, period, side.bits.stride(0), scale,
+                    out.shape[2], n, d, period, side.bits.stride(0), scale,
                     BLOCK_D=triton.next_power_of_2(d), BLOCK_R=16, BLOCK_S=_SUM_ROWS, num_warps=4,
                 )  # fmt: skip
     return out

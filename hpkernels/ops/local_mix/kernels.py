@@ -1,4 +1,4 @@
-"""Local hidden positives in Triton: neighbour weights from attention rows, and the nine-tap mixing with its gradient."""
+"""Local hidden positives in Triton: neighbour weights from attention rows, nine-tap mixing and its gradient."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def _neighbor_weights_kernel(
     tap = tl.minimum(tl.maximum(tap, low[:, None]), high[:, None])
     keep = inside & ((tap >= lse[:, None] - log_tokens) | (lse != lse)[:, None])
     weight = tl.where(keep, sigma * tl.exp(tap - lse[:, None]) / neighbors.to(tl.float32)[:, None], 0.0)
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * 9 + n[None, :], weight, mask=(row < rows_total)[:, None] & (n < 9)[None, :])
+    out_at = row.to(tl.int64)[:, None] * 9 + n[None, :]
+    tl.store(out_ptr + out_at, weight, mask=(row < rows_total)[:, None] & (n < 9)[None, :])
 
 
 def neighbor_weights(
@@ -141,8 +142,8 @@ def _neighbor_mix_kernel(
     y, x = token // width, token % width
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for n in tl.static_range(9):
-        dy: tl.constexpr = (1 - n // 3) if TRANSPOSED else (n // 3 - 1)
-        dx: tl.constexpr = (1 - n % 3) if TRANSPOSED else (n % 3 - 1)
+        dy = (1 - n // 3) if TRANSPOSED else (n // 3 - 1)
+        dx = (1 - n % 3) if TRANSPOSED else (n % 3 - 1)
         inside = (token < T) & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
         neighbor = (image * T + token + dy * width + dx).to(tl.int64)
         weight_row = neighbor if TRANSPOSED else image * T + token
@@ -165,8 +166,8 @@ def _neighbor_mix_grad_weights_kernel(
     y, x = token // width, token % width
     row = image * T + token
     for n in tl.static_range(9):
-        dy: tl.constexpr = n // 3 - 1
-        dx: tl.constexpr = n % 3 - 1
+        dy = n // 3 - 1
+        dx = n % 3 - 1
         inside = (token < T) & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
         dots = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for start in range(0, D, BLOCK_D):

@@ -63,11 +63,15 @@ def _layout(x: Tensor) -> tuple[int, int, tuple[int], dict[str, int]]:
     return n, d, (triton.cdiv(n, block_m),), dict(BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS)
 
 
+def _output_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.is_cuda else torch.float32
+
+
 def normalize_rows(x: Tensor, name: str) -> Tensor:
     """x / ||x|| along the last axis; zero rows stay zero. fp32; 16-bit inputs on a GPU keep their dtype."""
     require_supported(**{name: x})
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype if x.is_cuda else torch.float32, device=x.device)
+    out = torch.empty(x.shape, dtype=_output_dtype(x), device=x.device)
     if x.numel():
         n, d, grid, blocks = _layout(x)
         with on_device(x):

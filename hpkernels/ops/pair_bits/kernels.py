@@ -31,8 +31,8 @@ def _random_bits_kernel(seed_ptr, out_ptr, W, columns, q, first_group, BLOCK_W: 
     comparison of a uniform 32-bit number with q, least significant plane first: a set bit of q ORs the plane in, a
     clear one ANDs it. Planes below q's lowest set bit change nothing, so `first_group` skips whole groups of them.
     """
-    row = tl.program_id(1)
-    word = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    row = tl.program_id(0)
+    word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     seed = tl.load(seed_ptr)
     zero = tl.zeros([BLOCK_W], tl.int32)
     acc = tl.zeros([BLOCK_W], tl.uint32)
@@ -59,7 +59,7 @@ def random_bits(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
     lowest = (q & -q).bit_length() - 1
     if bits.numel():
         with on_device(seed):
-            _random_bits_kernel[(triton.cdiv(width, _RANDOM_WORDS), rows)](
+            _random_bits_kernel[(rows, triton.cdiv(width, _RANDOM_WORDS))](
                 seed, bits, width, columns, q, lowest // 4, BLOCK_W=_RANDOM_WORDS
             )
     return bits

@@ -15,6 +15,7 @@ from hpkernels.ops._triton import (
     ordered_key,
     pack_columns,
     pack_rows,
+    padded_rows,
     precision,
     require_supported,
     same_dtype,
@@ -37,7 +38,7 @@ _TOPK_TILES = {
     ("single", 32): dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
     ("single", 256): dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
 }
-_LARGEST_LIST = 256
+_SMALLEST_LIST, _LARGEST_LIST = 16, 256  # places of a list of the k best
 _KEY_BYTES = 256 << 20  # bound of the int64 keys alive at a time when k is above _LARGEST_LIST
 _GROUP = 8
 
@@ -45,7 +46,7 @@ _GROUP = 8
 @triton.jit
 def _max_similarity_panel_kernel(
     q_ptr, k_ptr, out_ptr, N, M, C, stride_q, stride_k, tiles_per_split,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[split, i] = max over the split's keys of <q_i, key>; NaN if any product is."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,7 +58,7 @@ def _max_similarity_panel_kernel(
     for tile in range(split * tiles_per_split, last):
         cols = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), M - 1)  # the last key again: no new maximum
         s = tile_product(
-            q_ptr, k_ptr, valid_rows, cols, C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+            q_ptr, k_ptr, valid_rows, cols, C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         best = tl.maximum(best, s, propagate_nan=tl.PropagateNan.ALL)
     value = tl.max(best, 1)
@@ -65,10 +66,16 @@ def _max_similarity_panel_kernel(
     tl.store(out_ptr + split.to(tl.int64) * N + rows, tl.where(poisoned, float("nan"), value), mask=rows < N)
 
 
+def _operands(*rows: Tensor) -> list[Tensor]:
+    """Operands of one dtype, contiguous, with rows of whole steps of the product."""
+    rows = same_dtype(*rows)
+    return [padded_rows(x, _TILES[dtype_class(x.dtype)]["BLOCK_K"]) for x in rows]
+
+
 def max_similarity(queries: Tensor, keys: Tensor) -> Tensor:
     """max_k <q_i, key_k>, (N,) fp32."""
     require_supported(queries=queries, keys=keys)
-    queries, keys = same_dtype(queries, keys)
+    queries, keys = _operands(queries, keys)
     (n, c), m = queries.shape, keys.shape[0]
     config = _TILES[dtype_class(queries.dtype)]
     panels = triton.cdiv(n, config["BLOCK_M"])
@@ -78,7 +85,7 @@ def max_similarity(queries: Tensor, keys: Tensor) -> Tensor:
         with on_device(queries):
             _max_similarity_panel_kernel[(panels, splits)](
                 queries, keys, out, n, m, c, queries.stride(0), keys.stride(0), tiles_per_split,
-                EVEN_K=c % config["BLOCK_K"] == 0, PRECISION=precision(queries.dtype), **config,
+                PRECISION=precision(queries.dtype), **config,
             )  # fmt: skip
     return out[0] if splits == 1 else out.amax(0)
 
@@ -98,7 +105,7 @@ def _allowed(rows, cols, query_group, key_group, M, HAS_GROUPS: tl.constexpr, EX
 def _topk_similarity_best_kernel(
     q_ptr, k_ptr, query_group_ptr, key_group_ptr, out_ptr, N, M, C, stride_q, stride_k, tiles_per_split,
     HAS_GROUPS: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """k = 1: out[i, split] = the ordered key of the best of the split's keys."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -114,7 +121,7 @@ def _topk_similarity_best_kernel(
         key_group = tl.load(key_group_ptr + valid_cols) if HAS_GROUPS else cols
         allowed = _allowed(rows, cols, query_group, key_group, M, HAS_GROUPS, EXCLUDE_SELF)
         s = tile_product(
-            q_ptr, k_ptr, valid_rows, valid_cols, C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+            q_ptr, k_ptr, valid_rows, valid_cols, C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         s = tl.where(allowed, s, float("-inf"))
         value = tl.max(s, 1)
@@ -130,7 +137,7 @@ def _topk_similarity_best_kernel(
 def _topk_similarity_panel_kernel(
     q_ptr, k_ptr, query_group_ptr, key_group_ptr, out_ptr, N, M, C, stride_q, stride_k, tiles_per_split, k,
     HAS_GROUPS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[i, split, :k] = ordered keys of the k best of the split's keys, in no order.
 
@@ -155,7 +162,7 @@ def _topk_similarity_panel_kernel(
         key_group = tl.load(key_group_ptr + valid_cols) if HAS_GROUPS else cols
         allowed = _allowed(rows, cols, query_group, key_group, M, HAS_GROUPS, EXCLUDE_SELF)
         s = tile_product(
-            q_ptr, k_ptr, valid_rows, valid_cols, C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+            q_ptr, k_ptr, valid_rows, valid_cols, C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         s = tl.where(allowed, s, float("-inf"))
         value = tl.max(s, 1)
@@ -175,7 +182,7 @@ def _topk_similarity_panel_kernel(
 def _topk_similarity_keys_kernel(
     q_ptr, k_ptr, query_group_ptr, key_group_ptr, out_ptr, first_row, N, M, C, stride_q, stride_k,
     HAS_GROUPS: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[i - first_row, j] = the ordered key of pair (i, j): the unfused route for long lists."""
     local = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -186,7 +193,7 @@ def _topk_similarity_keys_kernel(
     key_group = tl.load(key_group_ptr + valid_cols) if HAS_GROUPS else cols
     allowed = _allowed(rows, cols, query_group, key_group, M, HAS_GROUPS, EXCLUDE_SELF)
     s = tile_product(
-        q_ptr, k_ptr, valid_rows, valid_cols, C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        q_ptr, k_ptr, valid_rows, valid_cols, C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
     )
     keys = ordered_key(tl.where(allowed, s, float("-inf")), tl.zeros([BLOCK_M, BLOCK_N], tl.int32) + cols[None, :])
     inside = (rows < N)[:, None] & (cols < M)[None, :]
@@ -198,7 +205,7 @@ def topk_similarity(
 ) -> tuple[Tensor, Tensor]:
     """The k largest products of each row, descending, exact ties to the lower index; missing places -inf and -1."""
     require_supported(queries=queries, keys=keys)
-    queries, keys = same_dtype(queries, keys)
+    queries, keys = _operands(queries, keys)
     (n, c), m = queries.shape, keys.shape[0]
     if n == 0 or k == 0:
         return queries.new_empty((n, k), dtype=torch.float32), queries.new_empty((n, k), dtype=torch.int64)
@@ -214,13 +221,13 @@ def topk_similarity(
     arguments = (queries, keys, *groups, lists, n, m, c, queries.stride(0), keys.stride(0), tiles_per_split)
     options = dict(
         HAS_GROUPS=has_groups, EXCLUDE_SELF=exclude_self,
-        EVEN_K=c % config["BLOCK_K"] == 0, PRECISION=precision(queries.dtype), **config,
+        PRECISION=precision(queries.dtype), **config,
     )  # fmt: skip
     with on_device(queries):
         if k == 1:
             _topk_similarity_best_kernel[(panels, splits)](*arguments, **options)
         else:
-            slots = triton.next_power_of_2(k)
+            slots = max(_SMALLEST_LIST, triton.next_power_of_2(k))
             _topk_similarity_panel_kernel[(panels, splits)](*arguments, k, SLOTS=slots, **options)
     # The keys of a row are distinct and carry the order, so the merge of the splits and the sort are exact.
     return decode_keys(lists.topk(k, dim=1).values)
@@ -242,7 +249,7 @@ def _topk_unfused(
             _topk_similarity_keys_kernel[(triton.cdiv(m, config["BLOCK_N"]), triton.cdiv(rows, block))](
                 queries, keys, *groups, scratch, first, first + rows, m, c, queries.stride(0), keys.stride(0),
                 HAS_GROUPS=has_groups, EXCLUDE_SELF=exclude_self,
-                EVEN_K=c % config["BLOCK_K"] == 0, PRECISION=precision(queries.dtype), **config,
+                PRECISION=precision(queries.dtype), **config,
             )  # fmt: skip
         best[first : first + rows] = scratch[:rows].topk(k, dim=1).values
     return decode_keys(best)
@@ -251,7 +258,7 @@ def _topk_unfused(
 @triton.jit
 def _pairs_above_triangle_kernel(
     x_ptr, threshold_ptr, bits_ptr, N, C, stride_x, stride_bits, tiles,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """Bits of one tile of the upper triangle and, from the same numbers, of its mirror image."""
@@ -263,7 +270,7 @@ def _pairs_above_triangle_kernel(
         cols = c * BLOCK_N + tl.arange(0, BLOCK_N)
         valid_rows, valid_cols = tl.minimum(rows, N - 1), tl.minimum(cols, N - 1)
         s = tile_product(
-            x_ptr, x_ptr, valid_rows, valid_cols, C, stride_x, stride_x, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+            x_ptr, x_ptr, valid_rows, valid_cols, C, stride_x, stride_x, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         theta = tl.minimum(
             tl.load(threshold_ptr + valid_rows)[:, None],
@@ -287,18 +294,19 @@ def _pairs_above_triangle_kernel(
 def _pairs_above_tile_kernel(
     x_ptr, threshold_ptr, k_ptr, key_threshold_ptr, bits_ptr, N, M, C, stride_x, stride_k, stride_bits, row_tiles,
     HAS_KEY_THRESHOLDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """Bits of one tile of x against keys."""
     WORDS: tl.constexpr = BLOCK_N // 32
     column_tiles = tl.num_programs(0) // row_tiles
-    r, c = tl.swizzle2d(tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles, row_tiles, column_tiles, GROUP)
+    p = tl.program_id(0)
+    r, c = tl.swizzle2d(p // column_tiles, p % column_tiles, row_tiles, column_tiles, GROUP)
     rows = r * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = c * BLOCK_N + tl.arange(0, BLOCK_N)
     valid_rows, valid_cols = tl.minimum(rows, N - 1), tl.minimum(cols, M - 1)
     s = tile_product(
-        x_ptr, k_ptr, valid_rows, valid_cols, C, stride_x, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        x_ptr, k_ptr, valid_rows, valid_cols, C, stride_x, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
     )
     theta = tl.load(threshold_ptr + valid_rows)[:, None]
     if HAS_KEY_THRESHOLDS:
@@ -312,7 +320,7 @@ def _pairs_above_tile_kernel(
 def pairs_above(x: Tensor, thresholds: Tensor, keys: Tensor | None, key_thresholds: Tensor | None) -> Tensor:
     """Bits of s_ij > min(t_i, t_j), i != j, from the upper triangle (keys None), or of s_ij > min(t_i, kt_j)."""
     require_supported(x=x, keys=keys)
-    x, keys = (same_dtype(x) + [None]) if keys is None else same_dtype(x, keys)
+    x, keys = (*_operands(x), None) if keys is None else _operands(x, keys)
     thresholds = thresholds.float().contiguous()
     n, c = x.shape
     config = _TILES[dtype_class(x.dtype)]
@@ -322,7 +330,7 @@ def pairs_above(x: Tensor, thresholds: Tensor, keys: Tensor | None, key_threshol
     column_tiles = width * 32 // block_n  # up to the end of the words: padding bits are written, as zeros
     if bits.numel() == 0:
         return bits
-    options = dict(EVEN_K=c % config["BLOCK_K"] == 0, PRECISION=precision(x.dtype), GROUP=_GROUP, **config)
+    options = dict(PRECISION=precision(x.dtype), GROUP=_GROUP, **config)
     with on_device(x):
         if keys is None:
             _pairs_above_triangle_kernel[(triangle_programs(column_tiles, _GROUP),)](

@@ -1,0 +1,344 @@
+"""Compile every Triton kernel, in every shipped configuration, for GPUs that are not here.
+
+The public wrappers of the kernels run on small CPU tensors while a stand-in driver answers for the GPU and launches
+are recorded instead of made. So what is compiled is what a GPU would get: the wrappers' own configuration tables,
+argument types, alignments and constants. Results of the wrappers are meaningless here and dropped.
+
+    python -m tests.triton_kernels.aot            writes benchmarks/results/aot.json
+    python -m tests.triton_kernels.aot --check    whether the table is of the kernels as they are now
+
+Needs a process without TRITON_INTERPRET. No figure in aot.json was measured on a GPU: registers, stack and shared
+memory are the assembler's, instruction counts are from PTX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "aot.json"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+STACK_ALLOWANCE = 64  # bytes of stack a thread may use: spills beyond this fail the test
+# A panel 512 wide fills the registers with its accumulator. What spills is mostly loop-invariant: in the dense gradient
+# for sm_90 37 of some 990 instructions of the loop over tiles touch the stack, around 66 wgmma.
+WIDE_STACK_ALLOWANCE = 320
+DTYPES = (torch.bfloat16, torch.float32)  # one of each class of the configuration tables
+WIDTHS = (64, 128, 256, 512, 1024)  # one of each class; others are padded to one of these
+MAIN_WIDTH = 512  # kernels whose configuration does not depend on the width are compiled once
+
+
+class _Driver:
+    """Stands in for a GPU driver: says which target to compile for, launches nothing."""
+
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Recorder:
+    """Within its context kernel launches are recorded (`launches`), and compiled if `compile` is set (`kernels`)."""
+
+    def __init__(self, arch: int, compile: bool):
+        self.arch, self.compile = arch, compile
+        self.launches: dict[str, str] = {}
+        self.kernels: dict[str, object] = {}
+
+    def __enter__(self) -> Recorder:
+        self._run, recorder = JITFunction.run, self
+
+        def run(kernel, *args, grid, warmup, **kwargs):
+            name = _launch_name(kernel, args, kwargs)
+            recorder.launches[name] = source_hash(kernel)
+            if recorder.compile and name not in recorder.kernels:
+                try:
+                    recorder.kernels[name] = recorder._run(kernel, *args, grid=grid, warmup=True, **kwargs)
+                except (triton.CompilationError, RuntimeError) as error:  # RuntimeError: a pass of the compiler failed
+                    recorder.kernels[name] = error
+
+        JITFunction.run = run
+        driver.set_active(_Driver(self.arch))
+        return self
+
+    def __exit__(self, *error) -> None:
+        JITFunction.run = self._run
+
+
+def source_hash(kernel: JITFunction) -> str:
+    """Of the code, without comments and docstrings, of a kernel and of all functions of ours that it calls."""
+    sources, pending = {}, [kernel]
+    while pending:
+        function = pending.pop()
+        if function.__name__ in sources:
+            continue
+        tree = ast.parse(function.src)
+        tree.body[0].body = [node for node in tree.body[0].body if not _is_docstring(node)]
+        sources[function.__name__] = ast.unparse(tree)
+        called = (function.__globals__.get(name) for name in function.fn.__code__.co_names)
+        pending += [f for f in called if isinstance(f, JITFunction) and f.__module__.startswith("hpkernels.")]
+    return hashlib.sha256("".join(sources[name] for name in sorted(sources)).encode()).hexdigest()[:16]
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _launch_name(kernel: JITFunction, args: tuple, kwargs: dict) -> str:
+    """Kernel, dtype of its first operand, and every compile-time option."""
+    options = {key: value for key, value in kwargs.items() if key not in ("PRECISION",)}
+    dtype = str(args[0].dtype).removeprefix("torch.")
+    shown = " ".join(f"{key}={int(value)}" for key, value in sorted(options.items()))
+    return f"{kernel.__name__} {dtype} {shown}"
+
+
+# ------------------------------------------------------------------ what is shipped
+
+Case = tuple[str, Callable[[], object]]
+
+
+def cases(dtypes: tuple[torch.dtype, ...] = DTYPES, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
+    """Calls that between them launch every kernel in every configuration for these dtypes and widths."""
+    from hpkernels.ops.normalize import kernels as normalize
+
+    normalize._output_dtype = lambda x: x.dtype  # what it answers on a GPU
+    for dtype in dtypes:
+        for width in widths:
+            x = torch.zeros(256, width, dtype=dtype)
+            yield f"normalize_rows {width}", lambda x=x: normalize.normalize_rows(x, "x")
+            yield f"normalize_rows_grad {width}", lambda x=x: normalize.normalize_rows_grad(x.float(), x)
+            yield from _contrastive_grad_cases(x)
+            if width == MAIN_WIDTH:
+                yield from _search_cases(x)
+                yield from _contrastive_stats_cases(x)
+                yield from _local_mix_cases(dtype)
+                yield from _pair_bits_cases()
+
+
+def _pair_bits_cases() -> Iterator[Case]:
+    from hpkernels.ops.pair_bits import kernels as pair_bits
+
+    bits = torch.zeros(256, 8, dtype=torch.int32)
+    yield "random_bits", lambda: pair_bits.random_bits(torch.tensor(1), 256, 256, 0.02)
+    yield "count_bits", lambda: pair_bits.count_bits(bits)
+    yield "transpose_bits", lambda: pair_bits.transpose_bits(bits, 256)
+
+
+def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from hpkernels.ops.local_mix import kernels as local_mix
+
+    for side in (7, 14, 22, 28, 40, 64):  # each power of two that holds a row
+        attention = torch.zeros(1, 1, side * side, side * side, dtype=dtype)
+        yield (
+            f"neighbor_weights {side}",
+            lambda a=attention, n=side: local_mix.neighbor_weights(a, n, n, 28.0, 0.1, 0.9),
+        )
+    code, weights = torch.zeros(1, 784, 512, dtype=dtype), torch.zeros(1, 784, 9)
+    yield "neighbor_mix", lambda: local_mix.neighbor_mix(code, weights, 28, 28)
+    yield "neighbor_mix_grad", lambda: local_mix.neighbor_mix_grad(code, code, weights, 28, 28, True, True)
+
+
+def _search_cases(x: torch.Tensor) -> Iterator[Case]:
+    from hpkernels.ops.similarity_search import kernels as search
+
+    n, width = x.shape
+    theta, groups, keys = torch.zeros(n), torch.zeros(n, dtype=torch.int64), torch.zeros(1024, width, dtype=x.dtype)
+    yield f"max_similarity {width}", lambda: search.max_similarity(x, x)
+    yield f"pairs_above {width}", lambda: search.pairs_above(x, theta, None, None)
+    yield f"pairs_above keys {width}", lambda: search.pairs_above(x, theta, x, theta)
+    for k in (1, 16, 32, 64, 128, 256, 300):
+        key_groups = torch.zeros(1024, dtype=torch.int64)
+        yield f"topk {k} {width}", lambda k=k: search.topk_similarity(x, keys, k, True, None, None)
+        if k in (16, 300):
+            yield f"topk {k} groups {width}", lambda k=k: search.topk_similarity(x, keys, k, False, groups, key_groups)
+
+
+def _contrastive_stats_cases(x: torch.Tensor) -> Iterator[Case]:
+    from hpkernels.ops.contrastive import kernels as contrastive
+
+    bits, extra = torch.zeros(2, len(x), 8, dtype=torch.int32)
+    negatives = torch.zeros(64, 8, dtype=torch.int32)
+    for temperature in (0.8, 0.01):
+        for mode, masks in (
+            ("all", (bits, None, None, None, None)),
+            ("dense", (bits, None, extra, None, negatives)),
+            ("sparse", (bits, None, extra, None, negatives)),
+            ("sparse", (bits, None, None, None, None)),
+        ):
+            yield (
+                f"stats {mode} {temperature}",
+                lambda m=masks, d=mode, t=temperature: contrastive.contrastive_stats(x[None], *m, d, t),
+            )
+
+
+def _contrastive_grad_cases(x: torch.Tensor) -> Iterator[Case]:
+    from hpkernels.ops.contrastive import kernels as contrastive
+
+    bits, turned, extra, extra_turned = torch.zeros(4, len(x), 8, dtype=torch.int32)
+    negatives, vector = torch.zeros(64, 8, dtype=torch.int32), torch.zeros(1, len(x))
+    for mode, masks in (
+        ("all", (bits, None, None, None, None)),
+        ("dense", (bits, None, extra, None, negatives)),
+        ("dense", (bits, turned, extra, extra_turned, negatives)),
+        ("sparse", (bits, None, extra, None, negatives)),
+        ("sparse", (bits, turned, extra, extra_turned, negatives)),
+    ):
+        yield (
+            f"grad {mode} {sum(m is not None for m in masks)} {x.shape[1]}",
+            lambda m=masks, d=mode: contrastive.contrastive_grad(x[None], *m, d, 0.8, *[vector] * 4),
+        )
+
+
+# ------------------------------------------------------------------ what the compiler says
+
+
+def resources(kernel: object) -> dict[str, int]:
+    """Registers and stack bytes of a thread, shared bytes of a block, and instruction counts of a compiled kernel."""
+    if isinstance(kernel, Exception):
+        return {"error": str(kernel)}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "products": kernel.asm["ttir"].count("tt.dot "),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "cp_async": ptx.count("cp.async.c"),
+    }
+
+
+def faults(name: str, arch: int, figures: dict[str, int]) -> list[str]:
+    """What a shipped configuration may not do."""
+    if "error" in figures:
+        return [figures["error"]]
+    found = []
+    if figures["shared"] > SHARED_LIMIT[arch]:
+        found.append(f"{figures['shared']} bytes of shared memory, {SHARED_LIMIT[arch]} usable")
+    allowed = WIDE_STACK_ALLOWANCE if "BLOCK_D=512" in name else STACK_ALLOWANCE
+    if figures["stack"] > allowed:
+        found.append(f"{figures['stack']} bytes of stack, allowed {allowed}")
+    half = name.split()[1] in ("float16", "bfloat16")
+    if figures["products"] and half:
+        if arch == 90 and (figures["wgmma"] == 0 or figures["mma"] > 0):
+            found.append(f"{figures['wgmma']} wgmma and {figures['mma']} mma instructions")
+        if arch == 80 and figures["mma"] == 0:
+            found.append("no mma instruction")
+    return found
+
+
+def shipped(arch: int = 90, **choice: tuple) -> dict[str, str]:
+    """Every launch of `cases` by name, with a hash of the kernel's source and all it calls; nothing is compiled."""
+    with Recorder(arch, compile=False) as recorder:
+        for _, call in cases(**choice):
+            call()
+    return recorder.launches
+
+
+def compiled(arch: int, only: Callable[[str], bool] = lambda case: True, **choice: tuple) -> dict[str, dict]:
+    """Figures of every launch of the chosen cases, by launch name."""
+    with Recorder(arch, compile=True) as recorder:
+        for case, call in cases(**choice):
+            if only(case):
+                call()
+    return {
+        name: {**resources(kernel), "source": recorder.launches[name]} for name, kernel in recorder.kernels.items()
+    }
+
+
+def check() -> list[str]:
+    """What is wrong with the committed table: faults, and configurations that it lacks or has of an older source."""
+    table = json.loads(RESULTS.read_text())["kernels"]
+    wrong = [
+        f"sm_{arch} {name}: {fault}"
+        for arch, kernels in table.items()
+        for name, figures in kernels.items()
+        for fault in faults(name, int(arch), figures)
+    ]
+    for name, source in shipped().items():
+        for arch in SHARED_LIMIT:
+            if table[str(arch)].get(name, {}).get("source") != source:
+                wrong.append(f"sm_{arch} {name}: changed or new; run `python -m tests.triton_kernels.aot`")
+    return wrong
+
+
+def compile_all(jobs: int, match: str, widths: list[int], archs: list[int]) -> dict[str, dict]:
+    """Figures by architecture and launch name."""
+    work = [(arch, dtype, width, match) for arch in archs for dtype in DTYPES for width in widths]
+    rows: dict[str, dict] = {str(arch): {} for arch in archs}
+    with ProcessPoolExecutor(jobs) as pool:
+        for (arch, *_), part in zip(work, pool.map(_job, work), strict=True):
+            rows[str(arch)].update(part)
+    return rows
+
+
+def _job(job: tuple[int, torch.dtype, int, str]) -> dict[str, dict]:
+    arch, dtype, width, match = job
+    torch.set_num_threads(1)
+    return compiled(arch, lambda case: match in case, dtypes=(dtype,), widths=(width,))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare aot.json with the kernels; compile nothing")
+    parser.add_argument("--match", help="compile the cases whose name contains this and print; write nothing")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS))
+    parser.add_argument("--archs", type=int, nargs="*", default=list(SHARED_LIMIT))
+    arguments = parser.parse_args()
+    if arguments.check:
+        wrong = check()
+        print(*wrong, sep="\n")
+        return int(bool(wrong))
+    rows = compile_all(arguments.jobs, arguments.match or "", arguments.widths, arguments.archs)
+    wrong = []
+    for arch, kernels in rows.items():
+        for name, figures in sorted(kernels.items()):
+            print(f"sm_{arch} {name}: " + ", ".join(f"{k} {v}" for k, v in figures.items() if k != "source"))
+            wrong += [f"sm_{arch} {name}: {fault}" for fault in faults(name, int(arch), figures)]
+    if arguments.match is None:
+        head = {
+            "command": "python -m tests.triton_kernels.aot",
+            "date": datetime.date.today().isoformat(),
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "note": "compiled ahead of time; nothing here ran on a GPU",
+        }
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps({**head, "kernels": rows}, indent=1, sort_keys=True) + "\n")
+    print(*wrong, sep="\n")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
