@@ -117,7 +117,7 @@ def hidden_positive_loss(
         negatives = pair_bits.random_bits(as_seed(seed, z.device), tokens, count, rate, chosen)
         denominator = "sparse" if rate <= SPARSE_RATE else "dense"
 
-    x = torch.stack([normalize_rows(s, name, chosen) for s, name in zip(streams, ("z", "z_local"))])
+    x = [normalize_rows(s, name, chosen)[None] for s, name in zip(streams, ("z", "z_local"))]
     loss, stats = _masked_loss(
         x, positives, extra, head_weight, negatives, denominator, tokens, temperature, base_temperature, weighting, chosen
     )
@@ -167,7 +167,7 @@ def masked_contrastive_loss(
     positives = positives.off_diagonal()
     extra_positives = None if extra_positives is None else extra_positives.off_diagonal()
     chosen = dispatch.choose(z.device, backend)
-    x = normalize_rows(rows, "z", chosen)[None]
+    x = [normalize_rows(rows, "z", chosen)[None]]
     bits, denominator = (None, "all") if negatives is None else (negatives.bits, "dense")
     loss, _ = _masked_loss(
         x, positives, extra_positives, extra_weight, bits, denominator, tokens, temperature, base_temperature, weighting,
@@ -177,7 +177,7 @@ def masked_contrastive_loss(
 
 
 def _masked_loss(
-    x: Tensor,
+    x: list[Tensor],
     positives: PairMask,
     extra: PairMask | None,
     extra_weight: float | Tensor,
@@ -189,11 +189,14 @@ def _masked_loss(
     weighting: str,
     backend: str,
 ) -> tuple[Tensor, LossStats]:
-    """The loss of unit rows x (S, N, D): statistics from the kernels, then averages over the (S, N) tables."""
-    lse, pos, ext = contrastive_stats(
-        x, positives.bits, _transpose(positives, backend), None if extra is None else extra.bits,
-        _transpose(extra, backend), negatives, denominator, float(temperature), backend,
+    """The loss of unit rows, one x (1, N, D) a stream: statistics from the kernels, then averages over the (S, N) tables."""
+    masks = (
+        positives.bits, _transpose(positives, backend), None if extra is None else extra.bits,
+        _transpose(extra, backend), negatives,
     )  # fmt: skip
+    # One call a stream: the backward pass then holds the gradient of one stream at a time beside the unit rows.
+    tables = [contrastive_stats(stream, *masks, denominator, float(temperature), backend) for stream in x]
+    lse, pos, ext = (torch.cat(table) for table in zip(*tables))
     n_pos = pair_bits.count_bits(positives.bits, backend).to(lse.dtype)
     n_ext = pair_bits.count_bits(extra.bits, backend).to(lse.dtype) if extra is not None else torch.zeros_like(n_pos)
     kept = (n_pos > 0).to(lse.dtype)

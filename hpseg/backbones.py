@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import sys
@@ -115,9 +116,9 @@ def load_backbone(name: str = "embedded", weights: str | Path | None = None, *, 
                   dtype: str = "fp32") -> Backbone:
     """The frozen ViT `name`: "embedded", or a timm name, with the weights of `weights` if given.
 
-    A file with a `.json` of the same stem beside it, {"arch": {VisionTransformer arguments}, "mean": ..., "std": ...},
-    brings its own architecture and input normalisation when name is "embedded". `pretrained=False` leaves timm's random
-    initialisation (for tests).
+    With name "embedded" a file in `weights` brings its own architecture and input normalisation: from the `.json` of the
+    same stem beside it, {"arch": {VisionTransformer arguments}, "mean": ..., "std": ...}, or else, for a plain ViT with
+    64 channels a head, from the shapes of its tensors. `pretrained=False` leaves timm's random initialisation (for tests).
     """
     import timm
 
@@ -125,10 +126,8 @@ def load_backbone(name: str = "embedded", weights: str | Path | None = None, *, 
         file = Path(weights) if weights is not None else EMBEDDED
         if weights is not None and not file.is_file():
             raise UsageError(f"weights: no file {file}")
-        sidecar = next((path for path in (file.with_suffix(".json"), EMBEDDED.with_suffix(".json")) if path.is_file()), None)
-        if sidecar is None:
-            raise UsageError(f"backbone: 'embedded' needs {EMBEDDED.with_suffix('.json')}, which this installation lacks")
-        facts = json.loads(sidecar.read_text())
+        sidecar = file.with_suffix(".json")
+        facts = json.loads(sidecar.read_text()) if sidecar.is_file() else _plain_vit(read_weights(file), file)
         arch = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True, **facts["arch"]}
         vit = timm.models.vision_transformer.VisionTransformer(**arch)
         load_weights(vit, file)
@@ -148,11 +147,11 @@ def load_backbone(name: str = "embedded", weights: str | Path | None = None, *, 
     return Backbone(vit, name, data["mean"], data["std"], dtype)
 
 
-def load_weights(vit: nn.Module, path: Path) -> None:
-    """Fills `vit` from a .safetensors or torch file with timm's or the original DINO key names.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The backbone's tensors, fp32, by timm's names, from a .safetensors or torch file.
 
-    Takes the "teacher", "state_dict" or "model" entry where there is one, strips `module.` and `backbone.` and ignores
-    projection heads; the position embedding is resampled to the model's grid. Anything still missing is an error.
+    Takes the "teacher", "state_dict" or "model" entry where there is one, strips `module.` and `backbone.` and leaves out
+    projection heads.
     """
     state = _read_state(path)
     for entry in ("teacher", "state_dict", "model"):
@@ -166,6 +165,12 @@ def load_weights(vit: nn.Module, path: Path) -> None:
             tensors[key] = value.float()
     if not tensors:
         raise UsageError(f"weights: {path} holds no backbone tensors, expected a ViT with timm's or DINO's key names")
+    return tensors
+
+
+def load_weights(vit: nn.Module, path: Path) -> None:
+    """Fills `vit` from a file; the position embedding is resampled to its grid. Anything missing or left over is an error."""
+    tensors = read_weights(path)
     adapt = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     try:
         missing, unexpected = vit.load_state_dict(adapt(tensors, vit) if adapt else tensors, strict=False)
@@ -174,6 +179,20 @@ def load_weights(vit: nn.Module, path: Path) -> None:
     if missing or unexpected:
         raise UsageError(f"weights: {path} does not fit {type(vit).__name__}: {len(missing)} tensors missing "
                          f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})")
+
+
+def _plain_vit(tensors: dict[str, Tensor], path: Path) -> dict:
+    """Architecture of a plain ViT (class token, square grid, 64 channels a head) from the shapes of its tensors."""
+    try:
+        width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+        grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
+        depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    except (KeyError, ValueError):
+        raise UsageError(f"weights: {path} is not a plain ViT; name its architecture with --backbone, or put a "
+                         f"{path.with_suffix('.json').name} beside it") from None
+    return {"arch": {"img_size": grid * patch, "patch_size": patch, "embed_dim": width, "depth": depth,
+                     "num_heads": max(1, width // 64)},
+            "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def _read_state(path: Path) -> dict:

@@ -84,10 +84,10 @@ class Config:
         if not self.temperature > 0:
             raise UsageError(f"temperature: expected a number above 0, got {self.temperature}")
         if self.cache_features and self.consistency_weight:
-            raise UsageError("cache_features: there are no jittered views of cached features, expected consistency_weight 0, "
-                             f"got {self.consistency_weight}")
+            raise UsageError("cache_features: there are no jittered views of cached features; expected consistency_weight 0 or "
+                             f"--no-cache-features, got consistency_weight {self.consistency_weight}")
         if self.cache_features and self.crop == "five":
-            raise UsageError("cache_features: expected crop 'center' or 'random', got 'five'")
+            raise UsageError("cache_features: expected crop 'center' or 'random', or --no-cache-features, got 'five'")
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -121,8 +121,9 @@ PRESETS: dict[str, dict] = {
     "potsdam": dict(classes=3, steps=710, batch_size=64, crop="center", temperature=0.4, negative_rate=1.0,
                     consistency_weight=0.0, ema_momentum=0.999, lambda_warmup=100, dim=256, pool_size=1024,
                     renew_interval=20),
-    "small": dict(steps=400, batch_size=8, crop="random", lambda_warmup=100, dim=128, pool_size=1024, pool_images=128,
-                  renew_interval=100),
+    "small": dict(steps=200, batch_size=8, crop="random", size=208, predict_size=208, cache_features=True,
+                  consistency_weight=0.0, lr=1e-3, projection_lr=1e-3, temperature=0.2, lambda_warmup=50, dim=128,
+                  pool_size=2048, renew_interval=50, clusters="kmeans"),
 }
 
 

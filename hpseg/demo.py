@@ -21,8 +21,11 @@ TEXTURES = ("stripes", "checks", "dots", "bricks", "cells", "grain")
 PHOTOS = Path(__file__).parent / "assets" / "photos"
 SIDE = 160  # of a mosaic, in pixels
 REGIONS = 5  # of a mosaic
-MOSAIC_SETTINGS = dict(size=SIDE, predict_size=SIDE, classes=len(TEXTURES), crop="center", batch_size=8, dim=128)
-PHOTO_SETTINGS = dict(size=224, predict_size=224, classes=6, crop="random", batch_size=4, dim=128)
+# The backbone runs once per picture, so a step costs little; the final clusters are k-means over the trained codes.
+QUICK = dict(cache_features=True, consistency_weight=0.0, clusters="kmeans", dim=128)
+MOSAIC_SETTINGS = dict(size=SIDE, predict_size=SIDE, classes=len(TEXTURES), crop="center", batch_size=8, **QUICK)
+PHOTO_SETTINGS = dict(size=224, predict_size=224, classes=6, crop="random", batch_size=4, **QUICK)
+SHOWN = ("usgov_19064748793", "usgov_33887522274", "usgov_18124840932", "chelsea")  # in the contact sheet
 METHODS = {"kmeans_rgb": "k-means, RGB", "kmeans_features": "k-means, frozen features", "trained": "trained head"}
 
 
@@ -32,7 +35,7 @@ def add_arguments(parser):
     add("--out", type=Path, help="folder to write (default: demo, or the first free of demo-2, demo-3, ...)")
     add("--overwrite", action="store_true", help="write into a non-empty --out")
     add("--seeds", type=int, default=3, help="independent repetitions: mosaics, training and k-means (default 3)")
-    add("--steps", type=int, default=150, help="training steps of each run (default 150)")
+    add("--steps", type=int, default=200, help="training steps of each run (default 200)")
     add("--train-images", type=int, default=64, help="mosaics to train on, per seed")
     add("--test-images", type=int, default=24, help="mosaics to score on, per seed")
     add("--backbone", default="embedded", help="'embedded' or any timm ViT, such as vit_small_patch8_224.dino")
@@ -61,6 +64,8 @@ def write_mosaics(folder: Path, count: int, seed: list[int], labels: bool) -> No
     from hpseg.procedural import mosaic
 
     rng = np.random.default_rng(seed)
+    for old in folder.glob("*/[0-9]*.png"):
+        old.unlink()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     if labels:
         (folder / "labels").mkdir(exist_ok=True)
@@ -86,8 +91,22 @@ def contact_sheet(rows: list[list[Image.Image]], titles: list[str], height: int 
     return sheet
 
 
-def pictures(run: Path, train_images: Path, files: list[Path], labels: Path | None, scores: dict | None, seed: int):
-    """One row of the contact sheet per file: image, truth, k-means, head, overlay; clusters in their class's colour."""
+def same_colours(maps: list[np.ndarray], like: list[np.ndarray]) -> list[np.ndarray]:
+    """Renumber the clusters of `maps` one to one so that they agree with the maps `like` on most pixels."""
+    from scipy.optimize import linear_sum_assignment
+
+    from hpseg.evaluation.metrics import confusion
+
+    counts = sum(confusion(one, other, 256, 256) for one, other in zip(maps, like, strict=True))
+    renumbered = linear_sum_assignment(counts, maximize=True)[1].astype(np.uint8)
+    return [renumbered[one] for one in maps]
+
+
+def pictures(run: Path, train_images: Path, files: list[Path], labels: Path | None, seed: int):
+    """One row of the contact sheet per file: image, truth, k-means, head, overlay.
+
+    Clusters take the colours of the classes they match best, without labels the head's those of the k-means.
+    """
     import torch
 
     from hpseg.data.folder import find_images
@@ -100,22 +119,21 @@ def pictures(run: Path, train_images: Path, files: list[Path], labels: Path | No
         tokens = segmenter.backbone(pixels)
         return tokens.features.unflatten(1, tokens.grid)
 
-    def recolour(prediction, method):
-        """Cluster numbers -> numbers of the classes they were matched to; unmatched ones keep theirs."""
-        table = np.arange(256, dtype=np.uint8)
-        for cls, cluster in enumerate(scores[method]["cluster_of"] if scores else ()):
-            table[cluster] = cls
-        return table[prediction]
-
+    images = [Image.open(path).convert("RGB") for path in files]
     with torch.no_grad():
-        kmeans = KMeans(features, segmenter.config.classes,
-                        [segmenter.prepare(path)[0] for path in find_images(train_images)], seed)
-        for path in files:
-            image = Image.open(path).convert("RGB")
-            truth = Image.open(labels / path.name) if labels else Image.new("RGB", image.size, "white")
-            by_kmeans = recolour(kmeans.predict(*segmenter.prepare(image)), "kmeans_features")
-            by_head = recolour(segmenter.predict(image), "trained")
-            yield [image, truth, label_image(by_kmeans), label_image(by_head), overlay(image, by_head, 0.5)]
+        fitted_to = [segmenter.prepare(path)[0] for path in find_images(train_images)]
+        kmeans = KMeans(features, segmenter.config.classes, fitted_to, seed)
+        by_kmeans = [kmeans.predict(*segmenter.prepare(image)) for image in images]
+    by_head = [segmenter.predict(image) for image in images]
+    truths = [Image.new("RGB", image.size, "white") for image in images]
+    if labels:
+        truths = [Image.open(labels / path.name) for path in files]
+        by_kmeans = same_colours(by_kmeans, [np.asarray(truth) for truth in truths])
+        by_head = same_colours(by_head, [np.asarray(truth) for truth in truths])
+    else:
+        by_head = same_colours(by_head, by_kmeans)
+    return [[image, truth, label_image(one), label_image(other), overlay(image, other, 0.5)]
+            for image, truth, one, other in zip(images, truths, by_kmeans, by_head, strict=True)]
 
 
 def run(args) -> None:
@@ -139,18 +157,19 @@ def run(args) -> None:
         print(f"seed {seed}: mIoU " + ", ".join(f"{title} {scores[-1][m]['miou']:.1f}" for m, title in METHODS.items()),
               flush=True)
         if seed == 0:
-            files = sorted((base / "test" / "images").iterdir())[:4]
-            rows += pictures(base / "run", base / "train", files, base / "test" / "labels", scores[0], seed)
+            files = sorted((base / "test" / "images").iterdir())
+            rows += pictures(base / "run", base / "train", files, base / "test" / "labels", seed)[:4]
 
     train(PHOTOS, out / "photographs", seed=0, **PHOTO_SETTINGS, **common)
     photographs = sorted(PHOTOS.glob("*.jpg"))
-    shown = list(pictures(out / "photographs", PHOTOS, photographs, None, None, 0))
+    shown = pictures(out / "photographs", PHOTOS, photographs, None, 0)
     (out / "overlays").mkdir(exist_ok=True)
-    for path, row in zip(photographs, shown, strict=True):
-        row[-1].save(out / "overlays" / path.name, quality=90)
     for number, row in enumerate(rows):
         row[-1].save(out / "overlays" / f"mosaic{number}.jpg", quality=90)
-    sheet = contact_sheet(rows + shown[:4], ["image", "truth", "k-means, frozen features", "trained head", "overlay"])
+    for path, row in zip(photographs, shown, strict=True):
+        row[-1].save(out / "overlays" / path.name, quality=90)
+    rows += [row for path, row in zip(photographs, shown, strict=True) if path.stem in SHOWN]
+    sheet = contact_sheet(rows, ["image", "truth", "k-means, frozen features", "trained head", "overlay"])
     sheet.quantize(256).save(out / "contact_sheet.png", optimize=True)
 
     mean = {m: float(np.mean([s[m]["miou"] for s in scores])) for m in METHODS}

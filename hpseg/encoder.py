@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hpseg.backbones import Backbone, Tokens
-from hpseg.config import Config, UsageError
+from hpseg.config import Config
 from hpseg.data.folder import PhotoFolder, Views, hash_seed, make_loader
 
 CACHE_BYTES = 8 << 30
@@ -19,7 +19,8 @@ Keys = Iterable[list[tuple[int, int]]]
 
 
 class Encoder:
-    """Runs the backbone over batches of (epoch, index) keys; with `cache_features` only once per photograph.
+    """Runs the backbone over batches of (epoch, index) keys; with `cache_features` only once per photograph,
+    unless that would take more than CACHE_BYTES.
 
     The cache holds the tokens of whole photographs, with their short side at the size of a crop; a view is then a square
     window of tokens, central or anywhere as `config.crop` says. `unreadable` collects the files that could not be
@@ -29,7 +30,12 @@ class Encoder:
     def __init__(self, backbone: Backbone, dataset: PhotoFolder, config: Config, device: torch.device):
         self.backbone, self.dataset, self.config, self.device = backbone, dataset, config, device
         self.unreadable: set[str] = set()
-        self.cache: list[Tokens] = self._whole_photographs() if config.cache_features else []
+        self.cache: list[Tokens] = self._whole_photographs() if config.cache_features and self.cache_bytes() <= CACHE_BYTES else []
+
+    def cache_bytes(self) -> float:
+        """About what the tokens of all photographs take."""
+        side = self.dataset.size // self.backbone.patch
+        return len(self.dataset) * side * side * ASPECT * (self.backbone.channels + 9) * 4
 
     def __call__(self, keys: Keys, with_neighbors: bool = True) -> Iterator[tuple[Tokens, Tensor | None]]:
         """Yields, per batch of keys, the tokens of its views and the features of their jittered twins or None."""
@@ -55,11 +61,7 @@ class Encoder:
         return tokens, self.backbone(views.jittered.to(self.device, non_blocking=True)).features
 
     def _whole_photographs(self) -> list[Tokens]:
-        count, side = len(self.dataset), self.dataset.size // self.backbone.patch
-        needed = count * side * side * ASPECT * (self.backbone.channels + 9) * 4
-        if needed > CACHE_BYTES:
-            raise UsageError(f"cache_features: {count} photographs need about {needed / 2**30:.0f} GiB, expected at most "
-                             f"{CACHE_BYTES >> 30} GiB; leave it off for this folder")
+        count = len(self.dataset)
         loader = make_loader(self.dataset.whole(self.backbone.patch), [[(0, index)] for index in range(count)],
                              self.config.workers)
         whole = []

@@ -146,11 +146,27 @@ def build_vit(args):
     return VisionTransformer(**arch), arch
 
 
-def save(out, teacher, arch, state):
-    """Write weights, description and resumable state, each to a temporary name first and then renamed."""
+@torch.no_grad()
+def mean_patch(teacher, batches, device, count=16):
+    """The mean patch token (width,) over the large crops of `count` batches."""
+    total = 0
+    for _ in range(count):
+        views = next(batches)[0].to(device).flatten(0, 1) / 255
+        views = (views - views.new_tensor(MEAN).view(3, 1, 1)) / views.new_tensor(STD).view(3, 1, 1)
+        total = total + teacher(views)[:, 1:].mean((0, 1))
+    return total / count
+
+
+def save(out, teacher, mean, arch, state):
+    """Write weights, description and resumable state, each to a temporary name first and then renamed.
+
+    The mean patch token comes off the final norm's bias, so that cosines between patches see what differs among them.
+    """
     from safetensors.torch import save_file
     part = out.with_suffix(".part")
-    save_file({k: v.detach().half().contiguous().cpu() for k, v in teacher.vit.state_dict().items()}, part)
+    weights = {name: value.detach().clone() for name, value in teacher.vit.state_dict().items()}
+    weights["norm.bias"] -= mean
+    save_file({name: value.half().contiguous().cpu() for name, value in weights.items()}, part)
     os.replace(part, out)
     part.write_text(json.dumps({"arch": arch, "mean": MEAN, "std": STD, "steps": state["step"],
                                 "options": state["options"]}, indent=1) + "\n")
@@ -205,11 +221,11 @@ def run(args):
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     batches = iter(torch.utils.data.DataLoader(Crops(photos, args, step), batch_size=None, num_workers=1,
                                                prefetch_factor=4))
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
+    options = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def snapshot():
-        save(args.out, teacher, arch, {
+        save(args.out, teacher, mean_patch(teacher, batches, device), arch, {
             "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(),
             "step": step, "seconds": spent, "arch": arch, "options": options})
 

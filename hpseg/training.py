@@ -47,6 +47,8 @@ def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrit
     say(f"{len(files)} photographs, {config.classes} classes, {config.backbone} on {device}, batches of {batch_size} at "
         f"{dataset.size} x {dataset.size} pixels")
     encoder = Encoder(backbone, dataset, config, device)
+    if config.cache_features and not encoder.cache:
+        say(f"features are not cached: {encoder.cache_bytes() / 2**30:.0f} GiB would be too much")
 
     # Random numbers come from these two generators only, so that their states are all there is to save.
     with torch.random.fork_rng(devices=[]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests are small and run side by side; thread counts are varied where they matter
 
 
 def pytest_addoption(parser):

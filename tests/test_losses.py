@@ -124,12 +124,12 @@ def test_explicit_mask_equals_its_random_draw(backend, device):
 def test_gradcheck(weighting, rate, backend, device):
     if device.type == "cuda":
         pytest.skip("fp64 runs on reference and cpu only")
-    p = problem(n=24, d=5)
+    p = problem(n=16, d=4)
 
     def loss(z, z_local, weight):
         return hk.hidden_positive_loss(
-            z, p["features"], p["pool"], z_local=z_local, head_features=p["head_features"][:, :5],
-            head_pool=p["head_pool"][:, :5], head_weight=weight, tokens_per_image=8, negative_rate=rate,
+            z, p["features"], p["pool"], z_local=z_local, head_features=p["head_features"][:, :4],
+            head_pool=p["head_pool"][:, :4], head_weight=weight, tokens_per_image=8, negative_rate=rate,
             weighting=weighting, seed=2, backend=backend,
         )  # fmt: skip
 

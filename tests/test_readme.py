@@ -21,4 +21,4 @@ def test_drop_in_example():
 def test_the_two_commands_come_first():
     commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert commands[0].strip() == "pip install . && hpseg demo"
-    assert commands[1].strip() == 'pip install ".[test]" && pytest'
+    assert commands[1].strip() == 'pip install ".[test]" && pytest -n auto'

@@ -5,7 +5,8 @@
 MSRCV2 holds images/, labels/ (class ids, 255 is void) and classes.json. Of the images sorted by name every 4th is test; the
 others train, without labels. All three methods see the training images only and are scored on the test images, all
 with as many clusters as there are classes. The embedded backbone is always measured, each --extra-weights FILE as well.
-Writes OUT/quality_msrc.json and OUT/quality_msrc.md: mean and standard deviation over the seeds.
+Writes OUT/quality_msrc.json and OUT/quality_msrc.md: mean and standard deviation over the seeds. Backbones measured earlier
+stay in the two files.
 """
 
 from __future__ import annotations
@@ -86,21 +87,32 @@ def main() -> None:
     source, out, extra, seeds, only_extra = (settings.pop(name) for name in
                                              ("msrcv2", "out", "extra_weights", "seeds", "only_extra"))
     settings["classes"] = len(class_names(source, 0))
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        make_split(source, Path(folder))
-        for weights in ([] if only_extra else [None]) + extra:
-            results.append(measure(Path(folder), weights, seeds, settings))
-            print(table(results[-1:]), flush=True)
     command = f"python -m benchmarks.quality.msrc {shlex.join(sys.argv[1:])}"
     for path in [str(source), str(out), *extra]:
         command = command.replace(path, Path(path).name)
-    facts = {"command": command, "date": datetime.date.today().isoformat(), "machine": platform.processor() or platform.machine(),
-             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-             "settings": vars(make_config(**settings))}
+    facts = {"command": command, "date": datetime.date.today().isoformat(), "machine": processor(), "cores": os.cpu_count(),
+             "threads": torch.get_num_threads(), "torch": torch.__version__, "settings": vars(make_config(**settings))}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "quality_msrc.json").write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
-    (out / "quality_msrc.md").write_text(f"{table(results)}\n\n`{command}`, {facts['date']}\n")
+    report = out / "quality_msrc.json"
+    results = json.loads(report.read_text())["results"] if report.is_file() else []
+    with tempfile.TemporaryDirectory() as folder:
+        make_split(source, Path(folder))
+        for weights in ([] if only_extra else [None]) + extra:
+            new = {**measure(Path(folder), weights, seeds, settings), **facts}
+            results = [old for old in results if old["backbone"] != new["backbone"]] + [new]
+            report.write_text(json.dumps({"results": results}, indent=1) + "\n")
+            commands = "\n".join(f"{result['backbone']}: `{result['command']}`, {result['date']}\n" for result in results)
+            (out / "quality_msrc.md").write_text(f"{table(results)}\n\n{commands}")
+            print(table([new]), flush=True)
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 //       m.def("my_op", [](uintptr_t x, int64_t n, int threads) { ... }, py::call_guard<py::gil_scoped_release>());
 //     }
 //
-// Nothing else needs editing. Pointers come as integers (tensor.data_ptr()), sizes and strides count elements. The Python
-// side checks shapes, dtypes and contiguity; C++ trusts them. std::invalid_argument becomes ValueError.
+// Nothing else needs editing. Pointers come as integers (tensor.data_ptr()), sizes and strides count elements. The
+// Python side checks shapes, dtypes and contiguity; C++ trusts them. std::invalid_argument becomes ValueError.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -29,7 +29,7 @@ T* pointer(uintptr_t address) {
 
 }  // namespace hpk
 
-#define HPK_BIND(op)                                            \
-  static void bind_##op(py::module_& m);                        \
-  static const hpk::Registrar registrar_of_##op(&bind_##op);    \
+#define HPK_BIND(op)                                         \
+  static void bind_##op(py::module_& m);                     \
+  static const hpk::Registrar registrar_of_##op(&bind_##op); \
   static void bind_##op(py::module_& m)

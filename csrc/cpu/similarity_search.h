@@ -19,6 +19,10 @@ struct Rows {
   const T* row(int64_t i) const { return data + (order ? order[i] : i) * depth; }
 };
 
+// The engine that screens fp32 rows on machines with bf16 and int8 products: normally chosen by a look at the data.
+enum class SearchScreen { automatic, int8, bf16, exact };
+SearchScreen search_screen();
+
 // One set of queries searched in one range of keys, both as positions in the order of their Rows.
 struct SearchSegment {
   int64_t query_begin, query_end, key_begin, key_end;
@@ -56,9 +60,9 @@ struct PairsArgs {
 
 }  // namespace hpk
 
-#define HPK_SEARCH_FUNCTIONS(T)                    \
-  void max_similarity(const MaxArgs<T>& args);     \
-  void topk_similarity(const TopkArgs<T>& args);   \
+#define HPK_SEARCH_FUNCTIONS(T)                  \
+  void max_similarity(const MaxArgs<T>& args);   \
+  void topk_similarity(const TopkArgs<T>& args); \
   void pairs_above(const PairsArgs<T>& args);
 
 HPK_DECLARE(HPK_SEARCH_FUNCTIONS(float) HPK_SEARCH_FUNCTIONS(double))

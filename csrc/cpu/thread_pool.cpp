@@ -48,7 +48,8 @@ struct Job {
   void work(int worker) {
     inside_task = true;
     try {
-      for (int64_t task = next++; task < tasks; task = next++) function(context, task, worker);
+      for (int64_t task = next++; task < tasks; task = next++)
+        function(context, task, worker);
     } catch (...) {
       next = tasks;
       std::lock_guard<std::mutex> lock(error_mutex);
@@ -64,7 +65,8 @@ class Pool {
     std::lock_guard<std::mutex> one_at_a_time(run_mutex_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (; started_ < job.threads - 1; ++started_) std::thread([this, worker = started_ + 1] { serve(worker); }).detach();
+      for (; started_ < job.threads - 1; ++started_)
+        std::thread([this, worker = started_ + 1] { serve(worker); }).detach();
       job_ = &job;
       generation_.fetch_add(1);
     }
@@ -108,8 +110,8 @@ class Pool {
   int started_ = 0;
 };
 
-// The pool is never destroyed: its detached threads may outlive static destructors. A forked child has none of the parent's
-// threads and perhaps locked mutexes, so it abandons the parent's pool.
+// The pool is never destroyed: its detached threads may outlive static destructors. A forked child has none of the
+// parent's threads and perhaps locked mutexes, so it abandons the parent's pool.
 std::atomic<Pool*> the_pool{nullptr};
 
 Pool& pool() {
@@ -136,7 +138,8 @@ Pool& pool() {
 void run_tasks(int threads, int64_t tasks, TaskFunction function, void* context) {
   threads = static_cast<int>(std::min<int64_t>({threads, tasks, kMaxThreads}));
   if (threads <= 1 || inside_task) {
-    for (int64_t task = 0; task < tasks; ++task) function(context, task, 0);
+    for (int64_t task = 0; task < tasks; ++task)
+      function(context, task, 0);
     return;
   }
   Job job{function, context, tasks, threads, {}, {}, {}};

@@ -1,18 +1,20 @@
-// Register-blocked matrix products on packed panels, for kernels that reduce a tile of s_ij = <a_i, b_j> while it is in cache.
+// Register-blocked matrix products on packed panels, for kernels that reduce a tile of s_ij = <a_i, b_j> while it is in
+// cache.
 //
 //     constexpr int64_t kRows = 192, kCols = 192;                 // any sizes; multiples of MR and NR waste nothing
 //     using E = Engine<float>;
 //     Scratch<float> b(E::b_size(kCols, depth)), a(E::a_size(kRows, depth)), s(kRows * E::round_cols(kCols));
-//     pack_rows<E::NR>(keys + j0 * depth, depth, nullptr, cols, depth, b.get());        // rows j0 .. of a row-major matrix
-//     pack_rows<E::MR>(queries, depth, index, rows, depth, a.get());                    // rows queries[index[r]]
-//     multiply<E>(rows, cols, depth, a.get(), b.get(), s.get(), ld);                     // s[r * ld + c] = <a_r, b_c>
+//     pack_rows<E::NR>(keys + j0 * depth, depth, nullptr, cols, depth, b.get());        // rows j0 .. of a row-major
+//     matrix pack_rows<E::MR>(queries, depth, index, rows, depth, a.get());                    // rows
+//     queries[index[r]] multiply<E>(rows, cols, depth, a.get(), b.get(), s.get(), ld);                     // s[r * ld
+//     + c] = <a_r, b_c>
 //
-// For C += G X with row-major X (k x columns), pack G with pack_rows<MR> (G is rows x k) and X with pack_columns<NR>, and call
-// multiply with accumulate = true: that is the gradient panel.
+// For C += G X with row-major X (k x columns), pack G with pack_rows<MR> (G is rows x k) and X with pack_columns<NR>,
+// and call multiply with accumulate = true: that is the gradient panel.
 //
-// multiply writes whole register blocks: C needs round_rows(rows) rows and ld >= round_cols(cols). Rows and columns past the
-// end are products with zeros. Every element is one chain c = fma(a_d, b_d, c), d ascending, so its value does not depend on
-// where in which tile it is computed, and <x_i, x_j> == <x_j, x_i> bit for bit.
+// multiply writes whole register blocks: C needs round_rows(rows) rows and ld >= round_cols(cols). Rows and columns
+// past the end are products with zeros. Every element is one chain c = fma(a_d, b_d, c), d ascending, so its value does
+// not depend on where in which tile it is computed, and <x_i, x_j> == <x_j, x_i> bit for bit.
 #pragma once
 
 #include "cpu/simd.h"
@@ -39,23 +41,26 @@ struct Engine {
   static int64_t a_size(int64_t rows, int64_t depth) { return round_rows(rows) * depth; }
   static int64_t b_size(int64_t cols, int64_t depth) { return round_cols(cols) * depth; }
 
-  // c[MR][NR] = (accumulate ? c : 0) + a^T b;  a is [depth][MR], b is [depth][NR]. The product is summed first and added to c
-  // at the end, so that a long sum made of several calls is a sum of short ones.
+  // c[MR][NR] = (accumulate ? c : 0) + a^T b;  a is [depth][MR], b is [depth][NR]. The product is summed first and
+  // added to c at the end, so that a long sum made of several calls is a sum of short ones.
   static inline void micro(int64_t depth, const T* a, const T* b, T* c, int64_t ld, bool accumulate) {
     Vec<T> acc[MR][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] = Vec<T>{};
+      for (int v = 0; v < NV; ++v)
+        acc[r][v] = Vec<T>{};
     for (int64_t d = 0; d < depth; ++d, a += MR, b += NR) {
       Vec<T> col[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) col[v] = load(b + v * kLanes<T>);
+      for (int v = 0; v < NV; ++v)
+        col[v] = load(b + v * kLanes<T>);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         const Vec<T> row = splat(a[r]);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[r][v] += row * col[v];
+        for (int v = 0; v < NV; ++v)
+          acc[r][v] += row * col[v];
       }
     }
 #pragma GCC unroll 16
@@ -68,26 +73,50 @@ struct Engine {
   }
 };
 
-// Panels of P rows of a row-major matrix, each [depth][P]; out needs ceil(rows / P) * P * depth elements. index (or nullptr)
-// picks the rows. Rows past the end are zero.
+// One panel [depth][P] of P rows; a null row is zero. Squares of 4 x 4 floats are transposed in registers, 16 elements
+// of a row (a cache line) at a time.
 template <int P, class T>
-void pack_rows(const T* x, int64_t stride, const int64_t* index, int64_t rows, int64_t depth, T* out) {
-  for (int64_t first = 0; first < rows; first += P, out += P * depth) {
-    const int count = static_cast<int>(rows - first < P ? rows - first : P);
-    const T* source[P];
-    for (int r = 0; r < count; ++r) source[r] = x + (index ? index[first + r] : first + r) * stride;
-    if (count == P) {
-      for (int64_t d = 0; d < depth; ++d)
-        for (int r = 0; r < P; ++r) out[d * P + r] = source[r][d];
-    } else {
-      for (int64_t d = 0; d < depth; ++d)
-        for (int r = 0; r < P; ++r) out[d * P + r] = r < count ? source[r][d] : T(0);
+void pack_panel(const T* const* rows, int64_t depth, T* out) {
+  constexpr int64_t kChunk = 16;
+  for (int64_t begin = 0; begin < depth; begin += kChunk) {
+    const int64_t end = begin + kChunk < depth ? begin + kChunk : depth;
+    int r = 0;
+#if defined(__x86_64__)
+    if constexpr (std::is_same<T, float>::value) {
+      for (; r + 4 <= P && end == begin + kChunk && rows[r + 3]; r += 4) {
+        for (int64_t d = begin; d < end; d += 4) {
+          __m128 x0 = _mm_loadu_ps(rows[r] + d), x1 = _mm_loadu_ps(rows[r + 1] + d);
+          __m128 x2 = _mm_loadu_ps(rows[r + 2] + d), x3 = _mm_loadu_ps(rows[r + 3] + d);
+          _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
+          float* square = out + d * P + r;
+          _mm_storeu_ps(square, x0);
+          _mm_storeu_ps(square + P, x1);
+          _mm_storeu_ps(square + 2 * P, x2);
+          _mm_storeu_ps(square + 3 * P, x3);
+        }
+      }
     }
+#endif
+    for (; r < P; ++r)
+      for (int64_t d = begin; d < end; ++d)
+        out[d * P + r] = rows[r] ? rows[r][d] : T(0);
   }
 }
 
-// Panels of P columns of a row-major matrix with `depth` rows, each [depth][P]; index (or nullptr) picks the rows. Columns
-// past the end are zero.
+// Panels of P rows of a row-major matrix, each [depth][P]; out needs ceil(rows / P) * P * depth elements. index (or
+// nullptr) picks the rows. Rows past the end are zero.
+template <int P, class T>
+void pack_rows(const T* x, int64_t stride, const int64_t* index, int64_t rows, int64_t depth, T* out) {
+  for (int64_t first = 0; first < rows; first += P, out += P * depth) {
+    const T* source[P];
+    for (int r = 0; r < P; ++r)
+      source[r] = first + r < rows ? x + (index ? index[first + r] : first + r) * stride : nullptr;
+    pack_panel<P>(source, depth, out);
+  }
+}
+
+// Panels of P columns of a row-major matrix with `depth` rows, each [depth][P]; index (or nullptr) picks the rows.
+// Columns past the end are zero.
 template <int P, class T>
 void pack_columns(const T* x, int64_t stride, const int64_t* index, int64_t depth, int64_t columns, T* out) {
   for (int64_t first = 0; first < columns; first += P) {
@@ -97,7 +126,8 @@ void pack_columns(const T* x, int64_t stride, const int64_t* index, int64_t dept
       if (count == P) {
         std::memcpy(out, source, sizeof(T) * P);
       } else {
-        for (int64_t c = 0; c < P; ++c) out[c] = c < count ? source[c] : T(0);
+        for (int64_t c = 0; c < P; ++c)
+          out[c] = c < count ? source[c] : T(0);
       }
     }
   }
@@ -105,9 +135,11 @@ void pack_columns(const T* x, int64_t stride, const int64_t* index, int64_t dept
 
 // C (rows x cols, leading dimension ld) = or += the product of packed panels.
 template <class E, class T = typename E::Scalar>
-void multiply(int64_t rows, int64_t cols, int64_t depth, const T* a, const T* b, T* c, int64_t ld, bool accumulate = false) {
+void multiply(int64_t rows, int64_t cols, int64_t depth, const T* a, const T* b, T* c, int64_t ld,
+              bool accumulate = false) {
   for (int64_t j = 0; j < cols; j += E::NR)
-    for (int64_t i = 0; i < rows; i += E::MR) E::micro(depth, a + i * depth, b + j * depth, c + i * ld + j, ld, accumulate);
+    for (int64_t i = 0; i < rows; i += E::MR)
+      E::micro(depth, a + i * depth, b + j * depth, c + i * ld + j, ld, accumulate);
 }
 
 }  // namespace hpk::HPK_ISA

@@ -95,24 +95,72 @@ def test_one_canonical_value_decides_everything(isa):
     assert torch.equal(unpack(native.pairs_above(queries, limits, None, None), 200), expected)
 
 
+@pytest.fixture
+def variants():
+    """Calls a function once per vector width and screening engine with fused multiply-add, and gives all results."""
+    if "avx2" not in _cpu.isas():
+        pytest.skip("this machine or compiler lacks avx2: there is one variant only")
+    before = _cpu.isa()
+    screens = ["automatic", "int8", "bf16", "exact"]
+
+    def call(function):
+        results = []
+        for name in _cpu.isas()[1:]:
+            _cpu.set_isa(name)
+            for screen in screens if name == "avx512_bf16" else screens[:1]:
+                _cpu.set_search_screen(screen)
+                results.append(function())
+        return results
+
+    yield call
+    _cpu.set_search_screen("automatic")
+    _cpu.set_isa(before)
+
+
+def all_searches(queries, keys, limits):
+    topk = native.topk_similarity(queries, keys, 9, False, None, None)
+    pairs = native.pairs_above(queries, limits, keys, None), native.pairs_above(queries, limits, None, None)
+    return native.max_similarity(queries, keys), *topk, *pairs
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-18, 1e-30, 1e-41, 1e12, 1e18, 1e30])
-def test_screening_never_shows(scale):
+def test_screening_never_shows(variants, scale):
     """Vector widths and screening engines agree bit for bit, whatever the size of the numbers."""
-    isas = [name for name in _cpu.isas() if name != "baseline"]  # which has no fused multiply-add
-    if len(isas) < 2:
-        pytest.skip("this machine or compiler has fewer than two instruction sets with fused multiply-add")
     queries, keys = unit_rows(70, 70) * scale, unit_rows(200, 70, seed=1) * scale
     queries[1], queries[2], queries[3, ::2], keys[4], keys[9, 1:] = 0, queries[5] / scale, 1e-40, keys[3], 0
     limits = canonical(queries, keys)[:, 3].nan_to_num(0).contiguous()
-    before, results = _cpu.isa(), []
-    for name in isas:
-        _cpu.set_isa(name)
-        values, indices = native.topk_similarity(queries, keys, 9, False, None, None)
-        found = native.pairs_above(queries, limits, keys, None), native.pairs_above(queries, limits, None, None)
-        results.append((native.max_similarity(queries, keys), values, indices, *found))
-    _cpu.set_isa(before)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other))
+    first, *others = variants(lambda: all_searches(queries, keys, limits))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3, 0.1])
+def test_screening_never_shows_in_a_crowd(variants, spread):
+    """Rows close to one another leave many pairs open: most are computed, and the choice of an engine may change."""
+    crowd = torch.nn.functional.normalize(unit_rows(1, 40) + spread * unit_rows(600, 40), dim=1)
+    queries, keys = crowd[:250].contiguous(), crowd[200:].contiguous()
+    limits = canonical(queries, keys).median(1).values
+    first, *others = variants(lambda: all_searches(queries, keys, limits))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other))
+
+
+def test_unset_memory_never_shows(variants):
+    queries, keys = unit_rows(130, 50), unit_rows(201, 50, seed=1)
+    limits = canonical(queries, keys)[:, 3].contiguous()
+    expected = all_searches(queries, keys, limits)
+    _cpu.poison_memory(True)
+    try:
+        results = variants(lambda: all_searches(queries, keys, limits))
+    finally:
+        _cpu.poison_memory(False)
+    for other in results:
+        assert all(torch.equal(x, y) for x, y in zip(expected, other))
+
+
+def test_an_unknown_screen_is_refused():
+    with pytest.raises(ValueError, match="expected automatic, int8, bf16 or exact, got 'guess'"):
+        _cpu.set_search_screen("guess")
 
 
 def test_thread_count_never_shows(isa, threads):

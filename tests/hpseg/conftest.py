@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 ARCH = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL = dict(classes=3, batch_size=2, size=32, predict_size=48, dim=16, pool_size=32, lambda_warmup=2, workers=0, device="cpu",
-             quiet=True)
+             cache_features=False, consistency_weight=0.05, clusters="probe", quiet=True)
 
 
 def make_vit(seed=0):

@@ -1,4 +1,5 @@
-// Screening engines for search.h: fast products s'_ij that approximate the canonical dot product s_ij with a proven error.
+// Screening engines for search.h: fast products s'_ij that approximate the canonical dot product s_ij with a proven
+// error.
 //
 // An engine S has Input (float, double), Group (what one lane of a packed panel holds), the register block MR x NR,
 // groups(depth), and
@@ -6,8 +7,8 @@
 //                |s'_ij - s_ij| <= n_i e_j + e_i n_j    (plus what error_band adds); false if an element is not finite
 //   micro        the MR x NR screened products of two panels
 //
-// With x' what the engine multiplies: <x, y> - <x', y'> = <x, y - y'> + <x - x', y'>, so by Cauchy-Schwarz e = |x - x'| plus
-// half of the relative rounding errors of both sums times n.
+// With x' what the engine multiplies: <x, y> - <x', y'> = <x, y - y'> + <x - x', y'>, so by Cauchy-Schwarz e = |x - x'|
+// plus half of the relative rounding errors of both sums times n.
 #pragma once
 
 #include <algorithm>
@@ -19,21 +20,23 @@ namespace hpk::HPK_ISA {
 
 constexpr int kChains = 32;
 
-// The canonical <a, b>: element d goes to chain d mod 32, each chain is c = fma(a_d, b_d, c), and chains are added by halves.
-// It is symmetric and the same for every vector width (only machines without fma round twice).
+// The canonical <a, b>: element d goes to chain d mod 32, each chain is c = fma(a_d, b_d, c), and chains are added by
+// halves. It is symmetric and the same for every vector width (only machines without fma round twice).
 template <class T>
 inline T canonical_dot(const T* a, const T* b, int64_t depth) {
   constexpr int L = kLanes<T>, V = kChains / L;
   Vec<T> chain[V] = {};
   int64_t d = 0;
   for (; d + kChains <= depth; d += kChains)
-    for (int v = 0; v < V; ++v) chain[v] += load(a + d + v * L) * load(b + d + v * L);
+    for (int v = 0; v < V; ++v)
+      chain[v] += load(a + d + v * L) * load(b + d + v * L);
   for (int v = 0; v < V && d < depth; ++v, d += L) {
     const int64_t count = std::min<int64_t>(L, depth - d);
     chain[v] += load_part(a + d, count) * load_part(b + d, count);
   }
   for (int half = V / 2; half; half /= 2)
-    for (int v = 0; v < half; ++v) chain[v] += chain[v + half];
+    for (int v = 0; v < half; ++v)
+      chain[v] += chain[v + half];
   return sum<T>(chain[0]);
 }
 
@@ -55,7 +58,8 @@ T careful_norm(const T* x, int64_t depth) {
   if (!finite) return std::numeric_limits<T>::quiet_NaN();
   if (scale == 0) return 0;
   T total = 0;
-  for (int64_t d = 0; d < depth; ++d) total += (x[d] / scale) * (x[d] / scale);
+  for (int64_t d = 0; d < depth; ++d)
+    total += (x[d] / scale) * (x[d] / scale);
   return scale * std::sqrt(total);
 }
 
@@ -80,13 +84,9 @@ struct ScreenExact {
   template <bool kLeft>
   static bool pack(const T* const* rows, int64_t depth, T* out, T*, int32_t*, Bound<T>* bounds) {
     constexpr int P = kLeft ? MR : NR;
+    pack_panel<P>(rows, depth, out);
     bool finite = true;
-    for (int r = 0; r < P; ++r) {
-      if (!rows[r]) {
-        for (int64_t d = 0; d < depth; ++d) out[d * P + r] = 0;
-        continue;
-      }
-      for (int64_t d = 0; d < depth; ++d) out[d * P + r] = rows[r][d];
+    for (int r = 0; r < P && rows[r]; ++r) {
       const T norm = norm_bound(rows[r], depth);
       finite = finite && norm == norm;
       bounds[r] = {norm, norm * static_cast<T>(depth + 16) * std::numeric_limits<T>::epsilon()};
@@ -94,7 +94,8 @@ struct ScreenExact {
     return finite;
   }
 
-  static inline void micro(int64_t groups, const T* a, const T* b, const T*, const T*, const int32_t*, T* out, int64_t ld) {
+  __attribute__((noinline)) static void micro(int64_t groups, const T* a, const T* b, const T*, const T*,
+                                              const int32_t*, T* out, int64_t ld) {
     Engine<T>::micro(groups, a, b, out, ld, false);
   }
 };

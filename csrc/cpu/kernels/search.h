@@ -1,5 +1,6 @@
-// The search algorithms, for any screening engine S (screen_*.h): approximate products with a proven error band decide most
-// pairs, and the canonical dot product decides the rest. Results never depend on S, the tile shapes or the thread count.
+// The search algorithms, for any screening engine S (screen_*.h): approximate products with a proven error band decide
+// most pairs, and the canonical dot product decides the rest. Results never depend on S, the tile shapes or the thread
+// count.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,8 @@ inline T error_band(Bound<T> row, Bound<T> block) {
   using Limits = std::numeric_limits<T>;
   const T size = row.norm * block.norm;
   if (!(size < Limits::max() / 256)) return Limits::infinity();
-  constexpr T slack = 1 + 64 * Limits::epsilon(), tiny = Limits::min() * 65536;  // rounding here; products flushed to zero
+  constexpr T slack = 1 + 64 * Limits::epsilon(),
+              tiny = Limits::min() * 65536;  // rounding here; products flushed to zero
   return (row.norm * block.error + row.error * block.norm) * slack + size * 4 * Limits::epsilon() + tiny;
 }
 
@@ -37,16 +39,22 @@ class Panels {
   static constexpr int P = kLeft ? S::MR : S::NR;
 
   Panels(const Rows<T>& rows, int threads)
-      : groups_(S::groups(rows.depth)), data_(round(rows.count) * groups_), scale_(round(rows.count)), offset_(round(rows.count)),
-        row_(round(rows.count)), block_((rows.count + kBlock - 1) / kBlock) {
+      : groups_(S::groups(rows.depth)),
+        data_(round(rows.count) * groups_),
+        scale_(round(rows.count)),
+        offset_(round(rows.count)),
+        row_(round(rows.count)),
+        block_((rows.count + kBlock - 1) / kBlock) {
     std::atomic<bool> finite{true};
     parallel_for(threads, (rows.count + kBlock - 1) / kBlock, [&](int64_t task, int) {
       const int64_t begin = task * kBlock, end = std::min(rows.count, begin + kBlock);
       Bound<T> largest{0, 0};
       for (int64_t i = begin; i < end; i += P) {
         const T* source[P];
-        for (int r = 0; r < P; ++r) source[r] = i + r < end ? rows.row(i + r) : nullptr;
-        if (!S::template pack<kLeft>(source, rows.depth, data_.get() + i * groups_, &scale_[i], &offset_[i], &row_[i])) finite = false;
+        for (int r = 0; r < P; ++r)
+          source[r] = i + r < end ? rows.row(i + r) : nullptr;
+        if (!S::template pack<kLeft>(source, rows.depth, data_.get() + i * groups_, &scale_[i], &offset_[i], &row_[i]))
+          finite = false;
         for (int64_t r = i; r < std::min(end, i + P); ++r) {
           largest.norm = std::max(largest.norm, row_[r].norm);
           largest.error = std::max(largest.error, row_[r].error);
@@ -74,27 +82,31 @@ class Panels {
   Scratch<Bound<T>> row_, block_;
 };
 
-// Screened products of MR rows from i with up to kBlock columns from j, both multiples of the panel sizes; rows of the strip
-// are kBlock apart.
+// Screened products of MR rows from i with up to kBlock columns from j, both multiples of the panel sizes; rows of the
+// strip are kBlock apart.
 template <class S>
 struct Strip {
-  static constexpr int64_t kSize = S::MR * kBlock + 64 / sizeof(typename S::Input);  // a vector load may pass the last column
+  static constexpr int64_t kSize =
+      S::MR * kBlock + 64 / sizeof(typename S::Input);  // a vector load may pass the last column
 
-  static inline void fill(const Panels<S, true>& a, int64_t i, const Panels<S, false>& b, int64_t j, int64_t cols,
-                          typename S::Input* out) {
+  static void fill(const Panels<S, true>& a, int64_t i, const Panels<S, false>& b, int64_t j, int64_t cols,
+                   typename S::Input* out) {
     for (int64_t c = 0; c < cols; c += S::NR) {
       S::micro(a.groups(), a.panel(i), b.panel(j + c), a.scale(i), b.scale(j + c), b.offset(j + c), out + c, kBlock);
     }
   }
 };
 
+// The largest of count <= kBlock numbers; three running maxima, as one would wait for itself.
 template <class T>
 inline T largest_of(const T* s, int64_t count) {
   constexpr int L = kLanes<T>;
-  Vec<T> m = splat(-std::numeric_limits<T>::infinity());
+  const Vec<T> lowest = splat(-std::numeric_limits<T>::infinity());
+  Vec<T> m[3] = {lowest, lowest, lowest};
   int64_t c = 0;
-  for (; c + L <= count; c += L) m = max(m, load(s + c));
-  T value = largest<T>(m);
+  for (; c + 3 * L <= count; c += 3 * L)
+    for (int v = 0; v < 3; ++v) m[v] = max(m[v], load(s + c + v * L));
+  T value = largest<T>(max(max(m[0], m[1]), m[2]));
   for (; c < count; ++c) value = std::max(value, s[c]);
   return value;
 }
@@ -113,7 +125,17 @@ inline void for_each_candidate(const T* s, int64_t begin, int64_t count, T bar, 
   }
 }
 
-// ---- max_similarity --------------------------------------------------------------------------------------------------
+// Rows to be verified lie far apart: asking for one this many dot products ahead hides the way to the outer caches.
+constexpr int64_t kAhead = 6;
+
+template <class T>
+inline void prefetch_row(const T* x, int64_t depth) {
+  for (int64_t d = 0; d < depth; d += 64 / sizeof(T))
+    __builtin_prefetch(x + d);
+}
+
+// ---- max_similarity
+// --------------------------------------------------------------------------------------------------
 
 // The keys that may hold a row's maximum: upper bounds of s, and a value that the maximum reaches.
 template <class T>
@@ -136,7 +158,12 @@ struct MaxRow {
 
   void settle(const T* query, const Rows<T>& keys) {
     drop_beaten();
-    for (int n = 0; n < count; ++n) best = std::max(best, canonical_dot(query, keys.row(key[n]), keys.depth));
+    for (int n = 0; n < std::min<int>(count, kAhead); ++n)
+      prefetch_row(keys.row(key[n]), keys.depth);
+    for (int n = 0; n < count; ++n) {
+      if (n + kAhead < count) prefetch_row(keys.row(key[n + kAhead]), keys.depth);
+      best = std::max(best, canonical_dot(query, keys.row(key[n]), keys.depth));
+    }
     floor = std::max(floor, best);
     count = 0;
   }
@@ -185,7 +212,8 @@ void max_similarity_with(const MaxArgs<T>& args) {
   });
 }
 
-// ---- topk_similarity -------------------------------------------------------------------------------------------------
+// ---- topk_similarity
+// -------------------------------------------------------------------------------------------------
 
 // s is in [lower, upper]; both are the canonical value once it has been computed.
 template <class T>
@@ -231,9 +259,12 @@ struct TopkRow {
     raise_bar();
     for (int64_t n = 0; n < count; ++n) {
       TopkEntry<T>& entry = entries[n];
+      if (n + kAhead < count && entries[n + kAhead].lower != entries[n + kAhead].upper)
+        prefetch_row(keys.row(entries[n + kAhead].key), keys.depth);
       if (entry.lower == entry.upper) continue;
       const T value = canonical_dot(query, keys.row(entry.key), keys.depth);
-      entry.lower = entry.upper = value == value ? value : -std::numeric_limits<T>::infinity();  // inf - inf: keep an order
+      entry.lower = entry.upper =
+          value == value ? value : -std::numeric_limits<T>::infinity();  // inf - inf: keep an order
     }
     std::sort(entries, entries + count, [](const TopkEntry<T>& x, const TopkEntry<T>& y) {
       return x.lower > y.lower || (x.lower == y.lower && x.key < y.key);
@@ -275,7 +306,13 @@ void topk_similarity_with(const TopkArgs<T>& args) {
       TopkEntry<T>* mine = entries.get() + (worker * kTaskRows + r) * capacity;
       rows[r] = {mine, 0, capacity, args.k, -std::numeric_limits<T>::infinity(), args.queries.row(i)};
     }
-    for (int64_t j = task.key_begin / kBlock * kBlock; j < task.key_end; j += kBlock) {
+    // Starts at the keys in the same relative place as the queries: where both are one set, or patches of the same
+    // images, the largest values are found there, and few later keys reach the bar.
+    const int64_t begin_block = task.key_begin / kBlock, blocks = (task.key_end + kBlock - 1) / kBlock - begin_block;
+    const int64_t place = task.query_begin * args.keys.count / args.queries.count;
+    const int64_t start = std::min(std::max(place, task.key_begin), task.key_end - 1) / kBlock - begin_block;
+    for (int64_t n = 0; n < blocks; ++n) {
+      const int64_t j = (begin_block + (start + n) % blocks) * kBlock;
       const int64_t first = std::max<int64_t>(0, task.key_begin - j), cols = std::min(kBlock, task.key_end - j);
       for (int64_t i0 = task.query_begin / S::MR * S::MR; i0 < task.query_end; i0 += S::MR) {
         Strip<S>::fill(a, i0, b, j, cols, strip);
@@ -294,16 +331,17 @@ void topk_similarity_with(const TopkArgs<T>& args) {
     for (int64_t i = task.query_begin; i < task.query_end; ++i) {
       TopkRow<T>& row = rows[i - task.query_begin];
       row.finish(args.keys);
-      const int64_t place = original(args.queries, i) * args.k;
+      const int64_t out = original(args.queries, i) * args.k;
       for (int64_t n = 0; n < row.count; ++n) {
-        args.values[place + n] = row.entries[n].lower;
-        args.indices[place + n] = original(args.keys, row.entries[n].key);
+        args.values[out + n] = row.entries[n].lower;
+        args.indices[out + n] = original(args.keys, row.entries[n].key);
       }
     }
   });
 }
 
-// ---- pairs_above -----------------------------------------------------------------------------------------------------
+// ---- pairs_above
+// -----------------------------------------------------------------------------------------------------
 
 constexpr int kWords = kBlock / 32;
 
@@ -326,8 +364,14 @@ template <class S, class T = typename S::Input>
 class PairsSearch {
  public:
   explicit PairsSearch(const PairsArgs<T>& args)
-      : args_(args), a_(args.x, args.threads), b_(args.keys, args.threads), rows_(tiles(args.x.count)), cols_(tiles(args.keys.count)),
-        key_thresholds_(cols_ * kBlock), scratch_(std::max(1, args.threads)), strips_(std::max(1, args.threads) * Strip<S>::kSize) {
+      : args_(args),
+        a_(args.x, args.threads),
+        b_(args.keys, args.threads),
+        rows_(tiles(args.x.count)),
+        cols_(tiles(args.keys.count)),
+        key_thresholds_(cols_ * kBlock),
+        scratch_(std::max(1, args.threads)),
+        strips_(std::max(1, args.threads) * Strip<S>::kSize) {
     if (!args.key_thresholds) return;
     std::copy(args.key_thresholds, args.key_thresholds + args.keys.count, key_thresholds_.get());
     std::fill(key_thresholds_.get() + args.keys.count, key_thresholds_.get() + cols_ * kBlock, T(0));
@@ -350,8 +394,10 @@ class PairsSearch {
     int64_t low = 0, high = rows_ - 1;
     while (low < high) {
       const int64_t middle = (low + high + 1) / 2;
-      if (triangle_start(middle) <= task) low = middle;
-      else high = middle - 1;
+      if (triangle_start(middle) <= task)
+        low = middle;
+      else
+        high = middle - 1;
     }
     return low;
   }
@@ -378,12 +424,14 @@ class PairsSearch {
       for (int64_t r = r0; r < std::min<int64_t>(rows, r0 + S::MR); ++r) {
         uint32_t valid[kWords];
         if (diagonal) range_bits(r + 1, cols, valid);
-        for (int w = 0; w < kWords; ++w) valid[w] = diagonal ? valid[w] & usable[w] : usable[w];
+        for (int w = 0; w < kWords; ++w)
+          valid[w] = diagonal ? valid[w] & usable[w] : usable[w];
         open = screen_row(strip + (r - r0) * kBlock, i0 + r, j0, cols, valid, tile, r, open);
       }
     }
     for (int64_t n = 0; n < open; ++n) {
       const int64_t r = tile.open_row[n], c = tile.open_col[n];
+      if (n + kAhead < open) prefetch_row(args_.keys.row(j0 + tile.open_col[n + kAhead]), args_.x.depth);
       const T value = canonical_dot(args_.x.row(i0 + r), args_.keys.row(j0 + c), args_.x.depth);
       if (value > threshold(i0 + r, j0 + c)) tile.bits[r][c / 32] |= 1u << c % 32;
     }
@@ -391,13 +439,15 @@ class PairsSearch {
       mirror(tile, rows, cols);
       if (!diagonal) write(tile.mirror, j0, cols, tile_row);
       for (int64_t r = 0; diagonal && r < rows; ++r)
-        for (int w = 0; w < kWords; ++w) tile.bits[r][w] |= tile.mirror[r][w];
+        for (int w = 0; w < kWords; ++w)
+          tile.bits[r][w] |= tile.mirror[r][w];
     }
     write(tile.bits, i0, rows, tile_col);
   }
 
   // Sets the sure bits of a row and appends its open pairs.
-  int64_t screen_row(const T* s, int64_t i, int64_t j0, int64_t cols, const uint32_t* valid, PairsTile& tile, int64_t r, int64_t open) {
+  int64_t screen_row(const T* s, int64_t i, int64_t j0, int64_t cols, const uint32_t* valid, PairsTile& tile, int64_t r,
+                     int64_t open) {
     constexpr int L = kLanes<T>;
     const T mine = args_.thresholds[i], band = error_band(a_.row(i), b_.block(j0));
     const bool use_keys = args_.key_thresholds != nullptr;
@@ -426,13 +476,16 @@ class PairsSearch {
     for (int64_t r = 0; r < rows; r += 32) {
       for (int64_t c = 0; c < cols; c += 32) {
         uint32_t square[32];
-        for (int n = 0; n < 32; ++n) square[n] = r + n < rows ? tile.bits[r + n][c / 32] : 0;
+        for (int n = 0; n < 32; ++n)
+          square[n] = r + n < rows ? tile.bits[r + n][c / 32] : 0;
         transpose_32x32(square);
-        for (int n = 0; n < 32; ++n) tile.mirror[c + n][r / 32] = square[n];
+        for (int n = 0; n < 32; ++n)
+          tile.mirror[c + n][r / 32] = square[n];
       }
     }
     for (int64_t c = 0; c < cols; ++c)
-      for (int64_t w = (rows + 31) / 32; w < kWords; ++w) tile.mirror[c][w] = 0;
+      for (int64_t w = (rows + 31) / 32; w < kWords; ++w)
+        tile.mirror[c][w] = 0;
   }
 
   // Stores rows of a tile; the last tile of a row also clears the row's padding.

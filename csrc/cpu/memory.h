@@ -1,0 +1,13 @@
+// Scratch memory that survives from call to call. Fresh pages from the system cost about a microsecond per 4 KiB, which
+// for the packed operands of a search is as long as packing itself; so up to 64 MiB of freed blocks are kept for reuse.
+#pragma once
+
+#include <cstddef>
+
+namespace hpk {
+
+void* take_memory(size_t bytes);              // 64-byte aligned and uninitialised; throws std::bad_alloc
+void give_memory(void* block, size_t bytes);  // the same number of bytes as was taken
+void poison_memory(bool on);                  // fill what is taken with NaN, so that tests see reads of unset memory
+
+}  // namespace hpk
