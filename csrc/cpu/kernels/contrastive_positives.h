@@ -17,58 +17,84 @@ constexpr int64_t kBlockWords = 64;  // words of bits, 32 columns each, per bloc
 // Why a pair (i, j) is listed.
 enum PairFlag { kInP = 1, kInQ = 2, kInTransposedP = 4, kInTransposedQ = 8 };
 
-// The pairs of a row within a block of columns, with room for what they are worked into. One per worker.
+// The pairs of a task's rows within one block of columns, row after row, and room for the numbers of one row's pairs.
+// Each row's flags end with zeros for a vector. One per worker.
 template <class T>
-class PairList {
- public:
-  explicit PairList(int64_t workers)
-      : stride_(kBlockWords * 32 + 2 * kRowSlack), index_(workers * stride_), flags_(workers * stride_), values_(workers * stride_) {}
+struct PairLists {
+  int64_t start[kTaskRows + 1];  // of a row's pairs; its number of pairs is in `count`
+  int64_t count[kTaskRows];
+  int32_t* index;
+  IntegerOf<T>* flags;
+  T* values;
+};
 
-  // Switches to a worker's memory.
-  struct View {
-    int32_t* index;
-    IntegerOf<T>* flags;
-    T* values;
-  };
-  View of(int worker) const {
-    return {index_.get() + worker * stride_, flags_.get() + worker * stride_, values_.get() + worker * stride_};
+template <class T>
+class PairScratch {
+ public:
+  explicit PairScratch(int64_t workers) : index_(workers * kPairs), flags_(workers * kPairs), values_(workers * kRowPairs) {}
+  PairLists<T> of(int worker) const {
+    PairLists<T> lists;
+    lists.index = index_.get() + worker * kPairs;
+    lists.flags = flags_.get() + worker * kPairs;
+    lists.values = values_.get() + worker * kRowPairs;
+    return lists;
   }
 
  private:
-  int64_t stride_;
+  static constexpr int64_t kRowPairs = kBlockWords * 32 + kRowSlack, kPairs = kTaskRows * kRowPairs;
   Scratch<int32_t> index_;
   Scratch<IntegerOf<T>> flags_;
   Scratch<T> values_;
 };
 
-// Lists the pairs of row i in words [begin, end); returns their number. Flags past the end are zero for one vector.
-template <class View>
-int64_t list_pairs(const ContrastiveMasks& masks, bool use_extra, bool transposed, int64_t i, int64_t begin, int64_t end, const View& list) {
-  int64_t count = 0;
-  for (int64_t w = begin; w < end; ++w) {
-    const int64_t at = i * masks.words + w;
-    const uint32_t p = without_diagonal(masks.positives[at], i, w), q = use_extra ? without_diagonal(masks.extra[at], i, w) : 0;
-    const uint32_t p_t = transposed ? without_diagonal(masks.positives_t[at], i, w) : p;
-    const uint32_t q_t = transposed && use_extra ? without_diagonal(masks.extra_t[at], i, w) : q;
-    for (uint32_t left = p | q | p_t | q_t; left; left &= left - 1, ++count) {
-      const int k = __builtin_ctz(left);
-      list.index[count] = static_cast<int32_t>(32 * w + k);
-      list.flags[count] = ((p >> k) & 1) * kInP | ((q >> k) & 1) * kInQ | ((p_t >> k) & 1) * kInTransposedP | ((q_t >> k) & 1) * kInTransposedQ;
-    }
+// Which masks the pairs are listed from: Q may be left out, and the transposes where they equal the masks.
+struct Listed {
+  bool extra, transposed;
+};
+
+// Lists the pairs of row i in words [begin, end) from index `count` on; returns the new count. W words are tested at a time.
+template <class T>
+int64_t list_row(const ContrastiveMasks& masks, Listed listed, int64_t i, int64_t begin, int64_t end, const PairLists<T>& lists, int64_t count) {
+  constexpr int W = 4;  // a row is a multiple of four words
+  const int64_t row = i * masks.words;
+  const uint32_t none[W] = {};
+  for (int64_t w0 = begin; w0 < end; w0 += W) {
+    const uint32_t *p = masks.positives + row + w0, *q = listed.extra ? masks.extra + row + w0 : none;
+    const uint32_t *p_t = listed.transposed ? masks.positives_t + row + w0 : p;
+    const uint32_t *q_t = listed.transposed && listed.extra ? masks.extra_t + row + w0 : q;
+    uint32_t any[W], together = 0;
+    for (int k = 0; k < W; ++k) together |= any[k] = p[k] | q[k] | p_t[k] | q_t[k];
+    if (!together) continue;
+    for (int64_t w = w0; w < w0 + W; ++w)
+      for (uint32_t left = without_diagonal(any[w - w0], i, w); left; left &= left - 1, ++count) {
+        const int k = __builtin_ctz(left);
+        const int64_t n = w - w0;
+        lists.index[count] = static_cast<int32_t>(32 * w + k);
+        lists.flags[count] = ((p[n] >> k) & 1) * kInP | ((q[n] >> k) & 1) * kInQ | ((p_t[n] >> k) & 1) * kInTransposedP |
+                             ((q_t[n] >> k) & 1) * kInTransposedQ;
+      }
   }
-  std::fill(list.flags + count, list.flags + count + kRowSlack, 0);
   return count;
 }
 
-// Runs f(row i, number of listed pairs) over rows and blocks of columns; every row visits its blocks in ascending order.
+// Runs f(stream, row i, place of its pairs in the lists, their number) for the rows of a task. Blocks of columns come in ascending
+// order; within a block all rows of one stream come before the next stream.
 template <class T, class F>
-void for_each_row_block(const ContrastiveArgs<T>& args, int64_t task, bool use_extra, bool transposed, const typename PairList<T>::View& list, F&& f) {
-  const int64_t end_row = std::min(args.rows, (task + 1) * kTaskRows), words = (args.rows + 31) / 32;
-  for (int64_t w = 0; w < words; w += kBlockWords)
-    for (int64_t i = task * kTaskRows; i < end_row; ++i) {
-      const int64_t count = list_pairs(args.masks, use_extra, transposed, i, w, std::min(words, w + kBlockWords), list);
-      if (count) f(i, count);
+void for_each_row_block(const ContrastiveArgs<T>& args, int64_t task, Listed listed, PairLists<T> lists, F&& f) {
+  const int64_t first = task * kTaskRows, rows = std::min(kTaskRows, args.rows - first);
+  for (int64_t w = 0; w < args.masks.words; w += kBlockWords) {
+    int64_t total = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      lists.start[r] = total;
+      total = list_row(args.masks, listed, first + r, w, std::min(args.masks.words, w + kBlockWords), lists, total);
+      lists.count[r] = total - lists.start[r];
+      std::fill(lists.flags + total, lists.flags + total + kRowSlack, 0);
+      total += kRowSlack;
     }
+    for (int64_t s = 0; s < args.streams; ++s)
+      for (int64_t r = 0; r < rows; ++r)
+        if (lists.count[r]) f(s, first + r, lists.start[r], lists.count[r]);
+  }
 }
 
 template <class T>
@@ -116,25 +142,28 @@ struct RowStats {
 template <class T>
 void positive_stats(const Problem<T>& problem, const T* shift, const T* sum, const ContrastiveStats<T>& out) {
   const ContrastiveArgs<T>& args = problem.args;
-  const int64_t per_stream = (args.rows + kTaskRows - 1) / kTaskRows, tasks = args.streams * per_stream;
-  const PairList<T> lists(worker_count(args.threads, tasks));
+  const int64_t tasks = (args.rows + kTaskRows - 1) / kTaskRows;
+  const int64_t workers = worker_count(args.threads, tasks), all_rows = args.streams * kTaskRows;
+  const PairScratch<T> scratch(workers);
+  const Scratch<RowStats<T>> all_stats(workers * all_rows);
   parallel_for(args.threads, tasks, [&](int64_t task, int worker) {
-    const int64_t s = task / per_stream, first = task % per_stream * kTaskRows;
-    const T* x = problem.stream(s);
-    const auto list = lists.of(worker);
-    RowStats<T> stats[kTaskRows];
-    std::fill(stats, stats + kTaskRows, RowStats<T>{first_shift(args), 0, 0, 0});
-    for_each_row_block(args, task % per_stream, args.masks.extra != nullptr, false, list, [&](int64_t i, int64_t count) {
-      row_products(x + i * problem.depth, x, problem.depth, list.index, count, list.values);
-      stats[i - first].add(args, list.values, list.flags, count);
+    const int64_t first = task * kTaskRows, rows = std::min(kTaskRows, args.rows - first);
+    const PairLists<T> lists = scratch.of(worker);
+    RowStats<T>* const stats = all_stats.get() + worker * all_rows;
+    std::fill(stats, stats + all_rows, RowStats<T>{first_shift(args), 0, 0, 0});
+    for_each_row_block(args, task, {args.masks.extra != nullptr, false}, lists, [&](int64_t s, int64_t i, int64_t at, int64_t count) {
+      const T* x = problem.stream(s);
+      row_products(x + i * problem.depth, x, problem.depth, lists.index + at, count, lists.values);
+      stats[s * kTaskRows + i - first].add(args, lists.values, lists.flags + at, count);
     });
-    for (int64_t i = first; i < std::min(args.rows, first + kTaskRows); ++i) {
-      const RowStats<T>& row = stats[i - first];
-      const int64_t at = s * args.rows + i;
-      out.lse[at] = log_of_two_sums(row.shift, row.sum, shift ? shift[at] : T(0), sum ? sum[at] : T(0));
-      out.pos[at] = row.pos;
-      out.ext[at] = row.ext;
-    }
+    for (int64_t s = 0; s < args.streams; ++s)
+      for (int64_t r = 0; r < rows; ++r) {
+        const RowStats<T>& row = stats[s * kTaskRows + r];
+        const int64_t i = s * args.rows + first + r;
+        out.lse[i] = log_of_two_sums(row.shift, row.sum, shift ? shift[i] : T(0), sum ? sum[i] : T(0));
+        out.pos[i] = row.pos;
+        out.ext[i] = row.ext;
+      }
   });
 }
 
@@ -148,23 +177,24 @@ inline Vec<T> of_columns(const RowFactors<T>* factors, T RowFactors<T>::*member,
   return load(lanes);
 }
 
-// Replaces dot products by the coefficients (G_ij + G_ji) / temperature. factors: those of the stream's rows.
-template <class T, class View>
-void pair_coefficients(const ContrastiveArgs<T>& args, const RowFactors<T>* factors, int64_t i, const View& list, int64_t count) {
+// Replaces the dot products of row i's pairs by the coefficients (G_ij + G_ji) / temperature. factors: those of the stream's rows.
+template <class T>
+void pair_coefficients(const ContrastiveArgs<T>& args, const RowFactors<T>* factors, int64_t i, const int32_t* index,
+                       const IntegerOf<T>* all_flags, int64_t count, T* values) {
   using Factors = RowFactors<T>;
   const Factors row = factors[i];
   const bool fixed = fixed_shift(args);
   const Vec<T> scale = splat(static_cast<T>(1 / args.temperature)), row_shift = fixed ? scale : splat(row.lse);
   for (int64_t c = 0; c < count; c += kLanes<T>) {
-    const auto column = [&](T Factors::*member) { return of_columns(factors, member, list.index + c, count - c); };
-    const IntegerOf<T>* flags = list.flags + c;
-    const Vec<T> logit = load(list.values + c) * scale;
+    const auto column = [&](T Factors::*member) { return of_columns(factors, member, index + c, count - c); };
+    const IntegerOf<T>* flags = all_flags + c;
+    const Vec<T> logit = load(values + c) * scale;
     const Vec<T> e = exp<T>(logit - row_shift), e_t = fixed ? e : exp<T>(logit - column(&Factors::lse));
     Vec<T> total = keep(flagged<T>(flags, kInP), e * splat(row.denominator) + splat(row.positive));
     total += keep(flagged<T>(flags, kInTransposedP), e_t * column(&Factors::denominator) + column(&Factors::positive));
     total += keep(flagged<T>(flags, kInQ), splat(row.extra));
     total += keep(flagged<T>(flags, kInTransposedQ), column(&Factors::extra));
-    store(list.values + c, total * scale);
+    store(values + c, total * scale);
   }
 }
 
@@ -173,19 +203,20 @@ template <class T>
 void positive_grad(const Problem<T>& problem, const RowFactors<T>* factors, bool use_extra, T* out) {
   const ContrastiveArgs<T>& args = problem.args;
   const ContrastiveMasks& masks = args.masks;
-  const bool transposed = masks.positives != masks.positives_t || (use_extra && masks.extra != masks.extra_t);
-  const int64_t per_stream = (args.rows + kTaskRows - 1) / kTaskRows, tasks = args.streams * per_stream;
-  const PairList<T> lists(worker_count(args.threads, tasks));
+  const Listed listed{use_extra, masks.positives != masks.positives_t || (use_extra && masks.extra != masks.extra_t)};
+  const int64_t tasks = (args.rows + kTaskRows - 1) / kTaskRows;
+  const PairScratch<T> scratch(worker_count(args.threads, tasks));
   parallel_for(args.threads, tasks, [&](int64_t task, int worker) {
-    const int64_t s = task / per_stream, first = task % per_stream * kTaskRows, end = std::min(args.rows, first + kTaskRows);
-    const T* x = problem.stream(s);
-    T* out_stream = out + s * args.rows * problem.depth;
-    const auto list = lists.of(worker);
-    std::fill(out_stream + first * problem.depth, out_stream + end * problem.depth, T(0));
-    for_each_row_block(args, task % per_stream, use_extra, transposed, list, [&](int64_t i, int64_t count) {
-      row_products(x + i * problem.depth, x, problem.depth, list.index, count, list.values);
-      pair_coefficients(args, factors + s * args.rows, i, list, count);
-      row_mix(list.values, x, problem.depth, list.index, count, out_stream + i * problem.depth);
+    const int64_t first = task * kTaskRows, end = std::min(args.rows, first + kTaskRows);
+    const PairLists<T> lists = scratch.of(worker);
+    for (int64_t s = 0; s < args.streams; ++s)
+      std::fill(out + (s * args.rows + first) * problem.depth, out + (s * args.rows + end) * problem.depth, T(0));
+    for_each_row_block(args, task, listed, lists, [&](int64_t s, int64_t i, int64_t at, int64_t count) {
+      const T* x = problem.stream(s);
+      const int32_t* index = lists.index + at;
+      row_products(x + i * problem.depth, x, problem.depth, index, count, lists.values);
+      pair_coefficients(args, factors + s * args.rows, i, index, lists.flags + at, count, lists.values);
+      row_mix(lists.values, x, problem.depth, index, count, out + (s * args.rows + i) * problem.depth);
     });
   });
 }
