@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "aot.json"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-STACK_ALLOWANCE = 64  # bytes of stack a thread may use: spills beyond this fail the test
+STACK_ALLOWANCE = 128  # bytes of stack a thread may use: spills beyond this fail the test
 # A panel 512 wide fills the registers with its accumulator. What spills is mostly loop-invariant: in the dense gradient
 # for sm_90 37 of some 990 instructions of the loop over tiles touch the stack, around 66 wgmma.
 WIDE_STACK_ALLOWANCE = 320
