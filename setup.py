@@ -1,7 +1,7 @@
 """Builds hpkernels' native extensions. No torch is needed at build time: they take raw pointers.
 
-Each extension is a folder of C++ sources and a builder: `hpkernels._cpu` is always built; an optional extension joins by
-adding a `NativeExtension` to `extensions()` and a `build_<name>` method.
+Each extension is a folder of C++ sources and a builder: `hpkernels._cpu` is always built; an optional extension joins
+by adding a `NativeExtension` to `extensions()` and a `build_<name>` method.
 
 csrc/cpu/*.cpp            compiled once, for the oldest CPU of the architecture: bindings, thread pool, dispatch
 csrc/cpu/kernels/*.cpp    compiled once per instruction set of `KERNELS`, inside the namespace given by -DHPK_ISA
@@ -32,8 +32,8 @@ KERNELS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
 KERNELS_BF16 = {"avx512_bf16": AVX512_BF16}
 
 NO_COMPILER = (
-    "hpkernels needs a C++17 compiler (GCC 9 or Clang 10, or newer) to build, and {name!r} was not found: install one with "
-    "`apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora) or `xcode-select --install` (macOS), "
+    "hpkernels needs a C++17 compiler (GCC 9 or Clang 10, or newer) to build, and {name!r} was not found: install one "
+    "with `apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora) or `xcode-select --install` (macOS), "
     "or name yours in the environment variable CXX."
 )
 
@@ -56,7 +56,8 @@ class BuildNative(build_ext):
         import pybind11
 
         compiler = _find_compiler()
-        isas = [name for name, flags in (KERNELS | KERNELS_BF16).items() if name == "baseline" or _accepts(compiler, flags)]
+        variants = KERNELS | KERNELS_BF16
+        isas = [name for name, flags in variants.items() if name == "baseline" or _accepts(compiler, flags)]
         includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), *_python_includes())]
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
                   "-fno-trapping-math", "-pthread", "-Wall", "-Wextra", "-Wno-psabi",
@@ -65,8 +66,8 @@ class BuildNative(build_ext):
         common += [f"-DHPK_HAVE_{name.upper()}=1" for name in isas]
         temp = Path(self.build_temp) / "cpu"
         jobs = [(source, temp / f"{source.stem}.o", common) for source in sorted(ext.folder.glob("*.cpp"))]
-        # Inline functions of the standard library may be emitted by several variants, and the linker keeps the first it
-        # meets: objects are linked from the oldest instruction set to the newest, so that copy runs wherever it is called.
+        # Inline functions of the standard library may be emitted by several variants, and the linker keeps the first
+        # it meets: objects are linked from the oldest instruction set to the newest, so that copy runs everywhere.
         for subfolder, variants in (("kernels", KERNELS), ("kernels_bf16", KERNELS_BF16)):
             for isa in (name for name in variants if name in isas):
                 for source in sorted((ext.folder / subfolder).glob("*.cpp")):

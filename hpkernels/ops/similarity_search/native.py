@@ -1,6 +1,6 @@
-"""The search ops on `hpkernels._cpu`: exact decisions and values of the fp32 (or fp64) inner product, for any thread count.
+"""The search ops on `hpkernels._cpu`: exact decisions and values of the fp32 (or fp64) inner product.
 
-Inputs of any float dtype and layout: bf16 and fp16 are promoted to fp32 (exactly), everything to fp64 if one operand is fp64.
+Inputs of any float dtype and layout: bf16 and fp16 are promoted to fp32 (exactly), all to fp64 if one operand is fp64.
 A non-finite query or key raises ValueError naming the argument.
 """
 
@@ -36,7 +36,8 @@ def topk_similarity(
     indices = torch.empty(len(queries), k, dtype=torch.int64)
     function = getattr(_cpu, "topk_similarity_" + suffix)
     function(queries.data_ptr(), len(queries), keys.data_ptr(), len(keys), keys.shape[1], k, exclude_self,
-             *(0 if group is None else group.data_ptr() for group in groups), values.data_ptr(), indices.data_ptr(), _threads())
+             *(0 if group is None else group.data_ptr() for group in groups), values.data_ptr(), indices.data_ptr(),
+             _threads())
     return values.float(), indices
 
 
@@ -45,8 +46,8 @@ def pairs_above(
 ) -> torch.Tensor:
     """Bits of the pairs above their threshold, int32 (N, 4 ceil(M / 128)).
 
-    keys None: [i != j] and s_ij > min(t_i, t_j), symmetric. With keys: s_ij > t_i, or s_ij > min(t_i, kt_j) with key_thresholds.
-    x (N, C), keys (M, C), thresholds (N,), key_thresholds (M,).
+    keys None: [i != j] and s_ij > min(t_i, t_j), symmetric. With keys: s_ij > t_i, or s_ij > min(t_i, kt_j) with
+    key_thresholds. x (N, C), keys (M, C), thresholds (N,), key_thresholds (M,).
     """
     symmetric = keys is None
     x, keys, suffix = _promote(x, x if symmetric else keys)
