@@ -82,7 +82,7 @@ class BuildNative(build_ext):
     def _link(self, compiler, ext, objects):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
         _run([*compiler, *shared, *objects, "-pthread", "-o", str(target)])
 
 

@@ -10,16 +10,21 @@ using hpk::pointer;
 using Masks = hpk::ContrastiveMasks;
 
 // Addresses are 0 for masks that are not given; a missing transpose means that the mask is symmetric.
-Masks masks(uintptr_t positives, uintptr_t positives_t, uintptr_t extra, uintptr_t extra_t, uintptr_t negatives, int64_t words,
-            int64_t negative_rows) {
-  return {pointer<const uint32_t>(positives), pointer<const uint32_t>(positives_t ? positives_t : positives),
-          pointer<const uint32_t>(extra), pointer<const uint32_t>(extra_t ? extra_t : extra),
-          pointer<const uint32_t>(negatives), words, negative_rows};
+Masks masks(uintptr_t positives, uintptr_t positives_t, uintptr_t extra, uintptr_t extra_t, uintptr_t negatives,
+            int64_t words, int64_t negative_rows) {
+  return {pointer<const uint32_t>(positives),
+          pointer<const uint32_t>(positives_t ? positives_t : positives),
+          pointer<const uint32_t>(extra),
+          pointer<const uint32_t>(extra_t ? extra_t : extra),
+          pointer<const uint32_t>(negatives),
+          words,
+          negative_rows};
 }
 
 template <class T>
-void stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, const Masks& masks, const std::string& denominator,
-           double temperature, uintptr_t lse, uintptr_t pos, uintptr_t ext, int threads) {
+void stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, const Masks& masks,
+           const std::string& denominator, double temperature, uintptr_t lse, uintptr_t pos, uintptr_t ext,
+           int threads) {
   const hpk::ContrastiveArgs<T> args{pointer<const T>(x), streams, rows, depth, masks, temperature, threads};
   const hpk::ContrastiveStats<T> out{pointer<T>(lse), pointer<T>(pos), pointer<T>(ext)};
   if (denominator == "sparse") {
@@ -31,8 +36,8 @@ void stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, const Mask
 
 template <class T>
 void grad(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, const Masks& masks, const std::string& denominator,
-          double temperature, uintptr_t lse, uintptr_t grad_lse, uintptr_t grad_pos, uintptr_t grad_ext, uintptr_t grad_x,
-          int threads) {
+          double temperature, uintptr_t lse, uintptr_t grad_lse, uintptr_t grad_pos, uintptr_t grad_ext,
+          uintptr_t grad_x, int threads) {
   const hpk::ContrastiveArgs<T> args{pointer<const T>(x), streams, rows, depth, masks, temperature, threads};
   const hpk::ContrastiveGrads<T> grads{pointer<const T>(lse), pointer<const T>(grad_lse), pointer<const T>(grad_pos),
                                        pointer<const T>(grad_ext), pointer<T>(grad_x)};

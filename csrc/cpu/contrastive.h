@@ -16,8 +16,8 @@ namespace hpk {
 // exp(-2/temperature) is still a normal fp32 number. Below, each row uses its own maximum.
 constexpr double kFixedShiftTemperature = 0.025;
 
-// Masks are bits (see pair_bits.h), rows of `words` words. positives_t, extra_t are the transposed masks (the same pointer
-// for symmetric ones); extra, extra_t and negatives may be null. Diagonal bits are ignored.
+// Masks are bits (see pair_bits.h), rows of `words` words. positives_t, extra_t are the transposed masks (the same
+// pointer for symmetric ones); extra, extra_t and negatives may be null. Diagonal bits are ignored.
 struct ContrastiveMasks {
   const uint32_t *positives, *positives_t, *extra, *extra_t;
   const uint32_t* negatives;  // negative_rows rows, shared by the rows i with the same i mod negative_rows
@@ -44,10 +44,10 @@ struct ContrastiveGrads {
   T* grad_x;                                      // (streams, rows, depth)
 };
 
-#define HPK_CONTRASTIVE(T)                                                                                         \
-  void contrastive_sparse_stats(const ContrastiveArgs<T>& args, const ContrastiveStats<T>& out);                   \
-  void contrastive_sparse_grad(const ContrastiveArgs<T>& args, const ContrastiveGrads<T>& grads);                  \
-  void contrastive_dense_stats(const ContrastiveArgs<T>& args, bool all, const ContrastiveStats<T>& out);          \
+#define HPK_CONTRASTIVE(T)                                                                                \
+  void contrastive_sparse_stats(const ContrastiveArgs<T>& args, const ContrastiveStats<T>& out);          \
+  void contrastive_sparse_grad(const ContrastiveArgs<T>& args, const ContrastiveGrads<T>& grads);         \
+  void contrastive_dense_stats(const ContrastiveArgs<T>& args, bool all, const ContrastiveStats<T>& out); \
   void contrastive_dense_grad(const ContrastiveArgs<T>& args, bool all, const ContrastiveGrads<T>& grads);
 
 }  // namespace hpk

@@ -16,7 +16,8 @@ using LaneMask = Vec<IntegerOf<T>>;
 template <class T>
 inline Vec<IntegerOf<T>> lane_bits() {  // 1 << lane
   Vec<IntegerOf<T>> bits;
-  for (int l = 0; l < kLanes<T>; ++l) bits[l] = IntegerOf<T>(1) << l;
+  for (int l = 0; l < kLanes<T>; ++l)
+    bits[l] = IntegerOf<T>(1) << l;
   return bits;
 }
 
@@ -43,9 +44,9 @@ inline T exp_of(T x) {
   return exp<T>(splat(x))[0];
 }
 
-// What one row contributes to the coefficients: G_ij = P_ij (denominator e + positive) + Q_ij extra, or without P for pairs
-// of the negatives. With a fixed shift c, e = exp(l - c) is shared by both rows of a pair and `denominator` carries
-// exp(c - lse) as well; otherwise e = exp(l - lse).
+// What one row contributes to the coefficients: G_ij = P_ij (denominator e + positive) + Q_ij extra, or without P for
+// pairs of the negatives. With a fixed shift c, e = exp(l - c) is shared by both rows of a pair and `denominator`
+// carries exp(c - lse) as well; otherwise e = exp(l - lse).
 template <class T>
 struct RowFactors {
   T denominator, positive, extra, lse;
@@ -54,7 +55,8 @@ struct RowFactors {
 template <class T>
 inline RowFactors<T> row_factors(const ContrastiveArgs<T>& args, const ContrastiveGrads<T>& grads, int64_t index) {
   const T lse = grads.lse[index];
-  const T scale = fixed_shift(args) ? static_cast<T>(std::exp(1.0 / args.temperature - static_cast<double>(lse))) : T(1);
+  const T scale =
+      fixed_shift(args) ? static_cast<T>(std::exp(1.0 / args.temperature - static_cast<double>(lse))) : T(1);
   return {grads.grad_lse[index] * scale, grads.grad_pos[index], grads.grad_ext[index], lse};
 }
 

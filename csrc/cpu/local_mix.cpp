@@ -9,8 +9,8 @@ using hpk::pointer;
 template <class T>
 void weights(uintptr_t attention, int64_t batch, int64_t heads, int64_t height, int64_t width, double sigma, double low,
              double high, uintptr_t out, int threads) {
-  const hpk::WeightsArgs<T> args{pointer<const T>(attention), pointer<T>(out), batch, heads, height, width,
-                                 sigma, low, high, threads};
+  const hpk::WeightsArgs<T> args{
+      pointer<const T>(attention), pointer<T>(out), batch, heads, height, width, sigma, low, high, threads};
   HPK_DISPATCH(neighbor_weights(args));
 }
 

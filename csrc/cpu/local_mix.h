@@ -27,13 +27,13 @@ struct MixArgs {
 
 }  // namespace hpk
 
-HPK_DECLARE(
-  void neighbor_weights(const WeightsArgs<float>& args);
-  void neighbor_weights(const WeightsArgs<double>& args);
-  // out (batch, tokens, depth): out_i = sum_n w_i[n] code[i + n]
-  void neighbor_mix(const MixArgs<float>& args, float* out);
-  void neighbor_mix(const MixArgs<double>& args, double* out);
-  // grad_code_j = sum_n w_{j-n}[n] g_{j-n};  grad_weights_i[n] = <g_i, code_{i+n}>; a null pointer skips that gradient
-  void neighbor_mix_grad(const MixArgs<float>& args, const float* g, float* grad_code, float* grad_weights);
-  void neighbor_mix_grad(const MixArgs<double>& args, const double* g, double* grad_code, double* grad_weights);
-)
+HPK_DECLARE(void neighbor_weights(const WeightsArgs<float>& args);
+            void neighbor_weights(const WeightsArgs<double>& args);
+            // out (batch, tokens, depth): out_i = sum_n w_i[n] code[i + n]
+            void neighbor_mix(const MixArgs<float>& args, float* out);
+            void neighbor_mix(const MixArgs<double>& args, double* out);
+            // grad_code_j = sum_n w_{j-n}[n] g_{j-n};  grad_weights_i[n] = <g_i, code_{i+n}>; a null pointer skips that
+            // gradient
+            void neighbor_mix_grad(const MixArgs<float>& args, const float* g, float* grad_code, float* grad_weights);
+            void neighbor_mix_grad(const MixArgs<double>& args, const double* g, double* grad_code,
+                                   double* grad_weights);)

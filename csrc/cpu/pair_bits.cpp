@@ -22,16 +22,28 @@ void set_pairs(const int64_t* indices, int64_t rows, int64_t k, int64_t columns,
 HPK_BIND(pair_bits) {
   using hpk::pointer;
   using Release = py::call_guard<py::gil_scoped_release>;
-  m.def("random_bits", [](uint64_t seed, int64_t rows, int64_t columns, uint64_t q, uintptr_t bits, int threads) {
-    HPK_DISPATCH(random_bits(seed, rows, columns, q, pointer<uint32_t>(bits), threads));
-  }, Release());
-  m.def("count_bits", [](uintptr_t bits, int64_t rows, int64_t words, uintptr_t counts, int threads) {
-    HPK_DISPATCH(count_bits(pointer<uint32_t>(bits), rows, words, pointer<int32_t>(counts), threads));
-  }, Release());
-  m.def("transpose_bits", [](uintptr_t bits, int64_t rows, int64_t columns, uintptr_t out, int threads) {
-    HPK_DISPATCH(transpose_bits(pointer<uint32_t>(bits), rows, columns, pointer<uint32_t>(out), threads));
-  }, Release());
-  m.def("set_pairs", [](uintptr_t indices, int64_t rows, int64_t k, int64_t columns, bool symmetric, uintptr_t bits) {
-    set_pairs(pointer<int64_t>(indices), rows, k, columns, symmetric, pointer<uint32_t>(bits));
-  }, Release());
+  m.def(
+      "random_bits",
+      [](uint64_t seed, int64_t rows, int64_t columns, uint64_t q, uintptr_t bits, int threads) {
+        HPK_DISPATCH(random_bits(seed, rows, columns, q, pointer<uint32_t>(bits), threads));
+      },
+      Release());
+  m.def(
+      "count_bits",
+      [](uintptr_t bits, int64_t rows, int64_t words, uintptr_t counts, int threads) {
+        HPK_DISPATCH(count_bits(pointer<uint32_t>(bits), rows, words, pointer<int32_t>(counts), threads));
+      },
+      Release());
+  m.def(
+      "transpose_bits",
+      [](uintptr_t bits, int64_t rows, int64_t columns, uintptr_t out, int threads) {
+        HPK_DISPATCH(transpose_bits(pointer<uint32_t>(bits), rows, columns, pointer<uint32_t>(out), threads));
+      },
+      Release());
+  m.def(
+      "set_pairs",
+      [](uintptr_t indices, int64_t rows, int64_t k, int64_t columns, bool symmetric, uintptr_t bits) {
+        set_pairs(pointer<int64_t>(indices), rows, k, columns, symmetric, pointer<uint32_t>(bits));
+      },
+      Release());
 }

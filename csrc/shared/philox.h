@@ -1,10 +1,10 @@
 // Counter-based random bits, the same on every backend.
 //
-// Philox4x32 with ten rounds (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), and on top
-// a bit-sliced Bernoulli generator: 32 independent bits of probability q / 2^32 from the binary digits of q. Each digit takes
-// one random plane, from the lowest set digit upwards: a set digit ORs the plane in, a clear one ANDs it, so every step maps
-// the probability p to (p + digit) / 2 and the last one leaves exactly q / 2^32. Planes below the lowest set digit change
-// nothing and are never drawn.
+// Philox4x32 with ten rounds (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), and
+// on top a bit-sliced Bernoulli generator: 32 independent bits of probability q / 2^32 from the binary digits of q.
+// Each digit takes one random plane, from the lowest set digit upwards: a set digit ORs the plane in, a clear one ANDs
+// it, so every step maps the probability p to (p + digit) / 2 and the last one leaves exactly q / 2^32. Planes below
+// the lowest set digit change nothing and are never drawn.
 //
 // Word w of row r draws its plane p from counter (w, r, p / 4, 0), lane p % 4, with the 64-bit seed as key.
 #pragma once
@@ -29,7 +29,8 @@ constexpr int kBernoulliPlanes = 32;
 // Index of the lowest set digit of the threshold q in [1, 2^32 - 1]: the first plane that is drawn.
 static HPK_HOST_DEVICE inline int first_plane(uint64_t q) {
   int plane = 0;
-  while (!((q >> plane) & 1)) ++plane;
+  while (!((q >> plane) & 1))
+    ++plane;
   return plane;
 }
 

@@ -227,6 +227,23 @@ def test_thread_counts_agree_bitwise(isa, temperature, denominator, dtype):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("denominator", ["all", "dense", "sparse"])
+@every_isa
+def test_unset_memory_is_never_used(isa, denominator, dtype):
+    """The same bits when all scratch memory starts as NaN."""
+    problem = Problem(129, 20, negative_rows=43, symmetric=False, rate=0.05)
+    results = []
+    for poison in (False, True):
+        _cpu.poison_memory(poison)
+        try:
+            stats = problem.native_stats(denominator, dtype)
+            results.append([*stats, problem.native_gradient(denominator, dtype, stats[0])])
+        finally:
+            _cpu.poison_memory(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_dense_and_sparse_agree():
     problem = Problem(588, 64, negative_rows=196, rate=0.05, density=0.02)
     dense, sparse = (problem.native_stats(d, torch.float32) for d in ("dense", "sparse"))

@@ -1,8 +1,9 @@
-// The contrastive statistics and gradient for a dense denominator: every tile of logits is computed, reduced and forgotten.
+// The contrastive statistics and gradient for a dense denominator: every tile of logits is computed, reduced and
+// forgotten.
 //
-// Statistics take the upper triangle of tiles; one exponential serves a pair in both directions. Each tile leaves one partial
-// result per row and per column, and the partials of a row are added in the order of the tiles. In the gradient a panel of rows
-// owns its output: its tiles become coefficients G_ij + G_ji, and a second product adds them times X.
+// Statistics take the upper triangle of tiles; one exponential serves a pair in both directions. Each tile leaves one
+// partial result per row and per column, and the partials of a row are added in the order of the tiles. In the gradient
+// a panel of rows owns its output: its tiles become coefficients G_ij + G_ji, and a second product adds them times X.
 #include <algorithm>
 #include <limits>
 
@@ -15,9 +16,9 @@
 namespace hpk::HPK_ISA {
 namespace {
 
-constexpr int64_t kTile = 192;       // rows and columns of a tile of the statistics: whole words, whole register blocks
-constexpr int64_t kPanel = 96;       // rows and columns of a tile of the gradient
-constexpr int64_t kMaxTiles = 64;    // tiles per side, so that partial results stay below 64 numbers per row
+constexpr int64_t kTile = 192;     // rows and columns of a tile of the statistics: whole words, whole register blocks
+constexpr int64_t kPanel = 96;     // rows and columns of a tile of the gradient
+constexpr int64_t kMaxTiles = 64;  // tiles per side, so that partial results stay below 64 numbers per row
 constexpr int64_t kTilesPerTask = 8;
 constexpr int kWord = 32;
 
@@ -47,9 +48,13 @@ template <class T>
 class DenseMasks {
  public:
   DenseMasks(const ContrastiveArgs<T>& args, bool all)
-      : masks_(args.masks), rows_(args.rows), all_(all), negatives_t_words_(words_for(args.masks.negative_rows)),
+      : masks_(args.masks),
+        rows_(args.rows),
+        all_(all),
+        negatives_t_words_(words_for(args.masks.negative_rows)),
         negatives_t_(masks_.negatives ? args.rows * negatives_t_words_ : 0) {
-    if (masks_.negatives) transpose_bits(masks_.negatives, masks_.negative_rows, args.rows, negatives_t_.get(), args.threads);
+    if (masks_.negatives)
+      transpose_bits(masks_.negatives, masks_.negative_rows, args.rows, negatives_t_.get(), args.threads);
   }
 
   // 0 <= i < rows, w a word that holds columns < rows
@@ -92,7 +97,7 @@ class DenseMasks {
 
 template <class T>
 inline LaneMask<T> lanes_of(uint32_t word, int64_t lane) {  // lanes lane .. lane + kLanes - 1 of a word
-  return expand<T>((word >> lane) & ((1u << kLanes<T>) - 1));
+  return expand<T>((word >> lane) & ((1u << kLanes<T>)-1));
 }
 
 // ---- statistics
@@ -103,10 +108,12 @@ struct Partials {
   static constexpr int kFields = 4;
   T *sum, *shift, *pos, *ext;
 
-  Partials(T* memory, int64_t rows) : sum(memory), shift(memory + rows), pos(memory + 2 * rows), ext(memory + 3 * rows) {}
+  Partials(T* memory, int64_t rows)
+      : sum(memory), shift(memory + rows), pos(memory + 2 * rows), ext(memory + 3 * rows) {}
 
   void start(int64_t first, int64_t end, T first_shift) const {
-    for (T* field : {sum, pos, ext}) std::fill(field + first, field + end, T(0));
+    for (T* field : {sum, pos, ext})
+      std::fill(field + first, field + end, T(0));
     std::fill(shift + first, shift + end, first_shift);
   }
   void raise(int64_t i, T top) const {  // a larger shift
@@ -120,9 +127,14 @@ template <class T>
 class DenseStats {
  public:
   DenseStats(const ContrastiveArgs<T>& args, const DenseMasks<T>& masks, const T* x)
-      : args_(args), masks_(masks), x_(x), fixed_(fixed_shift(args)), scale_(static_cast<T>(1 / args.temperature)),
+      : args_(args),
+        masks_(masks),
+        x_(x),
+        fixed_(fixed_shift(args)),
+        scale_(static_cast<T>(1 / args.temperature)),
         edge_(kTile * std::max<int64_t>(1, (args.rows + kTile * kMaxTiles - 1) / (kTile * kMaxTiles))),
-        tiles_((args.rows + edge_ - 1) / edge_), packed_(E::b_size(args.rows, args.depth)),
+        tiles_((args.rows + edge_ - 1) / edge_),
+        packed_(E::b_size(args.rows, args.depth)),
         partials_(tiles_ * Partials<T>::kFields * args.rows) {}
 
   void run(T* lse, T* pos, T* ext) {
@@ -147,12 +159,15 @@ class DenseStats {
   int64_t tile_end(int64_t tile) const { return std::min(args_.rows, (tile + 1) * edge_); }
 
   // Row i's result from column tile J lies in partials(J), column j's result from row tile I in partials(I).
-  Partials<T> partials(int64_t tile) const { return {partials_.get() + tile * Partials<T>::kFields * args_.rows, args_.rows}; }
+  Partials<T> partials(int64_t tile) const {
+    return {partials_.get() + tile * Partials<T>::kFields * args_.rows, args_.rows};
+  }
 
   void pack() {
     parallel_for(args_.threads, (args_.rows + kTile - 1) / kTile, [&](int64_t panel, int) {
       const int64_t first = panel * kTile, count = std::min(kTile, args_.rows - first);
-      pack_rows<E::NR>(x_ + first * args_.depth, args_.depth, nullptr, count, args_.depth, packed_.get() + first * args_.depth);
+      pack_rows<E::NR>(x_ + first * args_.depth, args_.depth, nullptr, count, args_.depth,
+                       packed_.get() + first * args_.depth);
     });
   }
 
@@ -175,14 +190,15 @@ class DenseStats {
     }
   }
 
-  void absorb(int64_t i0, int64_t height, int64_t j0, int64_t width, const T* dots, int64_t row_tile, int64_t tile) const {
+  void absorb(int64_t i0, int64_t height, int64_t j0, int64_t width, const T* dots, int64_t row_tile,
+              int64_t tile) const {
     if (!fixed_) raise_shifts(i0, height, j0, width, dots, row_tile, tile);
     const bool both = tile != row_tile;  // tiles of the diagonal are computed in full: rows only
     const Partials<T> rows = partials(tile), columns = partials(row_tile);
     const int64_t words = (width + kWord - 1) / kWord;
     const Vec<T> scale = splat(scale_);
     Vec<T> column_shift[kTile / kLanes<T>], column_sum[kTile / kLanes<T>] = {}, column_pos[kTile / kLanes<T>] = {},
-        column_ext[kTile / kLanes<T>] = {};
+                                                               column_ext[kTile / kLanes<T>] = {};
     for (int64_t v = 0; v < words * kPieces; ++v) {
       const int64_t j = v * kLanes<T>, left = std::clamp<int64_t>(width - j, 0, kLanes<T>);
       column_shift[v] = both && !fixed_ ? load_part(columns.shift + j0 + j, left) : scale;
@@ -222,7 +238,8 @@ class DenseStats {
   }
 
   // Without a fixed shift: raises the shifts of the tile's rows and columns to their largest logits in E.
-  void raise_shifts(int64_t i0, int64_t height, int64_t j0, int64_t width, const T* dots, int64_t row_tile, int64_t tile) const {
+  void raise_shifts(int64_t i0, int64_t height, int64_t j0, int64_t width, const T* dots, int64_t row_tile,
+                    int64_t tile) const {
     const bool both = tile != row_tile;
     const Partials<T> rows = partials(tile), columns = partials(row_tile);
     const int64_t words = (width + kWord - 1) / kWord;
@@ -242,14 +259,16 @@ class DenseStats {
       }
       rows.raise(i0 + r, largest<T>(row_top));
     }
-    for (int64_t c = 0; both && c < width; ++c) columns.raise(j0 + c, column_top[c / kLanes<T>][c % kLanes<T>]);
+    for (int64_t c = 0; both && c < width; ++c)
+      columns.raise(j0 + c, column_top[c / kLanes<T>][c % kLanes<T>]);
   }
 
   void reduce(T* lse, T* pos, T* ext) const {
     for (int64_t i = 0; i < args_.rows; ++i) {
       T top = partials(0).shift[i], total = 0;
       pos[i] = ext[i] = 0;
-      for (int64_t tile = 1; tile < tiles_; ++tile) top = std::max(top, partials(tile).shift[i]);
+      for (int64_t tile = 1; tile < tiles_; ++tile)
+        top = std::max(top, partials(tile).shift[i]);
       for (int64_t tile = 0; tile < tiles_; ++tile) {
         const Partials<T> part = partials(tile);
         if (part.sum[i] != 0) total += fixed_ ? part.sum[i] : part.sum[i] * exp_of(part.shift[i] - top);
@@ -275,9 +294,15 @@ template <class T>
 class DenseGrad {
  public:
   DenseGrad(const ContrastiveArgs<T>& args, const DenseMasks<T>& masks)
-      : args_(args), masks_(masks), fixed_(fixed_shift(args)), scale_(static_cast<T>(1 / args.temperature)),
-        panels_((args.rows + kPanel - 1) / kPanel), block_(kPanel * E::round_cols(args.depth)),
-        packed_(E::b_size(args.rows, args.depth)), packed_columns_(panels_ * block_), factors_(4 * panels_ * kPanel) {}
+      : args_(args),
+        masks_(masks),
+        fixed_(fixed_shift(args)),
+        scale_(static_cast<T>(1 / args.temperature)),
+        panels_((args.rows + kPanel - 1) / kPanel),
+        block_(kPanel * E::round_cols(args.depth)),
+        packed_(E::b_size(args.rows, args.depth)),
+        packed_columns_(panels_ * block_),
+        factors_(4 * panels_ * kPanel) {}
 
   // One stream: rows of x, its gradients from index `at` of the (streams, rows) tables on.
   void run(const T* x, const ContrastiveGrads<T>& grads, int64_t at, T* out) {
@@ -302,14 +327,16 @@ class DenseGrad {
     });
     const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(args_.threads, panels_));
     const int64_t a_size = (E::a_size(kPanel, args_.depth) + 15) / 16 * 16;
-    const Scratch<T> a(workers * a_size), sums(workers * block_), tile(workers * kPanel * kPanel), packed_tile(workers * kPanel * kPanel);
+    const Scratch<T> a(workers * a_size), sums(workers * block_), tile(workers * kPanel * kPanel),
+        packed_tile(workers * kPanel * kPanel);
     std::fill(tile.get(), tile.get() + workers * kPanel * kPanel, T(0));
     parallel_for(args_.threads, panels_, [&](int64_t panel, int worker) {
       T* const sum = sums.get() + worker * block_;
       row_panel(x, panel, a.get() + worker * a_size, tile.get() + worker * kPanel * kPanel,
                 packed_tile.get() + worker * kPanel * kPanel, sum);
       for (int64_t r = 0; r < height(panel); ++r)
-        std::copy(sum + r * sum_stride(), sum + r * sum_stride() + args_.depth, out + (panel * kPanel + r) * args_.depth);
+        std::copy(sum + r * sum_stride(), sum + r * sum_stride() + args_.depth,
+                  out + (panel * kPanel + r) * args_.depth);
     });
   }
 
@@ -328,15 +355,18 @@ class DenseGrad {
     for (int64_t other = 0; other < panels_; ++other) {
       const int64_t columns = height(other);
       multiply<E>(rows, columns, args_.depth, a, packed_.get() + other * kPanel * args_.depth, tile, kPanel);
-      for (int64_t r = 0; r < rows; ++r) coefficients(panel * kPanel + r, other * kPanel, columns, tile + r * kPanel);
+      for (int64_t r = 0; r < rows; ++r)
+        coefficients(panel * kPanel + r, other * kPanel, columns, tile + r * kPanel);
       pack_rows<E::MR>(tile, kPanel, nullptr, rows, columns, packed_tile);
-      multiply<E>(rows, args_.depth, columns, packed_tile, packed_columns_.get() + other * block_, sum, sum_stride(), true);
+      multiply<E>(rows, args_.depth, columns, packed_tile, packed_columns_.get() + other * block_, sum, sum_stride(),
+                  true);
     }
   }
 
   // Replaces the dot products of row i with columns j0 .. by (G_ij + G_ji) / temperature.
   void coefficients(int64_t i, int64_t j0, int64_t columns, T* values) const {
-    const Vec<T> scale = splat(scale_), row_shift = splat(fixed_ ? scale_ : lse_[i]), row_denominator = splat(denominator_[i]);
+    const Vec<T> scale = splat(scale_), row_shift = splat(fixed_ ? scale_ : lse_[i]),
+                 row_denominator = splat(denominator_[i]);
     const Vec<T> row_positive = splat(positive_[i]), row_extra = splat(extra_[i]);
     for (int64_t w = 0; w * kWord < columns; ++w) {
       const WordMasks m = masks_.at(i, j0 / kWord + w);
@@ -345,7 +375,8 @@ class DenseGrad {
         const int64_t lane = piece * kLanes<T>, c = w * kWord + lane, j = j0 + c;
         const Vec<T> logit = load(values + c) * scale;
         const Vec<T> e = exp<T>(logit - row_shift), e_t = fixed_ ? e : exp<T>(logit - load(lse_ + j));
-        Vec<T> total = keep(lanes_of<T>(m.e, lane), e * row_denominator) + keep(lanes_of<T>(m.e_t, lane), e_t * load(denominator_ + j));
+        Vec<T> total = keep(lanes_of<T>(m.e, lane), e * row_denominator) +
+                       keep(lanes_of<T>(m.e_t, lane), e_t * load(denominator_ + j));
         if (pairs) {
           total += keep(lanes_of<T>(m.p, lane), row_positive) + keep(lanes_of<T>(m.p_t, lane), load(positive_ + j));
           total += keep(lanes_of<T>(m.q, lane), row_extra) + keep(lanes_of<T>(m.q_t, lane), load(extra_ + j));

@@ -1,8 +1,9 @@
 // The part of the sparse contrastive kernels that comes from the negatives outside P.
 //
-// Work comes in groups of up to eight rows with the same i mod R, which share one row of the negatives mask: a list of columns,
-// with a byte per column that says for which of the rows it counts. A group owns its rows. The column side of the gradient is
-// written by owners of column ranges, in a second phase, from coefficients that the first phase leaves in a bounded buffer.
+// Work comes in groups of up to eight rows with the same i mod R, which share one row of the negatives mask: a list of
+// columns, with a byte per column that says for which of the rows it counts. A group owns its rows. The column side of
+// the gradient is written by owners of column ranges, in a second phase, from coefficients that the first phase leaves
+// in a bounded buffer.
 #pragma once
 
 #include "cpu/kernels/contrastive_problem.h"
@@ -25,7 +26,8 @@ struct RowPointers {
   T* row[kGroup];
 
   RowPointers(T* base, const Group& group, int64_t depth) {  // rows past the end repeat the last one
-    for (int r = 0; r < kGroup; ++r) row[r] = base + group.row[std::min(r, group.count - 1)] * depth;
+    for (int r = 0; r < kGroup; ++r)
+      row[r] = base + group.row[std::min(r, group.count - 1)] * depth;
   }
 };
 
@@ -41,9 +43,11 @@ int64_t byte_stride(const ContrastiveArgs<T>& args) {
   return (args.rows + kByteSlack + 63) / 64 * 64;
 }
 
-// Lists the columns of one row of the negatives that enter the denominators of the group's rows through it: not P, not the rows
-// themselves. bytes[c] has bit r set where column c counts for row r, and a zero at the end. Returns the number of columns.
-int64_t list_negatives(const ContrastiveMasks& masks, int64_t position, const Group& group, int32_t* index, uint8_t* bytes) {
+// Lists the columns of one row of the negatives that enter the denominators of the group's rows through it: not P, not
+// the rows themselves. bytes[c] has bit r set where column c counts for row r, and a zero at the end. Returns the
+// number of columns.
+int64_t list_negatives(const ContrastiveMasks& masks, int64_t position, const Group& group, int32_t* index,
+                       uint8_t* bytes) {
   int64_t count = 0;
   const uint32_t* shared = masks.negatives + position * masks.words;
   uint32_t row_words[kGroup] = {};
@@ -57,7 +61,8 @@ int64_t list_negatives(const ContrastiveMasks& masks, int64_t position, const Gr
     for (; left; left &= left - 1, ++count) {
       const int k = __builtin_ctz(left);
       uint32_t byte = 0;
-      for (int r = 0; r < kGroup; ++r) byte |= ((row_words[r] >> k) & 1) << r;
+      for (int r = 0; r < kGroup; ++r)
+        byte |= ((row_words[r] >> k) & 1) << r;
       index[count] = static_cast<int32_t>(32 * w + k);
       bytes[count] = static_cast<uint8_t>(byte);
     }
@@ -74,7 +79,7 @@ inline LaneMask<T> group_mask(const uint8_t* bytes, int64_t f) {
     std::memcpy(&two, bytes + f / kGroup, sizeof two);
     return expand<T>(two);
   } else {
-    return expand<T>((static_cast<uint32_t>(bytes[f / kGroup]) >> (f % kGroup)) & ((1u << kLanes<T>) - 1));
+    return expand<T>((static_cast<uint32_t>(bytes[f / kGroup]) >> (f % kGroup)) & ((1u << kLanes<T>)-1));
   }
 }
 
@@ -87,22 +92,27 @@ struct GroupLanes {
   Vec<T> piece[kPieces];
 
   explicit GroupLanes(T value = 0) {
-    for (auto& p : piece) p = splat(value);
+    for (auto& p : piece)
+      p = splat(value);
   }
   static GroupLanes repeat(const T (&value)[kGroup]) {
     GroupLanes lanes;
     T wide[kWidth];
-    for (int l = 0; l < kWidth; ++l) wide[l] = value[l % kGroup];
-    for (int p = 0; p < kPieces; ++p) lanes.piece[p] = load(wide + p * kLanes<T>);
+    for (int l = 0; l < kWidth; ++l)
+      wide[l] = value[l % kGroup];
+    for (int p = 0; p < kPieces; ++p)
+      lanes.piece[p] = load(wide + p * kLanes<T>);
     return lanes;
   }
   template <class Combine>
   void reduce(T (&value)[kGroup], Combine&& combine) const {
     T wide[kWidth];
-    for (int p = 0; p < kPieces; ++p) store(wide + p * kLanes<T>, piece[p]);
+    for (int p = 0; p < kPieces; ++p)
+      store(wide + p * kLanes<T>, piece[p]);
     for (int r = 0; r < kGroup; ++r) {
       value[r] = wide[r];
-      for (int l = r + kGroup; l < kWidth; l += kGroup) value[r] = combine(value[r], wide[l]);
+      for (int l = r + kGroup; l < kWidth; l += kGroup)
+        value[r] = combine(value[r], wide[l]);
     }
   }
 };
@@ -111,9 +121,7 @@ template <class T>
 struct GroupStats {
   T shift[kGroup], sum[kGroup] = {};
 
-  explicit GroupStats(const ContrastiveArgs<T>& args) {
-    std::fill(shift, shift + kGroup, first_shift(args));
-  }
+  explicit GroupStats(const ContrastiveArgs<T>& args) { std::fill(shift, shift + kGroup, first_shift(args)); }
 
   // Adds `count` columns: dots as from products(), and a byte per column for the rows it counts for.
   void add(const ContrastiveArgs<T>& args, const T* dots, int64_t count, const uint8_t* bytes) {
@@ -130,7 +138,8 @@ struct GroupStats {
       }
     T part[kGroup];
     sums.reduce(part, [](T a, T b) { return a + b; });
-    for (int r = 0; r < kGroup; ++r) sum[r] += part[r];
+    for (int r = 0; r < kGroup; ++r)
+      sum[r] += part[r];
   }
 
  private:
@@ -155,11 +164,11 @@ struct GroupStats {
 
 // dots[c * kGroup + r] = <x_row, x_column> of stream s, for the group's rows and `count` columns
 template <class T>
-void group_products(const Problem<T>& problem, int64_t s, const Group& group, const int32_t* columns, int64_t count, T* dots) {
+void group_products(const Problem<T>& problem, int64_t s, const Group& group, const int32_t* columns, int64_t count,
+                    T* dots) {
   const RowPointers<const T> rows(problem.stream(s), group, problem.depth);
-  with_row_count(group.count, [&](auto r) {
-    products<r()>(rows.row, problem.stream(s), problem.depth, columns, count, dots);
-  });
+  with_row_count(group.count,
+                 [&](auto r) { products<r()>(rows.row, problem.stream(s), problem.depth, columns, count, dots); });
   // an odd number of columns leaves half a vector: it must hold numbers
   std::fill(dots + count * kGroup, dots + (count + count % 2) * kGroup, T(0));
 }
@@ -204,8 +213,10 @@ template <class T>
 class Coefficients {
  public:
   Coefficients(const ContrastiveArgs<T>& args, const RowFactors<T>* factors, const Group& group)
-      : fixed_(fixed_shift(args)), scale_(static_cast<T>(1 / args.temperature)),
-        denominator_(rows(factors, group, &RowFactors<T>::denominator)), lse_(rows(factors, group, &RowFactors<T>::lse)) {}
+      : fixed_(fixed_shift(args)),
+        scale_(static_cast<T>(1 / args.temperature)),
+        denominator_(rows(factors, group, &RowFactors<T>::denominator)),
+        lse_(rows(factors, group, &RowFactors<T>::lse)) {}
 
   // weights[c * kGroup + r] from dots as from products(), and a byte per column for the rows it counts for.
   void compute(const T* dots, int64_t count, const uint8_t* bytes, T* weights) const {
@@ -220,9 +231,10 @@ class Coefficients {
   }
 
  private:
-  static GroupLanes<T> rows(const RowFactors<T>* factors, const Group& group, T RowFactors<T>::*member) {
+  static GroupLanes<T> rows(const RowFactors<T>* factors, const Group& group, T RowFactors<T>::* member) {
     T value[kGroup] = {};
-    for (int r = 0; r < group.count; ++r) value[r] = factors[group.row[r]].*member;
+    for (int r = 0; r < group.count; ++r)
+      value[r] = factors[group.row[r]].*member;
     return GroupLanes<T>::repeat(value);
   }
 
@@ -235,15 +247,16 @@ class Coefficients {
 template <class T>
 RowPointers<T> output_rows(T* base, const Group& group, int64_t depth, T* spare) {
   RowPointers<T> rows(base, group, depth);
-  for (int r = group.count; r < kGroup; ++r) rows.row[r] = spare;
+  for (int r = group.count; r < kGroup; ++r)
+    rows.row[r] = spare;
   return rows;
 }
 
 // One group of the negatives in the buffer that the two phases share.
 struct NegativeTask {
   Group group;
-  int64_t position, part;      // the row of the negatives; which eight of its rows
-  int64_t first, count;        // its columns in the buffer
+  int64_t position, part;  // the row of the negatives; which eight of its rows
+  int64_t first, count;    // its columns in the buffer
 };
 
 // Adds the part of the gradient that comes from the negatives to out (streams, rows, depth).
@@ -251,13 +264,21 @@ template <class T>
 class NegativeGrad {
  public:
   NegativeGrad(const Problem<T>& problem, const RowFactors<T>* factors, T* out)
-      : problem_(problem), args_(problem.args), factors_(factors), out_(out),
-        tasks_(args_.masks.negative_rows * groups_per_position(problem)), workers_(worker_count(args_.threads, tasks_)),
-        dots_(workers_ * kChunk * kGroup), bytes_(workers_ * byte_stride(args_)), spare_(workers_ * problem.depth), list_(tasks_) {
+      : problem_(problem),
+        args_(problem.args),
+        factors_(factors),
+        out_(out),
+        tasks_(args_.masks.negative_rows * groups_per_position(problem)),
+        workers_(worker_count(args_.threads, tasks_)),
+        dots_(workers_ * kChunk * kGroup),
+        bytes_(workers_ * byte_stride(args_)),
+        spare_(workers_ * problem.depth),
+        list_(tasks_) {
     std::fill(spare_.get(), spare_.get() + workers_ * problem.depth, T(0));
     const Scratch<int32_t> counts(args_.masks.negative_rows);
     count_bits(args_.masks.negatives, args_.masks.negative_rows, args_.masks.words, counts.get(), args_.threads);
-    for (int64_t begin = 0; begin < tasks_;) begin = run(begin, counts.get());
+    for (int64_t begin = 0; begin < tasks_;)
+      begin = run(begin, counts.get());
   }
 
  private:
@@ -303,7 +324,8 @@ class NegativeGrad {
     T* dots = dots_.get() + worker * kChunk * kGroup;
     for (int64_t s = 0; s < args_.streams; ++s) {
       const Coefficients<T> coefficients(args_, factors_ + s * args_.rows, task.group);
-      const RowPointers<T> rows = output_rows(out_stream(s), task.group, problem_.depth, spare_.get() + worker * problem_.depth);
+      const RowPointers<T> rows =
+          output_rows(out_stream(s), task.group, problem_.depth, spare_.get() + worker * problem_.depth);
       T* const all_weights = weights + (s * columns + task.first) * kGroup;
       for (int64_t from = 0; from < task.count; from += kChunk) {
         const int64_t count = std::min(kChunk, task.count - from);
@@ -317,25 +339,28 @@ class NegativeGrad {
     }
   }
 
-  // Second phase: what the tasks' rows add to elements [from, from + kSlice) of the columns in [low, high). These sums stay in
-  // the second-level cache while all tasks pass by.
-  void own_columns(const NegativeTask* tasks, int64_t count, int64_t s, int64_t from, int64_t low, int64_t high, const int32_t* index,
-                   const T* weights, T* sums) {
+  // Second phase: what the tasks' rows add to elements [from, from + kSlice) of the columns in [low, high). These sums
+  // stay in the second-level cache while all tasks pass by.
+  void own_columns(const NegativeTask* tasks, int64_t count, int64_t s, int64_t from, int64_t low, int64_t high,
+                   const int32_t* index, const T* weights, T* sums) {
     const int64_t width = std::min(kSlice, problem_.depth - from);
     std::fill(sums, sums + (high - low) * width, T(0));
     for (int64_t n = 0; n < count; ++n) {
       const NegativeTask& task = tasks[n];
       const int32_t* const own = index + task.first;
-      const int64_t begin = lower_bound(own, task.count, low), end = begin + lower_bound(own + begin, task.count - begin, high);
+      const int64_t begin = lower_bound(own, task.count, low),
+                    end = begin + lower_bound(own + begin, task.count - begin, high);
       if (begin == end) continue;
       const RowPointers<const T> rows(problem_.stream(s) + from, task.group, problem_.depth);
       with_row_count(task.group.count, [&](auto r) {
-        scatter_rows<r()>(weights + (task.first + begin) * kGroup, rows.row, width, own + begin, end - begin, low, sums);
+        scatter_rows<r()>(weights + (task.first + begin) * kGroup, rows.row, width, own + begin, end - begin, low,
+                          sums);
       });
     }
     for (int64_t j = low; j < high; ++j) {
       T* const out = out_stream(s) + j * problem_.depth + from;
-      for (int64_t d = 0; d < width; ++d) out[d] += sums[(j - low) * width + d];
+      for (int64_t d = 0; d < width; ++d)
+        out[d] += sums[(j - low) * width + d];
     }
   }
 
@@ -346,7 +371,8 @@ class NegativeGrad {
     for (int64_t image = 0; image < problem_.rows_per_position() && group.count < kGroup; ++image) {
       const int64_t row = image * args_.masks.negative_rows + task.position;
       bool active = false;
-      for (int64_t s = 0; s < args_.streams; ++s) active |= factors_[s * args_.rows + row].denominator != 0;
+      for (int64_t s = 0; s < args_.streams; ++s)
+        active |= factors_[s * args_.rows + row].denominator != 0;
       if (active && skip-- <= 0) group.row[group.count++] = row;
     }
     return group;

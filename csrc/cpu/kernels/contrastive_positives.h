@@ -1,7 +1,7 @@
 // The part of the sparse contrastive kernels that comes from the pairs of P and Q: row by row, pair by pair.
 //
-// A task takes kTaskRows rows through one block of columns after another: neighbouring patches have much the same positives, so
-// their vectors are still in the second-level cache when the next row needs them.
+// A task takes kTaskRows rows through one block of columns after another: neighbouring patches have much the same
+// positives, so their vectors are still in the second-level cache when the next row needs them.
 #pragma once
 
 #include "cpu/kernels/contrastive_problem.h"
@@ -31,7 +31,8 @@ struct PairLists {
 template <class T>
 class PairScratch {
  public:
-  explicit PairScratch(int64_t workers) : index_(workers * kPairs), flags_(workers * kPairs), values_(workers * kRowPairs) {}
+  explicit PairScratch(int64_t workers)
+      : index_(workers * kPairs), flags_(workers * kPairs), values_(workers * kRowPairs) {}
   PairLists<T> of(int worker) const {
     PairLists<T> lists;
     lists.index = index_.get() + worker * kPairs;
@@ -52,33 +53,36 @@ struct Listed {
   bool extra, transposed;
 };
 
-// Lists the pairs of row i in words [begin, end) from index `count` on; returns the new count. W words are tested at a time.
+// Lists the pairs of row i in words [begin, end) from index `count` on; returns the new count. W words are tested at a
+// time.
 template <class T>
-int64_t list_row(const ContrastiveMasks& masks, Listed listed, int64_t i, int64_t begin, int64_t end, const PairLists<T>& lists, int64_t count) {
+int64_t list_row(const ContrastiveMasks& masks, Listed listed, int64_t i, int64_t begin, int64_t end,
+                 const PairLists<T>& lists, int64_t count) {
   constexpr int W = 4;  // a row is a multiple of four words
   const int64_t row = i * masks.words;
   const uint32_t none[W] = {};
   for (int64_t w0 = begin; w0 < end; w0 += W) {
     const uint32_t *p = masks.positives + row + w0, *q = listed.extra ? masks.extra + row + w0 : none;
-    const uint32_t *p_t = listed.transposed ? masks.positives_t + row + w0 : p;
-    const uint32_t *q_t = listed.transposed && listed.extra ? masks.extra_t + row + w0 : q;
+    const uint32_t* p_t = listed.transposed ? masks.positives_t + row + w0 : p;
+    const uint32_t* q_t = listed.transposed && listed.extra ? masks.extra_t + row + w0 : q;
     uint32_t any[W], together = 0;
-    for (int k = 0; k < W; ++k) together |= any[k] = p[k] | q[k] | p_t[k] | q_t[k];
+    for (int k = 0; k < W; ++k)
+      together |= any[k] = p[k] | q[k] | p_t[k] | q_t[k];
     if (!together) continue;
     for (int64_t w = w0; w < w0 + W; ++w)
       for (uint32_t left = without_diagonal(any[w - w0], i, w); left; left &= left - 1, ++count) {
         const int k = __builtin_ctz(left);
         const int64_t n = w - w0;
         lists.index[count] = static_cast<int32_t>(32 * w + k);
-        lists.flags[count] = ((p[n] >> k) & 1) * kInP | ((q[n] >> k) & 1) * kInQ | ((p_t[n] >> k) & 1) * kInTransposedP |
-                             ((q_t[n] >> k) & 1) * kInTransposedQ;
+        lists.flags[count] = ((p[n] >> k) & 1) * kInP | ((q[n] >> k) & 1) * kInQ |
+                             ((p_t[n] >> k) & 1) * kInTransposedP | ((q_t[n] >> k) & 1) * kInTransposedQ;
       }
   }
   return count;
 }
 
-// Runs f(stream, row i, place of its pairs in the lists, their number) for the rows of a task. Blocks of columns come in ascending
-// order; within a block all rows of one stream come before the next stream.
+// Runs f(stream, row i, place of its pairs in the lists, their number) for the rows of a task. Blocks of columns come
+// in ascending order; within a block all rows of one stream come before the next stream.
 template <class T, class F>
 void for_each_row_block(const ContrastiveArgs<T>& args, int64_t task, Listed listed, PairLists<T> lists, F&& f) {
   const int64_t first = task * kTaskRows, rows = std::min(kTaskRows, args.rows - first);
@@ -130,7 +134,8 @@ struct RowStats {
   void raise_shift(const T* dots, const IntegerOf<T>* flags, int64_t count, Vec<T> scale) {
     const Vec<T> none = splat(-std::numeric_limits<T>::infinity());
     Vec<T> highest = none;
-    for (int64_t c = 0; c < count; c += kLanes<T>) highest = max(highest, flagged<T>(flags + c, kInP) ? load(dots + c) * scale : none);
+    for (int64_t c = 0; c < count; c += kLanes<T>)
+      highest = max(highest, flagged<T>(flags + c, kInP) ? load(dots + c) * scale : none);
     const T top = largest<T>(highest);
     if (!(top > shift)) return;
     sum *= exp_of(shift - top);
@@ -151,11 +156,12 @@ void positive_stats(const Problem<T>& problem, const T* shift, const T* sum, con
     const PairLists<T> lists = scratch.of(worker);
     RowStats<T>* const stats = all_stats.get() + worker * all_rows;
     std::fill(stats, stats + all_rows, RowStats<T>{first_shift(args), 0, 0, 0});
-    for_each_row_block(args, task, {args.masks.extra != nullptr, false}, lists, [&](int64_t s, int64_t i, int64_t at, int64_t count) {
-      const T* x = problem.stream(s);
-      row_products(x + i * problem.depth, x, problem.depth, lists.index + at, count, lists.values);
-      stats[s * kTaskRows + i - first].add(args, lists.values, lists.flags + at, count);
-    });
+    for_each_row_block(args, task, {args.masks.extra != nullptr, false}, lists,
+                       [&](int64_t s, int64_t i, int64_t at, int64_t count) {
+                         const T* x = problem.stream(s);
+                         row_products(x + i * problem.depth, x, problem.depth, lists.index + at, count, lists.values);
+                         stats[s * kTaskRows + i - first].add(args, lists.values, lists.flags + at, count);
+                       });
     for (int64_t s = 0; s < args.streams; ++s)
       for (int64_t r = 0; r < rows; ++r) {
         const RowStats<T>& row = stats[s * kTaskRows + r];
@@ -171,13 +177,15 @@ void positive_stats(const Problem<T>& problem, const T* shift, const T* sum, con
 
 // One of the columns' factors for a vector of pairs.
 template <class T>
-inline Vec<T> of_columns(const RowFactors<T>* factors, T RowFactors<T>::*member, const int32_t* index, int64_t left) {
+inline Vec<T> of_columns(const RowFactors<T>* factors, T RowFactors<T>::* member, const int32_t* index, int64_t left) {
   T lanes[kLanes<T>] = {};
-  for (int64_t l = 0; l < std::min<int64_t>(left, kLanes<T>); ++l) lanes[l] = factors[index[l]].*member;
+  for (int64_t l = 0; l < std::min<int64_t>(left, kLanes<T>); ++l)
+    lanes[l] = factors[index[l]].*member;
   return load(lanes);
 }
 
-// Replaces the dot products of row i's pairs by the coefficients (G_ij + G_ji) / temperature. factors: those of the stream's rows.
+// Replaces the dot products of row i's pairs by the coefficients (G_ij + G_ji) / temperature. factors: those of the
+// stream's rows.
 template <class T>
 void pair_coefficients(const ContrastiveArgs<T>& args, const RowFactors<T>* factors, int64_t i, const int32_t* index,
                        const IntegerOf<T>* all_flags, int64_t count, T* values) {
@@ -186,7 +194,7 @@ void pair_coefficients(const ContrastiveArgs<T>& args, const RowFactors<T>* fact
   const bool fixed = fixed_shift(args);
   const Vec<T> scale = splat(static_cast<T>(1 / args.temperature)), row_shift = fixed ? scale : splat(row.lse);
   for (int64_t c = 0; c < count; c += kLanes<T>) {
-    const auto column = [&](T Factors::*member) { return of_columns(factors, member, index + c, count - c); };
+    const auto column = [&](T Factors::* member) { return of_columns(factors, member, index + c, count - c); };
     const IntegerOf<T>* flags = all_flags + c;
     const Vec<T> logit = load(values + c) * scale;
     const Vec<T> e = exp<T>(logit - row_shift), e_t = fixed ? e : exp<T>(logit - column(&Factors::lse));

@@ -20,8 +20,10 @@ struct Problem {
   const T* x;
 
   explicit Problem(const ContrastiveArgs<T>& a)
-      : args(a), depth((a.depth + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
-        padded(depth == a.depth ? 0 : a.streams * a.rows * depth), x(depth == a.depth ? a.x : padded.get()) {
+      : args(a),
+        depth((a.depth + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
+        padded(depth == a.depth ? 0 : a.streams * a.rows * depth),
+        x(depth == a.depth ? a.x : padded.get()) {
     if (depth == a.depth) return;
     for (int64_t i = 0; i < a.streams * a.rows; ++i) {
       std::copy(a.x + i * a.depth, a.x + (i + 1) * a.depth, padded.get() + i * depth);
@@ -30,10 +32,14 @@ struct Problem {
   }
 
   const T* stream(int64_t s) const { return x + s * args.rows * depth; }
-  int64_t rows_per_position() const { return args.rows / args.masks.negative_rows; }  // that share a row of the negatives
+  int64_t rows_per_position() const {
+    return args.rows / args.masks.negative_rows;
+  }  // that share a row of the negatives
 };
 
-inline int64_t worker_count(int threads, int64_t tasks) { return std::max<int64_t>(1, std::min<int64_t>(threads, tasks)); }
+inline int64_t worker_count(int threads, int64_t tasks) {
+  return std::max<int64_t>(1, std::min<int64_t>(threads, tasks));
+}
 
 inline uint32_t without_diagonal(uint32_t word, int64_t row, int64_t w) {
   return row >> 5 == w ? word & ~(1u << (row & 31)) : word;
@@ -50,7 +56,8 @@ template <class T>
 inline T log_of_two_sums(T shift, T sum, T other_shift, T other_sum) {
   if (sum == 0 && other_sum == 0) return T(0);
   const T top = sum == 0 ? other_shift : other_sum == 0 ? shift : std::max(shift, other_shift);
-  const T total = (sum == 0 ? T(0) : sum * exp_of(shift - top)) + (other_sum == 0 ? T(0) : other_sum * exp_of(other_shift - top));
+  const T total =
+      (sum == 0 ? T(0) : sum * exp_of(shift - top)) + (other_sum == 0 ? T(0) : other_sum * exp_of(other_shift - top));
   return static_cast<T>(static_cast<double>(top) + std::log(static_cast<double>(total)));
 }
 

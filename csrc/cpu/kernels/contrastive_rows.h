@@ -1,4 +1,5 @@
-// Dot products of rows of X with chosen columns, and weighted sums of columns: the inner loops of the sparse contrastive kernels.
+// Dot products of rows of X with chosen columns, and weighted sums of columns: the inner loops of the sparse
+// contrastive kernels.
 //
 // `depth` is a multiple of the vector length, and a row's products with all columns have the same order of summation.
 #pragma once
@@ -12,16 +13,18 @@
 namespace hpk::HPK_ISA {
 namespace {
 
-constexpr int kGroup = 8;            // rows of a group: one bit each in the masks of a column
-constexpr int64_t kChunk = 64;       // columns evaluated, and summed, at a time: long sums are sums of short ones
+constexpr int kGroup = 8;       // rows of a group: one bit each in the masks of a column
+constexpr int64_t kChunk = 64;  // columns evaluated, and summed, at a time: long sums are sums of short ones
 constexpr int kAccumulators = kVectorBytes == 64 ? 16 : 8;
 
-// Lane l of the result sums the pair of lanes that differ in bit H, of a where bit H of l is clear and of b where it is set.
+// Lane l of the result sums the pair of lanes that differ in bit H, of a where bit H of l is clear and of b where it is
+// set.
 template <class T, int H, int... l>
 inline Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
   constexpr int n = kLanes<T>;
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, ((l & H) ? n + l - H : l)...) + __builtin_shufflevector(a, b, ((l & H) ? n + l : l + H)...);
+  return __builtin_shufflevector(a, b, ((l & H) ? n + l - H : l)...) +
+         __builtin_shufflevector(a, b, ((l & H) ? n + l : l + H)...);
 #else
   return __builtin_shuffle(a, b, Vec<IntegerOf<T>>{((l & H) ? n + l - H : l)...}) +
          __builtin_shuffle(a, b, Vec<IntegerOf<T>>{((l & H) ? n + l : l + H)...});
@@ -61,7 +64,8 @@ void products(const T* const* rows, const T* x, int64_t depth, const int32_t* co
       for (int r = 0; r < R; ++r) {
         const Vec<T> row = load(rows[r] + d);
 #pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) acc[c * R + r] += row * value[c];
+        for (int c = 0; c < C; ++c)
+          acc[c * R + r] += row * value[c];
       }
     }
     T sums[C * R];
@@ -71,36 +75,42 @@ void products(const T* const* rows, const T* x, int64_t depth, const int32_t* co
       store(sums + a, acc[a]);
     }
     for (int c = 0; c < C && first + c < count; ++c)
-      for (int r = 0; r < kGroup; ++r) dots[(first + c) * kGroup + r] = r < R ? sums[c * R + r] : T(0);
+      for (int r = 0; r < kGroup; ++r)
+        dots[(first + c) * kGroup + r] = r < R ? sums[c * R + r] : T(0);
   }
 }
 
 // out[r][:] += sum_c weights[c * kGroup + r] x[columns[c]][:], V vectors of the depth at a time, from `from` on
 template <int R, int V, class T>
-int64_t mix_vectors(const T* weights, const T* x, int64_t depth, const int32_t* columns, int64_t count, T* const* out, int64_t from) {
+int64_t mix_vectors(const T* weights, const T* x, int64_t depth, const int32_t* columns, int64_t count, T* const* out,
+                    int64_t from) {
   constexpr int L = kLanes<T>;
   for (; from + V * L <= depth; from += V * L) {
     Vec<T> acc[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
+      for (int v = 0; v < V; ++v)
+        acc[r][v] = Vec<T>{};
     for (int64_t c = 0; c < count; ++c) {
       const T* column = x + columns[c] * depth + from;
       Vec<T> value[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) value[v] = load(column + v * L);
+      for (int v = 0; v < V; ++v)
+        value[v] = load(column + v * L);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Vec<T> weight = splat(weights[c * kGroup + r]);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[r][v] += weight * value[v];
+        for (int v = 0; v < V; ++v)
+          acc[r][v] += weight * value[v];
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) store(out[r] + from + v * L, load(out[r] + from + v * L) + acc[r][v]);
+      for (int v = 0; v < V; ++v)
+        store(out[r] + from + v * L, load(out[r] + from + v * L) + acc[r][v]);
   }
   return from;
 }
@@ -114,16 +124,19 @@ void mix_columns(const T* weights, const T* x, int64_t depth, const int32_t* col
 
 // out[columns[c] - first][:] += sum_r weights[c * kGroup + r] rows[r][:], with rows of `width` elements
 template <int R, class T>
-void scatter_rows(const T* weights, const T* const* rows, int64_t width, const int32_t* columns, int64_t count, int64_t first, T* grad) {
+void scatter_rows(const T* weights, const T* const* rows, int64_t width, const int32_t* columns, int64_t count,
+                  int64_t first, T* grad) {
   for (int64_t c = 0; c < count; ++c) {
     T* out = grad + (columns[c] - first) * width;
     Vec<T> weight[R];
-    for (int r = 0; r < R; ++r) weight[r] = splat(weights[c * kGroup + r]);
+    for (int r = 0; r < R; ++r)
+      weight[r] = splat(weights[c * kGroup + r]);
 #pragma GCC unroll 4
     for (int64_t d = 0; d < width; d += kLanes<T>) {
       Vec<T> total = weight[0] * load(rows[0] + d);
 #pragma GCC unroll 8
-      for (int r = 1; r < R; ++r) total += weight[r] * load(rows[r] + d);
+      for (int r = 1; r < R; ++r)
+        total += weight[r] * load(rows[r] + d);
       store(out + d, load(out + d) + total);
     }
   }
@@ -140,17 +153,20 @@ void with_row_count(int rows, F&& f) {
 
 // ---- one row against a list of columns
 
-// dots[c] = <row, x[columns[c]]> for c < C; kLanes or more elements are written. Columns past `count` repeat the last one.
+// dots[c] = <row, x[columns[c]]> for c < C; kLanes or more elements are written. Columns past `count` repeat the last
+// one.
 template <int C, class T>
 void row_products_block(const T* row, const T* x, int64_t depth, const int32_t* columns, int64_t count, T* dots) {
   constexpr int L = kLanes<T>, kSums = std::max(C, L);
   const T* column[C];
-  for (int c = 0; c < C; ++c) column[c] = x + columns[std::min<int64_t>(c, count - 1)] * depth;
+  for (int c = 0; c < C; ++c)
+    column[c] = x + columns[std::min<int64_t>(c, count - 1)] * depth;
   Vec<T> acc[kSums] = {};
   for (int64_t d = 0; d < depth; d += L) {
     const Vec<T> value = load(row + d);
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) acc[c] += value * load(column[c] + d);
+    for (int c = 0; c < C; ++c)
+      acc[c] += value * load(column[c] + d);
   }
 #pragma GCC unroll 8
   for (int a = 0; a < kSums; a += L) {
@@ -177,7 +193,8 @@ void row_products(const T* row, const T* x, int64_t depth, const int32_t* column
 }
 
 template <int V, class T>
-int64_t row_mix_vectors(const T* weights, const T* x, int64_t depth, const int32_t* columns, int64_t count, T* out, int64_t from) {
+int64_t row_mix_vectors(const T* weights, const T* x, int64_t depth, const int32_t* columns, int64_t count, T* out,
+                        int64_t from) {
   constexpr int L = kLanes<T>;
   for (; from + V * L <= depth; from += V * L) {
     Vec<T> acc[V] = {};
@@ -185,10 +202,12 @@ int64_t row_mix_vectors(const T* weights, const T* x, int64_t depth, const int32
       const T* column = x + columns[c] * depth + from;
       const Vec<T> weight = splat(weights[c]);
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[v] += weight * load(column + v * L);
+      for (int v = 0; v < V; ++v)
+        acc[v] += weight * load(column + v * L);
     }
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store(out + from + v * L, load(out + from + v * L) + acc[v]);
+    for (int v = 0; v < V; ++v)
+      store(out + from + v * L, load(out + from + v * L) + acc[v]);
   }
   return from;
 }

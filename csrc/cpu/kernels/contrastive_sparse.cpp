@@ -19,21 +19,31 @@ void sparse_grad(const ContrastiveArgs<T>& args, const ContrastiveGrads<T>& grad
   const Problem<T> problem(args);
   const int64_t count = args.streams * args.rows;
   const Scratch<RowFactors<T>> factors(count);
-  for (int64_t i = 0; i < count; ++i) factors[i] = row_factors(args, grads, i);
+  for (int64_t i = 0; i < count; ++i)
+    factors[i] = row_factors(args, grads, i);
   const bool padded = problem.depth != args.depth;
   const Scratch<T> wide(padded ? count * problem.depth : 0);
   T* out = padded ? wide.get() : grads.grad_x;
   positive_grad(problem, factors.get(), args.masks.extra && any_nonzero(grads.grad_ext, count), out);
   if (args.masks.negatives) NegativeGrad<T>(problem, factors.get(), out);
   if (!padded) return;
-  for (int64_t i = 0; i < count; ++i) std::copy(out + i * problem.depth, out + i * problem.depth + args.depth, grads.grad_x + i * args.depth);
+  for (int64_t i = 0; i < count; ++i)
+    std::copy(out + i * problem.depth, out + i * problem.depth + args.depth, grads.grad_x + i * args.depth);
 }
 
 }  // namespace
 
-void contrastive_sparse_stats(const ContrastiveArgs<float>& args, const ContrastiveStats<float>& out) { sparse_stats(args, out); }
-void contrastive_sparse_stats(const ContrastiveArgs<double>& args, const ContrastiveStats<double>& out) { sparse_stats(args, out); }
-void contrastive_sparse_grad(const ContrastiveArgs<float>& args, const ContrastiveGrads<float>& grads) { sparse_grad(args, grads); }
-void contrastive_sparse_grad(const ContrastiveArgs<double>& args, const ContrastiveGrads<double>& grads) { sparse_grad(args, grads); }
+void contrastive_sparse_stats(const ContrastiveArgs<float>& args, const ContrastiveStats<float>& out) {
+  sparse_stats(args, out);
+}
+void contrastive_sparse_stats(const ContrastiveArgs<double>& args, const ContrastiveStats<double>& out) {
+  sparse_stats(args, out);
+}
+void contrastive_sparse_grad(const ContrastiveArgs<float>& args, const ContrastiveGrads<float>& grads) {
+  sparse_grad(args, grads);
+}
+void contrastive_sparse_grad(const ContrastiveArgs<double>& args, const ContrastiveGrads<double>& grads) {
+  sparse_grad(args, grads);
+}
 
 }  // namespace hpk::HPK_ISA

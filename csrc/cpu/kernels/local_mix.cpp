@@ -13,7 +13,7 @@ namespace {
 // ---- the neighbours of a token
 
 struct Neighbors {
-  int count = 0;        // 4, 6 or 9 on grids of at least 2 x 2
+  int count = 0;  // 4, 6 or 9 on grids of at least 2 x 2
   int slot[kTaps];
   int64_t token[kTaps];
 };
@@ -44,7 +44,8 @@ OrderPair<T> sort_and_pick(T* values, int64_t count, int64_t k) {
   for (int64_t i = 1; i < count; ++i) {
     const T value = values[i];
     int64_t j = i;
-    for (; j > 0 && values[j - 1] > value; --j) values[j] = values[j - 1];
+    for (; j > 0 && values[j - 1] > value; --j)
+      values[j] = values[j - 1];
     values[j] = value;
   }
   return {values[k], values[std::min(k + 1, count - 1)]};
@@ -52,25 +53,31 @@ OrderPair<T> sort_and_pick(T* values, int64_t count, int64_t k) {
 
 // Histogram of `values` over kBuckets equal intervals of [smallest, largest]; false if they cannot be told apart.
 template <class T>
-bool bucket_values(const T* values, int64_t count, T smallest, T largest, uint8_t* bucket, int32_t (&histogram)[kBuckets]) {
+bool bucket_values(const T* values, int64_t count, T smallest, T largest, uint8_t* bucket,
+                   int32_t (&histogram)[kBuckets]) {
   const T scale = T(kBuckets - 1) / (largest - smallest);
   if (!(scale > 0 && scale <= std::numeric_limits<T>::max())) return false;
-  for (int64_t i = 0; i < count; ++i) bucket[i] = static_cast<uint8_t>(static_cast<int32_t>((values[i] - smallest) * scale));
+  for (int64_t i = 0; i < count; ++i)
+    bucket[i] = static_cast<uint8_t>(static_cast<int32_t>((values[i] - smallest) * scale));
   std::fill(histogram, histogram + kBuckets, 0);
-  for (int64_t i = 0; i < count; ++i) ++histogram[bucket[i]];
+  for (int64_t i = 0; i < count; ++i)
+    ++histogram[bucket[i]];
   return true;
 }
 
-// The k-th and (k+1)-th smallest of values, whose buckets are given; `work` holds `count` values, `spare` `count` bytes.
+// The k-th and (k+1)-th smallest of values, whose buckets are given; `work` holds `count` values, `spare` `count`
+// bytes.
 template <class T>
-OrderPair<T> pick(const T* values, int64_t count, int64_t k, const uint8_t* bucket, const int32_t (&histogram)[kBuckets],
-                  T* work, uint8_t* spare) {
+OrderPair<T> pick(const T* values, int64_t count, int64_t k, const uint8_t* bucket,
+                  const int32_t (&histogram)[kBuckets], T* work, uint8_t* spare) {
   int first = 0;
   int64_t before = 0;
-  for (; before + histogram[first] <= k; ++first) before += histogram[first];
+  for (; before + histogram[first] <= k; ++first)
+    before += histogram[first];
   int last = first;
   if (k + 1 < count)
-    for (int64_t reached = before + histogram[first]; reached <= k + 1; reached += histogram[last]) ++last;
+    for (int64_t reached = before + histogram[first]; reached <= k + 1; reached += histogram[last])
+      ++last;
   if (last != first) {  // the k-th is the largest of its bucket, the next one the smallest of the other
     OrderPair<T> pair{std::numeric_limits<T>::lowest(), std::numeric_limits<T>::max()};
     for (int64_t i = 0; i < count; ++i) {
@@ -115,12 +122,16 @@ struct RowScratch {
 
 template <class T>
 void mean_over_heads(const T* attention, int64_t heads, int64_t head_stride, int64_t tokens, T* row) {
-  constexpr T kLowest = T(-1e30);  // stands for -inf, the log of a softmax that underflowed, so that quantiles stay numbers
-  for (int64_t j = 0; j < tokens; ++j) row[j] = std::max(attention[j], kLowest);
+  constexpr T kLowest =
+      T(-1e30);  // stands for -inf, the log of a softmax that underflowed, so that quantiles stay numbers
+  for (int64_t j = 0; j < tokens; ++j)
+    row[j] = std::max(attention[j], kLowest);
   for (int64_t h = 1; h < heads; ++h)
-    for (int64_t j = 0; j < tokens; ++j) row[j] += std::max(attention[h * head_stride + j], kLowest);
+    for (int64_t j = 0; j < tokens; ++j)
+      row[j] += std::max(attention[h * head_stride + j], kLowest);
   const T count = static_cast<T>(heads);
-  for (int64_t j = 0; j < tokens; ++j) row[j] /= count;
+  for (int64_t j = 0; j < tokens; ++j)
+    row[j] /= count;
 }
 
 // log sum_j exp(clamp(row_j, low, high) - high)
@@ -131,7 +142,8 @@ T clamped_log_sum_exp(const T* row, int64_t tokens, T low, T high) {
   for (; j + kLanes<T> <= tokens; j += kLanes<T>)
     part += exp<T>(min(max(load(row + j), splat(low)), splat(high)) - splat(high));
   T total = sum<T>(part);
-  for (; j < tokens; ++j) total += std::exp(std::min(std::max(row[j], low), high) - high);
+  for (; j < tokens; ++j)
+    total += std::exp(std::min(std::max(row[j], low), high) - high);
   return std::log(total);
 }
 
@@ -160,7 +172,8 @@ void token_weights(const WeightsArgs<T>& args, int64_t token, const RowScratch<T
   std::fill(weights, weights + kTaps, T(0));
   for (int n = 0; n < near.count; ++n) {
     const T c = std::min(std::max(s.row[near.token[n]], low), high) - high;
-    if (c >= threshold) weights[near.slot[n]] = static_cast<T>(args.sigma) * std::exp(c - lse) / static_cast<T>(near.count);
+    if (c >= threshold)
+      weights[near.slot[n]] = static_cast<T>(args.sigma) * std::exp(c - lse) / static_cast<T>(near.count);
   }
 }
 
@@ -193,12 +206,14 @@ void weighted_sum(int count, const T* const* source, const T* weight, int64_t de
   int64_t d = 0;
   for (; d + kLanes<T> <= depth; d += kLanes<T>) {
     Vec<T> total{};
-    for (int n = 0; n < count; ++n) total += splat(weight[n]) * load(source[n] + d);
+    for (int n = 0; n < count; ++n)
+      total += splat(weight[n]) * load(source[n] + d);
     store(out + d, total);
   }
   for (; d < depth; ++d) {
     T total = 0;
-    for (int n = 0; n < count; ++n) total += weight[n] * source[n][d];
+    for (int n = 0; n < count; ++n)
+      total += weight[n] * source[n][d];
     out[d] = total;
   }
 }
@@ -207,9 +222,11 @@ template <class T>
 T dot(const T* a, const T* b, int64_t depth) {
   Vec<T> part{};
   int64_t d = 0;
-  for (; d + kLanes<T> <= depth; d += kLanes<T>) part += load(a + d) * load(b + d);
+  for (; d + kLanes<T> <= depth; d += kLanes<T>)
+    part += load(a + d) * load(b + d);
   T total = sum<T>(part);
-  for (; d < depth; ++d) total += a[d] * b[d];
+  for (; d < depth; ++d)
+    total += a[d] * b[d];
   return total;
 }
 

@@ -9,13 +9,14 @@
 namespace hpk::HPK_ISA {
 namespace {
 
-constexpr int kParts = 16;          // partial results kept apart so that the loops vectorise, combined in fixed order
+constexpr int kParts = 16;  // partial results kept apart so that the loops vectorise, combined in fixed order
 constexpr int64_t kElements = 1 << 15;  // per task
 
 template <class T>
 T combine_sum(const T (&part)[kParts]) {
   T sum = 0;
-  for (int l = 0; l < kParts; ++l) sum += part[l];
+  for (int l = 0; l < kParts; ++l)
+    sum += part[l];
   return sum;
 }
 
@@ -43,8 +44,10 @@ T scaled_dot(const T* a, T scale_a, const T* b, T scale_b, int64_t width) {
   T part[kParts] = {};
   int64_t d = 0;
   for (; d + kParts <= width; d += kParts)
-    for (int l = 0; l < kParts; ++l) part[l] += (a[d + l] / scale_a) * (b[d + l] / scale_b);
-  for (; d < width; ++d) part[0] += (a[d] / scale_a) * (b[d] / scale_b);
+    for (int l = 0; l < kParts; ++l)
+      part[l] += (a[d + l] / scale_a) * (b[d + l] / scale_b);
+  for (; d < width; ++d)
+    part[0] += (a[d] / scale_a) * (b[d] / scale_b);
   return combine_sum(part);
 }
 
@@ -54,7 +57,7 @@ bool rows_forward(const T* x, int64_t rows, int64_t width, T* y, int threads) {
   const int64_t height = std::max<int64_t>(1, kElements / std::max<int64_t>(1, width));
   parallel_for(threads, (rows + height - 1) / height, [&](int64_t task, int) {
     for (int64_t i = task * height; i < std::min(rows, (task + 1) * height); ++i) {
-      const T *in = x + i * width;
+      const T* in = x + i * width;
       T* out = y + i * width;
       const T scale = largest(in, width);
       if (!std::isfinite(scale)) finite.store(false, std::memory_order_relaxed);
@@ -63,7 +66,8 @@ bool rows_forward(const T* x, int64_t rows, int64_t width, T* y, int threads) {
         continue;
       }
       const T norm = std::sqrt(scaled_dot(in, scale, in, scale, width));  // in [1, sqrt(width)]
-      for (int64_t d = 0; d < width; ++d) out[d] = in[d] / scale / norm;
+      for (int64_t d = 0; d < width; ++d)
+        out[d] = in[d] / scale / norm;
     }
   });
   return finite;
@@ -83,7 +87,8 @@ void rows_backward(const T* g, const T* x, int64_t rows, int64_t width, T* grad_
       }
       const T norm = std::sqrt(scaled_dot(in, scale, in, scale, width));
       const T along = scaled_dot(gi, T(1), in, scale, width) / norm;  // g . y
-      for (int64_t d = 0; d < width; ++d) out[d] = (gi[d] - along * (in[d] / scale / norm)) / norm / scale;
+      for (int64_t d = 0; d < width; ++d)
+        out[d] = (gi[d] - along * (in[d] / scale / norm)) / norm / scale;
     }
   });
 }

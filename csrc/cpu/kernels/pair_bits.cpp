@@ -47,9 +47,11 @@ void random_row(uint64_t seed, uint32_t row, int64_t used_words, uint64_t q, uin
       for (int plane = std::max(first, 4 * group); plane < 4 * group + 4; ++plane) {
         const uint32_t* drawn = planes[plane % 4];
         if ((q >> plane) & 1) {
-          for (int l = 0; l < kLanes; ++l) bits[l] |= drawn[l];
+          for (int l = 0; l < kLanes; ++l)
+            bits[l] |= drawn[l];
         } else {
-          for (int l = 0; l < kLanes; ++l) bits[l] &= drawn[l];
+          for (int l = 0; l < kLanes; ++l)
+            bits[l] &= drawn[l];
         }
       }
     }
@@ -57,8 +59,8 @@ void random_row(uint64_t seed, uint32_t row, int64_t used_words, uint64_t q, uin
   }
 }
 
-// Transposes `kBlock` 32 x 32 bit blocks that lie side by side: a[r][l] is row r of block l. The butterfly swaps halves,
-// then quarters, ... of every block; the loop over blocks is vectorised.
+// Transposes `kBlock` 32 x 32 bit blocks that lie side by side: a[r][l] is row r of block l. The butterfly swaps
+// halves, then quarters, ... of every block; the loop over blocks is vectorised.
 constexpr int kBlock = 16;
 void transpose_blocks(uint32_t (&a)[32][kBlock]) {
   uint32_t mask = 0x0000FFFFu;
