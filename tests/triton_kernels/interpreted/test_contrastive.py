@@ -43,8 +43,9 @@ def _check(x, masks, denominator, temperature):
         x.double(), *masks, denominator, temperature, expected[0], *[g.double() for g in gradients]
     )
     assert grad.dtype == x.dtype and grad.shape == x.shape
-    allowed = 2e-6 if x.dtype == torch.float32 else 1.5e-3
-    assert (grad - oracle).norm() <= allowed * oracle.norm() + 1e-30
+    weights = 2e-6 if x.dtype == torch.float32 else 1e-3  # G is rounded to x's dtype
+    rounding = (oracle.to(x.dtype) - oracle).norm()  # of the result: small gradients are subnormal in fp16
+    assert (grad - oracle).norm() <= weights * oracle.norm() + 2 * rounding
     if n > 66:
         return
     again = kernels.contrastive_grad(x, *masks, denominator, temperature, lse, *gradients)
