@@ -32,10 +32,16 @@ from hpseg.data.folder import find_images
 from hpseg.evaluation.evaluate import TITLES, class_names, evaluate_runs
 
 
-def make_split(source: Path, target: Path) -> None:
-    """TARGET/train and TARGET/test with images/, labels/ and classes.json as links into SOURCE."""
+def make_split(source: Path, target: Path, dev: bool = False) -> None:
+    """TARGET/train and TARGET/test with images/, labels/ and classes.json as links into SOURCE.
+
+    dev: leaves the test images out altogether and splits the training images in the same way, for choosing settings.
+    """
     labels = {path.stem: path for path in find_images(source / "labels")}
-    for number, image in enumerate(find_images(source / "images")):
+    images = find_images(source / "images")
+    if dev:
+        images = [image for number, image in enumerate(images) if number % 4 != 3]
+    for number, image in enumerate(images):
         part = target / ("test" if number % 4 == 3 else "train")
         for folder, path in (("images", image), ("labels", labels[image.stem])):
             (part / folder).mkdir(parents=True, exist_ok=True)
@@ -82,10 +88,12 @@ def main() -> None:
     parser.add_argument("--extra-weights", action="append", default=[], metavar="FILE", help="measure this ViT too")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only-extra", action="store_true", default=False, help="leave the embedded backbone out")
+    parser.add_argument("--dev", action="store_true", default=False,
+                        help="split the training images once more and never touch the test images")
     add_setting_flags(parser, leave_out=("images", "classes", "weights", "seed"))
     settings = vars(parser.parse_args())
-    source, out, extra, seeds, only_extra = (settings.pop(name) for name in
-                                             ("msrcv2", "out", "extra_weights", "seeds", "only_extra"))
+    source, out, extra, seeds, only_extra, dev = (settings.pop(name) for name in (
+        "msrcv2", "out", "extra_weights", "seeds", "only_extra", "dev"))
     settings["classes"] = len(class_names(source, 0))
     command = f"python -m benchmarks.quality.msrc {shlex.join(sys.argv[1:])}"
     for path in [str(source), str(out), *extra]:
@@ -96,7 +104,7 @@ def main() -> None:
     report = out / "quality_msrc.json"
     results = json.loads(report.read_text())["results"] if report.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
-        make_split(source, Path(folder))
+        make_split(source, Path(folder), dev)
         for weights in ([] if only_extra else [None]) + extra:
             new = {**measure(Path(folder), weights, seeds, settings), **facts}
             results = [old for old in results if old["backbone"] != new["backbone"]] + [new]
