@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 
@@ -95,6 +96,8 @@ def run(verb: str, args: argparse.Namespace) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; 0 for success, 2 for a mistake in what was asked, 130 when interrupted."""
+    # torch's idle threads spin by default and take the processor from hpkernels' own; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="hpseg", description="Unsupervised semantic segmentation with a frozen ViT.")
     parser.add_argument("--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help="show the version and exit")
