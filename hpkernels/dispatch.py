@@ -35,8 +35,8 @@ _MISSING = {
 }
 
 
-def why_not(backend: str, device: torch.device) -> str | None:
-    """The reason `backend` cannot take tensors on `device`, or None when it can."""
+def why_not(backend: str, device: torch.device, *tensors: torch.Tensor | None) -> str | None:
+    """The reason `backend` cannot take these tensors on `device`, or None when it can."""
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -48,23 +48,25 @@ def why_not(backend: str, device: torch.device) -> str | None:
             return "it takes GPU tensors (CPU tensors only under TRITON_INTERPRET=1)"
         if device.type not in ("cpu", "cuda"):
             return f"it takes cuda tensors, not {device.type} tensors"
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tensors):
+            return "it computes in fp32, and an argument is float64"
         return _MISSING["triton"]
     return "it is not a backend of this version: " + ", ".join(BACKENDS)
 
 
-def choose(device: torch.device, backend: str | None = None) -> str:
-    """The backend for tensors on `device`. Raises ValueError with the reason if the one asked for cannot run."""
+def choose(device: torch.device, backend: str | None = None, *tensors: torch.Tensor | None) -> str:
+    """The backend for these tensors on `device`. Raises ValueError with the reason if the one asked for cannot run."""
     if backend is not None:
         asked, source = backend, "backend"
     else:
         asked, source = os.environ.get("HPKERNELS_BACKEND"), "HPKERNELS_BACKEND"
     if asked:
-        reason = why_not(asked, device)
+        reason = why_not(asked, device, *tensors)
         if reason is not None:
             raise ValueError(f"{source}: {asked!r} cannot be used here: {reason}")
         return asked
     for candidate in _DEFAULTS.get(device.type, ("reference",)):
-        if why_not(candidate, device) is None:
+        if why_not(candidate, device, *tensors) is None:
             return candidate
     return "reference"
 

@@ -97,7 +97,7 @@ def hidden_positive_loss(
     streams = _streams(z, z_local)
     count = streams[0].shape[0]
     features = _rows("features", features, count, z)
-    chosen = dispatch.choose(z.device, backend)
+    chosen = dispatch.choose(z.device, backend, *streams, features, pool, head_features, head_pool)
     rate = check_rate("negative_rate", negative_rate)
     _check_loss_options(temperature, base_temperature, weighting)
 
@@ -166,7 +166,7 @@ def masked_contrastive_loss(
             raise ValueError(f"negatives: expected a number of rows that divides N = {count}, got {negatives!r}")
     positives = positives.off_diagonal()
     extra_positives = None if extra_positives is None else extra_positives.off_diagonal()
-    chosen = dispatch.choose(z.device, backend)
+    chosen = dispatch.choose(z.device, backend, z)
     x = [normalize_rows(rows, "z", chosen)[None]]
     bits, denominator = (None, "all") if negatives is None else (negatives.bits, "dense")
     loss, _ = _masked_loss(

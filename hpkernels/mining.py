@@ -71,7 +71,7 @@ def mine(
     if (pool is None) == (k is None):
         given = "neither" if pool is None else "both"
         raise ValueError(f"{pool_name}, positives_per_anchor: expected exactly one of the two, got {given}")
-    chosen = dispatch.choose(features.device, backend)
+    chosen = dispatch.choose(features.device, backend, features, pool)
     count = features.shape[0]
     if pool is not None:
         check_float_tensor(pool_name, pool, like=features)

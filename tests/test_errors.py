@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hpkernels as hk
+from hpkernels import dispatch
 
 Z, F, POOL = torch.randn(12, 6), torch.randn(12, 5), torch.randn(4, 5)
 LOSS_ERRORS = [
@@ -19,6 +20,7 @@ LOSS_ERRORS = [
     ({"features": F[:7]}, ValueError, "features: expected 12 rows"),
     ({"features": F.long()}, TypeError, "features: expected float16"),
     ({"pool": torch.randn(4, 6)}, ValueError, "pool: expected vectors of length 5"),
+    ({"pool": [[0.0]]}, TypeError, "pool: expected a torch.Tensor, got list"),
     ({"pool": POOL[:0]}, ValueError, "pool: expected at least one row"),
     ({"pool": None}, ValueError, "exactly one of the two, got neither"),
     ({"positives_per_anchor": 3}, ValueError, "exactly one of the two, got both"),
@@ -163,6 +165,12 @@ def test_backend_variable_overrides_and_explains():
     assert run_python(code, HPKERNELS_BACKEND="reference").returncode == 0
     result = run_python(code, HPKERNELS_BACKEND="triton", TRITON_INTERPRET="0")
     assert "HPKERNELS_BACKEND: 'triton' cannot be used here: it takes GPU tensors" in result.stderr
+
+
+def test_float64_is_not_for_triton():
+    gpu = torch.device("cuda")
+    assert dispatch.why_not("triton", gpu, Z.double()) == "it computes in fp32, and an argument is float64"
+    assert dispatch.choose(gpu, None, Z, None, Z.double()) == "reference"
 
 
 def test_import_touches_neither_cuda_nor_triton():

@@ -77,7 +77,7 @@ def neighbor_weights(
     low, high = check_rate("low_quantile", low_quantile), check_rate("high_quantile", high_quantile)
     if low > high:
         raise ValueError(f"low_quantile: expected at most high_quantile ({high}), got {low}")
-    chosen = dispatch.choose(attention.device, backend)
+    chosen = dispatch.choose(attention.device, backend, attention)
     return _neighbor_weights(attention.detach(), height, width, sigma, low, high, chosen)
 
 
@@ -98,7 +98,7 @@ def neighbor_mix(code: Tensor, weights: Tensor, grid: tuple[int, int], *, backen
         raise ValueError(f"code: expected {height * width} tokens for grid {tuple(grid)}, got {describe(code)}")
     if tuple(weights.shape) != (code.shape[0], code.shape[1], 9):
         raise ValueError(f"weights: expected shape {(code.shape[0], code.shape[1], 9)}, got {describe(weights)}")
-    chosen = dispatch.choose(code.device, backend)
+    chosen = dispatch.choose(code.device, backend, code, weights)
     if chosen == "reference":  # plain autograd, so that a second backward works
         return reference.neighbor_mix(code, weights, height, width)
     return _neighbor_mix(code, weights, height, width, chosen)

@@ -30,7 +30,8 @@ def max_similarity(queries: Tensor, keys: Tensor, *, backend: str | None = None)
     _check_operands("queries", queries, "keys", keys)
     if keys.shape[0] == 0:
         raise ValueError(f"keys: expected at least one row, got {describe(keys)}")
-    return _max_similarity(queries.detach(), keys.detach(), dispatch.choose(queries.device, backend))
+    chosen = dispatch.choose(queries.device, backend, queries, keys)
+    return _max_similarity(queries.detach(), keys.detach(), chosen)
 
 
 def topk_similarity(
@@ -65,7 +66,7 @@ def topk_similarity(
     if query_groups is not None:
         _check_groups("query_groups", query_groups, queries)
         _check_groups("key_groups", key_groups, keys)
-    chosen = dispatch.choose(queries.device, backend)
+    chosen = dispatch.choose(queries.device, backend, queries, keys)
     return _topk_similarity(queries.detach(), keys.detach(), k, exclude_self, query_groups, key_groups, chosen)
 
 
@@ -86,7 +87,7 @@ def pairs_above(
             raise ValueError(f"key_thresholds: expected only together with keys, got {describe(key_thresholds)}")
         _check_thresholds("key_thresholds", key_thresholds, "keys", keys)
     detached = [None if t is None else t.detach() for t in (x, thresholds, keys, key_thresholds)]
-    return _pairs_above(*detached, dispatch.choose(x.device, backend))
+    return _pairs_above(*detached, dispatch.choose(x.device, backend, *detached))
 
 
 def _check_operands(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
