@@ -11,7 +11,7 @@ namespace hpk {
 namespace {
 
 constexpr size_t kSmall = 64 << 10;  // below this the system's allocator keeps pages itself
-constexpr size_t kKept = 64 << 20;
+constexpr size_t kKept = 8 << 20;  // more would stand beside the loss's own peak
 
 struct Block {
   void* address;

@@ -1,5 +1,5 @@
 // Scratch memory that survives from call to call. Fresh pages from the system cost about a microsecond per 4 KiB, which
-// for the packed operands of a search is as long as packing itself; so up to 64 MiB of freed blocks are kept for reuse.
+// for the packed operands of a search is as long as packing itself; so up to 8 MiB of freed blocks are kept for reuse.
 #pragma once
 
 #include <cstddef>
