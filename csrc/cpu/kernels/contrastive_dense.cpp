@@ -2,8 +2,9 @@
 // forgotten.
 //
 // Statistics take the upper triangle of tiles; one exponential serves a pair in both directions. Each tile leaves one
-// partial result per row and per column, and the partials of a row are added in the order of the tiles. In the gradient
-// a panel of rows owns its output: its tiles become coefficients G_ij + G_ji, and a second product adds them times X.
+// partial result per row and per column, and the partials of a row are added in the order of the tiles. In the
+// gradient, too, a tile of coefficients G_ij + G_ji is computed once and serves its rows and its columns: tiles are
+// scheduled so that no two of them write one panel at a time, and every panel is written in a fixed order.
 #include <algorithm>
 #include <limits>
 
@@ -17,7 +18,6 @@ namespace hpk::HPK_ISA {
 namespace {
 
 constexpr int64_t kTile = 192;     // rows and columns of a tile of the statistics: whole words, whole register blocks
-constexpr int64_t kPanel = 96;     // rows and columns of a tile of the gradient
 constexpr int64_t kMaxTiles = 64;  // tiles per side, so that partial results stay below 64 numbers per row
 constexpr int64_t kTilesPerTask = 8;
 constexpr int kWord = 32;
@@ -298,15 +298,16 @@ class DenseGrad {
         masks_(masks),
         fixed_(fixed_shift(args)),
         scale_(static_cast<T>(1 / args.temperature)),
-        panels_((args.rows + kPanel - 1) / kPanel),
-        block_(kPanel * E::round_cols(args.depth)),
+        panels_((args.rows + kTile - 1) / kTile),
+        block_(kTile * E::round_cols(args.depth)),
         packed_(E::b_size(args.rows, args.depth)),
         packed_columns_(panels_ * block_),
-        factors_(4 * panels_ * kPanel) {}
+        sums_(panels_ * block_),
+        factors_(4 * panels_ * kTile) {}
 
   // One stream: rows of x, its gradients from index `at` of the (streams, rows) tables on.
   void run(const T* x, const ContrastiveGrads<T>& grads, int64_t at, T* out) {
-    const int64_t stride = panels_ * kPanel;
+    const int64_t stride = panels_ * kTile;
     denominator_ = factors_.get();
     positive_ = denominator_ + stride;
     extra_ = positive_ + stride;
@@ -320,23 +321,33 @@ class DenseGrad {
       lse_[i] = f.lse;
     }
     parallel_for(args_.threads, panels_, [&](int64_t panel, int) {
-      const T* rows = x + panel * kPanel * args_.depth;
+      const T* rows = x + panel * kTile * args_.depth;
       const int64_t count = height(panel);
-      pack_rows<E::NR>(rows, args_.depth, nullptr, count, args_.depth, packed_.get() + panel * kPanel * args_.depth);
+      pack_rows<E::NR>(rows, args_.depth, nullptr, count, args_.depth, packed_.get() + panel * kTile * args_.depth);
       pack_columns<E::NR>(rows, args_.depth, nullptr, count, args_.depth, packed_columns_.get() + panel * block_);
     });
     const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(args_.threads, panels_));
-    const int64_t a_size = (E::a_size(kPanel, args_.depth) + 15) / 16 * 16;
-    const Scratch<T> a(workers * a_size), sums(workers * block_), tile(workers * kPanel * kPanel),
-        packed_tile(workers * kPanel * kPanel);
-    std::fill(tile.get(), tile.get() + workers * kPanel * kPanel, T(0));
+    const Scratch<T> scratch(workers * scratch_size());
+    std::fill(scratch.get(), scratch.get() + workers * scratch_size(), T(0));
     parallel_for(args_.threads, panels_, [&](int64_t panel, int worker) {
-      T* const sum = sums.get() + worker * block_;
-      row_panel(x, panel, a.get() + worker * a_size, tile.get() + worker * kPanel * kPanel,
-                packed_tile.get() + worker * kPanel * kPanel, sum);
-      for (int64_t r = 0; r < height(panel); ++r)
-        std::copy(sum + r * sum_stride(), sum + r * sum_stride() + args_.depth,
-                  out + (panel * kPanel + r) * args_.depth);
+      std::fill(sum_of(panel), sum_of(panel) + block_, T(0));
+      tile_pair(x, panel, panel, scratch.get() + worker * scratch_size());
+    });
+    // Every two panels meet once, as in a tournament: in a round no panel plays twice, so a tile may add to both of its
+    // panels, and each panel meets the others in a fixed order.
+    const int64_t players = panels_ + panels_ % 2;
+    for (int64_t round = 0; round < players - 1; ++round)
+      parallel_for(args_.threads, players / 2, [&](int64_t game, int worker) {
+        const int64_t first = game == 0 ? players - 1 : (round + game) % (players - 1);
+        const int64_t second = (round + players - 1 - game) % (players - 1);
+        if (std::max(first, second) >= panels_) return;  // the odd panel out
+        tile_pair(x, first, second, scratch.get() + worker * scratch_size());
+      });
+    parallel_for(args_.threads, panels_, [&](int64_t panel, int) {
+      for (int64_t r = 0; r < height(panel); ++r) {
+        const T* sum = sum_of(panel) + r * sum_stride();
+        std::copy(sum, sum + args_.depth, out + (panel * kTile + r) * args_.depth);
+      }
     });
   }
 
@@ -344,23 +355,28 @@ class DenseGrad {
   using E = Engine<T>;
   static constexpr int kPieces = kWord / kLanes<T>;
 
-  int64_t height(int64_t panel) const { return std::min(kPanel, args_.rows - panel * kPanel); }
+  int64_t height(int64_t panel) const { return std::min(kTile, args_.rows - panel * kTile); }
   int64_t sum_stride() const { return E::round_cols(args_.depth); }
 
-  // sum (kPanel, sum_stride) = the gradient of the panel's rows
-  void row_panel(const T* x, int64_t panel, T* a, T* tile, T* packed_tile, T* sum) const {
-    const int64_t rows = height(panel);
-    pack_rows<E::MR>(x + panel * kPanel * args_.depth, args_.depth, nullptr, rows, args_.depth, a);
-    std::fill(sum, sum + block_, T(0));
-    for (int64_t other = 0; other < panels_; ++other) {
-      const int64_t columns = height(other);
-      multiply<E>(rows, columns, args_.depth, a, packed_.get() + other * kPanel * args_.depth, tile, kPanel);
-      for (int64_t r = 0; r < rows; ++r)
-        coefficients(panel * kPanel + r, other * kPanel, columns, tile + r * kPanel);
-      pack_rows<E::MR>(tile, kPanel, nullptr, rows, columns, packed_tile);
-      multiply<E>(rows, args_.depth, columns, packed_tile, packed_columns_.get() + other * block_, sum, sum_stride(),
-                  true);
-    }
+  T* sum_of(int64_t panel) const { return sums_.get() + panel * block_; }
+  // per worker: rows of a panel packed, a tile, a packed tile
+  int64_t scratch_size() const { return E::a_size(kTile, args_.depth) + 2 * kTile * kTile; }
+
+  // Adds the tile's coefficients times X to its rows' panel, and to its columns' panel unless that is the same.
+  void tile_pair(const T* x, int64_t panel, int64_t other, T* a) const {
+    const int64_t rows = height(panel), columns = height(other);
+    T *const tile = a + E::a_size(kTile, args_.depth), *const packed_tile = tile + kTile * kTile;
+    pack_rows<E::MR>(x + panel * kTile * args_.depth, args_.depth, nullptr, rows, args_.depth, a);
+    multiply<E>(rows, columns, args_.depth, a, packed_.get() + other * kTile * args_.depth, tile, kTile);
+    for (int64_t r = 0; r < rows; ++r)
+      coefficients(panel * kTile + r, other * kTile, columns, tile + r * kTile);
+    pack_rows<E::MR>(tile, kTile, nullptr, rows, columns, packed_tile);
+    multiply<E>(rows, args_.depth, columns, packed_tile, packed_columns_.get() + other * block_, sum_of(panel),
+                sum_stride(), true);
+    if (other == panel) return;
+    pack_columns<E::MR>(tile, kTile, nullptr, rows, columns, packed_tile);
+    multiply<E>(columns, args_.depth, rows, packed_tile, packed_columns_.get() + panel * block_, sum_of(other),
+                sum_stride(), true);
   }
 
   // Replaces the dot products of row i with columns j0 .. by (G_ij + G_ji) / temperature.
@@ -391,7 +407,7 @@ class DenseGrad {
   bool fixed_;
   T scale_;
   int64_t panels_, block_;
-  Scratch<T> packed_, packed_columns_, factors_;
+  Scratch<T> packed_, packed_columns_, sums_, factors_;
   T *denominator_ = nullptr, *positive_ = nullptr, *extra_ = nullptr, *lse_ = nullptr;
 };
 
