@@ -1,7 +1,7 @@
 """A frozen timm ViT: patch features after the final norm and last-block attention in one pass.
 
-Covers timm's `VisionTransformer` (DINO, DINOv2 with registers, ...) and `Eva` (DINOv3, ...) families, weights from timm, from a
-local file with timm's or the original DINO key names, or the small ViT that ships with this package ("embedded").
+Covers timm's `VisionTransformer` (DINO, DINOv2 with registers, ...) and `Eva` (DINOv3, ...) families, with weights from
+timm, from a local file with timm's or the original DINO key names, or of the small ViT in this package ("embedded").
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ REACH_SECONDS = 5.0
 
 
 class Tokens(NamedTuple):
-    """Frozen output for a batch: features (B, T, C) fp32, neighbour weights (B, T, 9) fp32 or None, grid (rows, columns)."""
+    """Frozen output for a batch: fp32 features (B, T, C), neighbour weights (B, T, 9) or None; grid (rows, columns).
+
+    Rows of `features` and `neighbors` are the patches of the grid, row by row.
+    """
 
     features: Tensor
     neighbors: Tensor | None
@@ -44,8 +47,10 @@ class Backbone(nn.Module):
         super().__init__()
         attention = getattr(vit.blocks[-1], "attn", None) if hasattr(vit, "blocks") else None
         if not hasattr(attention, "fused_attn") or not hasattr(attention, "attn_drop"):
-            raise UsageError(f"backbone: {name!r} is a {type(vit).__name__}; expected a plain ViT of timm's VisionTransformer "
-                             "or Eva families, for example vit_small_patch8_224.dino")
+            raise UsageError(
+                f"backbone: {name!r} is a {type(vit).__name__}; expected a plain ViT of timm's VisionTransformer "
+                "or Eva families, for example vit_small_patch8_224.dino"
+            )
         self.vit = vit.eval().requires_grad_(False)
         self.name, self.dtype = name, dtype
         patch = vit.patch_embed.patch_size
@@ -78,12 +83,14 @@ class Backbone(nn.Module):
             with _last_attention(self.vit) as maps:
                 features = self._features(x)
         # The logarithm of a softmax is its logits up to a constant per row and head, which local mixing does not see.
-        softmaxed = maps[0][..., self.prefix:, self.prefix:].float()
+        softmaxed = maps[0][..., self.prefix :, self.prefix :].float()
         logits = softmaxed.clamp_min(torch.finfo(torch.float32).tiny).log()
         return Tokens(features, hpkernels.neighbor_weights(logits, grid), grid)
 
     def _features(self, x: Tensor) -> Tensor:
-        return self.vit.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)[0].float()
+        return self.vit.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)[
+            0
+        ].float()
 
 
 @contextmanager
@@ -112,13 +119,14 @@ def pick_device(name: str) -> torch.device:
 
 
 @torch.random.fork_rng(devices=[])  # timm's random initialisation is no business of the caller's random numbers
-def load_backbone(name: str = "embedded", weights: str | Path | None = None, *, pretrained: bool = True,
-                  dtype: str = "fp32") -> Backbone:
+def load_backbone(
+    name: str = "embedded", weights: str | Path | None = None, *, pretrained: bool = True, dtype: str = "fp32"
+) -> Backbone:
     """The frozen ViT `name`: "embedded", or a timm name, with the weights of `weights` if given.
 
-    With name "embedded" a file in `weights` brings its own architecture and input normalisation: from the `.json` of the
-    same stem beside it, {"arch": {VisionTransformer arguments}, "mean": ..., "std": ...}, or else, for a plain ViT with
-    64 channels a head, from the shapes of its tensors. `pretrained=False` leaves timm's random initialisation (for tests).
+    With name "embedded" a file in `weights` brings its own architecture and input normalisation: from the `.json` of
+    the same stem beside it, {"arch": {VisionTransformer arguments}, "mean": ..., "std": ...}, or else, for a plain ViT
+    with 64 channels a head, from the shapes of its tensors. `pretrained=False` leaves timm's random initialisation.
     """
     import timm
 
@@ -138,7 +146,10 @@ def load_backbone(name: str = "embedded", weights: str | Path | None = None, *, 
         if weights is None and pretrained:
             _require_reachable(name)
         vit = timm.create_model(name, pretrained=weights is None and pretrained, **options)
-    except (RuntimeError, TypeError) as error:  # what timm raises for unknown names and for models without these options
+    except (
+        RuntimeError,
+        TypeError,
+    ) as error:  # what timm raises for unknown names and for models without these options
         close = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "see timm.list_models('vit_*')"
         raise UsageError(f"backbone: timm cannot make a ViT named {name!r} ({error}); near names: {close}") from None
     if weights is not None:
@@ -150,8 +161,8 @@ def load_backbone(name: str = "embedded", weights: str | Path | None = None, *, 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The backbone's tensors, fp32, by timm's names, from a .safetensors or torch file.
 
-    Takes the "teacher", "state_dict" or "model" entry where there is one, strips `module.` and `backbone.` and leaves out
-    projection heads.
+    Takes the "teacher", "state_dict" or "model" entry where there is one, strips `module.` and `backbone.` and leaves
+    out projection heads.
     """
     state = _read_state(path)
     for entry in ("teacher", "state_dict", "model"):
@@ -169,7 +180,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(vit: nn.Module, path: Path) -> None:
-    """Fills `vit` from a file; the position embedding is resampled to its grid. Anything missing or left over is an error."""
+    """Fills `vit` from a file, its position embedding resampled to the grid. A misfit is an error."""
     tensors = read_weights(path)
     adapt = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     try:
@@ -177,8 +188,10 @@ def load_weights(vit: nn.Module, path: Path) -> None:
     except (RuntimeError, KeyError) as error:
         raise UsageError(f"weights: {path} does not fit {type(vit).__name__} ({str(error)[:300]})") from None
     if missing or unexpected:
-        raise UsageError(f"weights: {path} does not fit {type(vit).__name__}: {len(missing)} tensors missing "
-                         f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})")
+        raise UsageError(
+            f"weights: {path} does not fit {type(vit).__name__}: {len(missing)} tensors missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
+        )
 
 
 def _plain_vit(tensors: dict[str, Tensor], path: Path) -> dict:
@@ -188,11 +201,21 @@ def _plain_vit(tensors: dict[str, Tensor], path: Path) -> dict:
         grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
         depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     except (KeyError, ValueError):
-        raise UsageError(f"weights: {path} is not a plain ViT; name its architecture with --backbone, or put a "
-                         f"{path.with_suffix('.json').name} beside it") from None
-    return {"arch": {"img_size": grid * patch, "patch_size": patch, "embed_dim": width, "depth": depth,
-                     "num_heads": max(1, width // 64)},
-            "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        raise UsageError(
+            f"weights: {path} is not a plain ViT; name its architecture with --backbone, or put a "
+            f"{path.with_suffix('.json').name} beside it"
+        ) from None
+    return {
+        "arch": {
+            "img_size": grid * patch,
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": max(1, width // 64),
+        },
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    }
 
 
 def _read_state(path: Path) -> dict:
@@ -201,6 +224,7 @@ def _read_state(path: Path) -> dict:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
+
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -208,7 +232,9 @@ def _read_state(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
-        raise UsageError(f"weights: {path} is not a torch file of plain tensors ({str(error).splitlines()[0]})") from None
+        raise UsageError(
+            f"weights: {path} is not a torch file of plain tensors ({str(error).splitlines()[0]})"
+        ) from None
     if not isinstance(state, dict):
         raise UsageError(f"weights: {path} holds a {type(state).__name__}, expected a dictionary of tensors")
     return state
@@ -219,14 +245,18 @@ def _require_reachable(name: str) -> None:
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
 
-    hint = ("download them elsewhere and pass --weights FILE, or use the ViT that ships with this package: "
-            "--backbone embedded")
+    hint = (
+        "download them elsewhere and pass --weights FILE, or use the ViT that ships with this package: "
+        "--backbone embedded"
+    )
     if not timm.models.is_model(name.split(".")[0]):
         return  # timm's own sentence about the name is the better one
     facts = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
     if facts is None or not facts.has_weights:
-        raise UsageError(f"backbone: timm has no pretrained weights for {name!r}; name one with a tag, such as "
-                         "vit_small_patch8_224.dino, or pass --weights FILE")
+        raise UsageError(
+            f"backbone: timm has no pretrained weights for {name!r}; name one with a tag, such as "
+            "vit_small_patch8_224.dino, or pass --weights FILE"
+        )
     if facts.hf_hub_id:
         files = ("model.safetensors", "pytorch_model.bin")
         if any(isinstance(try_to_load_from_cache(facts.hf_hub_id, file), str) for file in files):

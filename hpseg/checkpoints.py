@@ -49,13 +49,17 @@ def open_run(out: Path, config: Config, resume: bool, overwrite: bool) -> dict[s
         saved = Config.load(out / "config.json")
         for name, value in vars(saved).items():
             if name not in MACHINE_FIELDS and getattr(config, name) != value:
-                raise UsageError(f"{name}: {out} was started with {value!r}, got {getattr(config, name)!r}; "
-                                 "resume with the same settings, or start anew with overwrite")
+                raise UsageError(
+                    f"{name}: {out} was started with {value!r}, got {getattr(config, name)!r}; "
+                    "resume with the same settings, or start anew with overwrite"
+                )
         return load_state(out / "state.pt") if (out / "state.pt").is_file() else None
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         held = ", ".join(sorted(path.name for path in out.iterdir())[:4])
-        raise UsageError(f"out: {out} is not empty (it holds {held}); pass --resume to go on with a run, --overwrite to "
-                         "replace it, or another folder")
+        raise UsageError(
+            f"out: {out} is not empty (it holds {held}); pass --resume to go on with a run, --overwrite to "
+            "replace it, or another folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     for name in RUN_FILES:
         (out / name).unlink(missing_ok=True)
@@ -102,7 +106,11 @@ class Log:
         rows = []
         if resumed_step and path.is_file():
             with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and int(row["step"]) < resumed_step]
+                rows = [
+                    row
+                    for row in csv.DictReader(file)
+                    if (row["step"] or "").isdigit() and int(row["step"]) < resumed_step
+                ]
         self._file = open(path.with_name(".log.csv.tmp"), "w", newline="")
         self._writer = csv.DictWriter(self._file, LOG_FIELDS, restval="", extrasaction="ignore")
         self._writer.writeheader()
@@ -111,7 +119,9 @@ class Log:
         os.replace(path.with_name(".log.csv.tmp"), path)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        self._writer.writerow(
+            {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        )
 
     def flush(self) -> None:
         self._file.flush()

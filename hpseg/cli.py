@@ -18,12 +18,19 @@ VERBS = {
     "pretrain": "train a small ViT on your own photographs, without labels",
 }
 HELP = {
-    "classes": "clusters to find", "backbone": "'embedded' or any timm ViT, such as vit_small_patch8_224.dino",
-    "weights": "local checkpoint for the backbone (timm or DINO key names)", "preset": "settings to start from",
-    "size": "side of the square training crop in pixels", "crop": "which part of a photograph is trained on",
-    "predict_size": "short side at prediction in pixels", "cache_features": "run the frozen backbone once per photograph",
-    "workers": "data loading processes, -1 picks", "steps": "optimiser steps", "batch_size": "photographs per step",
-    "dim": "width of the segmentation code", "lr": "learning rate of the segmentation head",
+    "classes": "clusters to find",
+    "backbone": "'embedded' or any timm ViT, such as vit_small_patch8_224.dino",
+    "weights": "local checkpoint for the backbone (timm or DINO key names)",
+    "preset": "settings to start from",
+    "size": "side of the square training crop in pixels",
+    "crop": "which part of a photograph is trained on",
+    "predict_size": "short side at prediction in pixels",
+    "cache_features": "run the frozen backbone once per photograph",
+    "workers": "data loading processes, -1 picks",
+    "steps": "optimiser steps",
+    "batch_size": "photographs per step",
+    "dim": "width of the segmentation code",
+    "lr": "learning rate of the segmentation head",
     "clusters": "final centroids: as trained, or k-means over the training codes",
 }
 
@@ -39,8 +46,15 @@ def add_setting_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] 
             continue
         choices = tuple(PRESETS) if field.name == "preset" else CHOICES.get(field.name)
         kind = {"int": int, "float": float}.get(str(field.type), str)
-        parser.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=text,
-                            required=field.name == "classes", metavar=None if choices else str(field.type).split()[0].upper())
+        parser.add_argument(
+            flag,
+            type=kind,
+            choices=choices,
+            default=argparse.SUPPRESS,
+            help=text,
+            required=field.name == "classes",
+            metavar=None if choices else str(field.type).split()[0].upper(),
+        )
 
 
 def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
@@ -53,13 +67,19 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
     elif verb == "predict":
         parser.add_argument("run", help="folder made by `hpseg train`")
         parser.add_argument("images", nargs="+", help="photographs, or folders of them")
-        parser.add_argument("--out", required=True, help="folder for the label maps (palette PNG, each at its image's size)")
-        parser.add_argument("--overlay", type=float, metavar="ALPHA", help="also write overlays of this opacity, 0 to 1")
+        parser.add_argument(
+            "--out", required=True, help="folder for the label maps (palette PNG, each at its image's size)"
+        )
+        parser.add_argument(
+            "--overlay", type=float, metavar="ALPHA", help="also write overlays of this opacity, 0 to 1"
+        )
         parser.add_argument("--device", default="auto")
     elif verb == "eval":
         parser.add_argument("run", help="folder made by `hpseg train`")
         parser.add_argument("data", help="folder with images/ and labels/, paired by stem")
-        parser.add_argument("--fit-on", metavar="PHOTOS", help="photographs k-means is fitted to (default: the run's own)")
+        parser.add_argument(
+            "--fit-on", metavar="PHOTOS", help="photographs k-means is fitted to (default: the run's own)"
+        )
         parser.add_argument("--void", type=int, default=255, help="label id that does not count (default 255)")
         parser.add_argument("--rgb", action="store_true", help="add k-means on colours as a second baseline")
         parser.add_argument("--seed", type=int, default=0, help="of k-means")
@@ -80,14 +100,17 @@ def run(verb: str, args: argparse.Namespace) -> int | None:
     settings = {name: value for name, value in vars(args).items() if name != "verb"}
     if verb == "train":
         from hpseg.training import train
+
         train(**settings)
     elif verb == "predict":
         from hpseg.predict import predict_files
+
         skipped = predict_files(args.run, args.images, args.out, args.overlay, args.device)
         if skipped:
             print(f"{len(skipped)} unreadable pictures were skipped", file=sys.stderr)
     elif verb == "eval":
         from hpseg.evaluation.evaluate import evaluate, format_table
+
         print(format_table(evaluate(**settings)))
     else:
         return _delegate(verb).run(args)
@@ -100,7 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="hpseg", description="Unsupervised semantic segmentation with a frozen ViT.")
-    parser.add_argument("--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help="show the version and exit")
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        dest=argparse.SUPPRESS,
+        default=argparse.SUPPRESS,
+        help="show the version and exit",
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
@@ -122,5 +152,6 @@ class _Version(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         from hpkernels import __version__
+
         print(f"hpseg {__version__}")
         parser.exit()

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def spherical_kmeans(x: Tensor, k: int, *, restarts: int = 10, iterations: int = 50, seed: int = 0) -> tuple[Tensor, float]:
+def spherical_kmeans(
+    x: Tensor, k: int, *, restarts: int = 10, iterations: int = 50, seed: int = 0
+) -> tuple[Tensor, float]:
     """Centroids (k, C) of unit length for rows x (N, C), and the mean of max_k cos(x, c_k), best of `restarts`.
 
     Each restart seeds by k-means++ on cosine distance and stops early when no row changes its cluster. An empty cluster
@@ -46,6 +48,6 @@ def _one_run(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, flo
         sums = torch.zeros_like(centroids).index_add_(0, labels, x)
         empty = (torch.bincount(labels, minlength=k) == 0).nonzero().flatten()
         if len(empty):
-            sums[empty] = x[similarity.argsort()[:len(empty)]]
+            sums[empty] = x[similarity.argsort()[: len(empty)]]
         centroids = F.normalize(sums, dim=-1)
     return centroids, float((x @ centroids.T).amax(-1).mean())

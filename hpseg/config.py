@@ -25,6 +25,7 @@ class Config:
     preset: str = "small"  # where the values below came from
     backbone: str = "embedded"  # "embedded", or any timm ViT by name
     weights: str | None = None  # local checkpoint for the backbone
+    dtype: str = "fp32"  # "fp32" or "bf16" for the frozen backbone
     seed: int = 0
 
     # Pictures
@@ -59,7 +60,6 @@ class Config:
 
     # Machine; these may differ between a run and its resumption
     workers: int = -1  # data loading processes; -1 picks by the number of processors
-    dtype: str = "fp32"  # "fp32" or "bf16" for the frozen backbone
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
     save_every: int = 100  # steps between checkpoints
 
@@ -68,7 +68,9 @@ class Config:
             value, kind = getattr(self, field.name), str(field.type)
             if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, field.name, float(value))
-            elif kind in _KINDS and (not isinstance(value, _KINDS[kind]) or isinstance(value, bool) != (kind == "bool")):
+            elif kind in _KINDS and (
+                not isinstance(value, _KINDS[kind]) or isinstance(value, bool) != (kind == "bool")
+            ):
                 raise UsageError(f"{field.name}: expected {kind}, got {value!r}")
         for name, low in _AT_LEAST.items():
             if not getattr(self, name) >= low:
@@ -84,8 +86,10 @@ class Config:
         if not self.temperature > 0:
             raise UsageError(f"temperature: expected a number above 0, got {self.temperature}")
         if self.cache_features and self.consistency_weight:
-            raise UsageError("cache_features: there are no jittered views of cached features; expected consistency_weight 0 or "
-                             f"--no-cache-features, got consistency_weight {self.consistency_weight}")
+            raise UsageError(
+                "cache_features: there are no jittered views of cached features; expected consistency_weight 0 or "
+                f"--no-cache-features, got consistency_weight {self.consistency_weight}"
+            )
         if self.cache_features and self.crop == "five":
             raise UsageError("cache_features: expected crop 'center' or 'random', or --no-cache-features, got 'five'")
 
@@ -102,28 +106,96 @@ class Config:
 
 
 _KINDS = {"int": int, "float": float, "str": str, "bool": bool}
-_AT_LEAST = {"classes": 2, "size": 16, "predict_size": 16, "steps": 1, "batch_size": 1, "lr": 0, "weight_decay": 0,
-             "projection_lr": 0, "cluster_lr": 0, "clip_norm": 0, "dim": 1, "consistency_weight": 0, "lambda_warmup": 0,
-             "pool_size": 1, "pool_images": 1, "renew_interval": 1, "workers": -1, "save_every": 1}
-CHOICES = {"crop": ("center", "random", "five"), "dtype": ("fp32", "bf16"), "clusters": ("probe", "kmeans"),
-           "weighting": ("pairs", "anchors", "separate")}
-MACHINE_FIELDS = ("workers", "dtype", "device", "save_every")
+_AT_LEAST = {
+    "classes": 2,
+    "size": 16,
+    "predict_size": 16,
+    "steps": 1,
+    "batch_size": 1,
+    "lr": 0,
+    "weight_decay": 0,
+    "projection_lr": 0,
+    "cluster_lr": 0,
+    "clip_norm": 0,
+    "dim": 1,
+    "consistency_weight": 0,
+    "lambda_warmup": 0,
+    "pool_size": 1,
+    "pool_images": 1,
+    "renew_interval": 1,
+    "workers": -1,
+    "save_every": 1,
+}
+CHOICES = {
+    "crop": ("center", "random", "five"),
+    "dtype": ("fp32", "bf16"),
+    "clusters": ("probe", "kmeans"),
+    "weighting": ("pairs", "anchors", "separate"),
+}
+MACHINE_FIELDS = ("workers", "device", "save_every")
 
 # The first three are the released configurations of Hidden Positives (CVPR 2023); "small" is for folders of some tens
 # to some thousands of photographs and a few minutes on a CPU.
 PRESETS: dict[str, dict] = {
-    "cocostuff": dict(classes=27, steps=22_896, batch_size=64, crop="five", temperature=0.8, negative_rate=0.02,
-                      consistency_weight=0.05, ema_momentum=0.99, lambda_warmup=1000, dim=512, pool_size=2048,
-                      renew_interval=100),
-    "cityscapes": dict(classes=27, steps=6_960, batch_size=64, crop="five", temperature=0.6, negative_rate=0.02,
-                       consistency_weight=0.05, ema_momentum=0.999, lambda_warmup=50, dim=512, pool_size=2048,
-                       renew_interval=20),
-    "potsdam": dict(classes=3, steps=710, batch_size=64, crop="center", temperature=0.4, negative_rate=1.0,
-                    consistency_weight=0.0, ema_momentum=0.999, lambda_warmup=100, dim=256, pool_size=1024,
-                    renew_interval=20),
-    "small": dict(steps=200, batch_size=8, crop="random", size=208, predict_size=208, cache_features=True,
-                  consistency_weight=0.0, lr=1e-3, projection_lr=1e-3, temperature=0.2, lambda_warmup=50, dim=128,
-                  pool_size=2048, renew_interval=50, clusters="kmeans"),
+    "cocostuff": dict(
+        classes=27,
+        steps=22_896,
+        batch_size=64,
+        crop="five",
+        temperature=0.8,
+        negative_rate=0.02,
+        consistency_weight=0.05,
+        ema_momentum=0.99,
+        lambda_warmup=1000,
+        dim=512,
+        pool_size=2048,
+        renew_interval=100,
+    ),
+    "cityscapes": dict(
+        classes=27,
+        steps=6_960,
+        batch_size=64,
+        crop="five",
+        temperature=0.6,
+        negative_rate=0.02,
+        consistency_weight=0.05,
+        ema_momentum=0.999,
+        lambda_warmup=50,
+        dim=512,
+        pool_size=2048,
+        renew_interval=20,
+    ),
+    "potsdam": dict(
+        classes=3,
+        steps=710,
+        batch_size=64,
+        crop="center",
+        temperature=0.4,
+        negative_rate=1.0,
+        consistency_weight=0.0,
+        ema_momentum=0.999,
+        lambda_warmup=100,
+        dim=256,
+        pool_size=1024,
+        renew_interval=20,
+    ),
+    "small": dict(
+        steps=200,
+        batch_size=8,
+        crop="random",
+        size=208,
+        predict_size=208,
+        cache_features=True,
+        consistency_weight=0.0,
+        lr=1e-3,
+        projection_lr=1e-3,
+        temperature=0.2,
+        lambda_warmup=50,
+        dim=128,
+        pool_size=2048,
+        renew_interval=50,
+        clusters="kmeans",
+    ),
 }
 
 

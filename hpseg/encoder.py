@@ -22,15 +22,17 @@ class Encoder:
     """Runs the backbone over batches of (epoch, index) keys; with `cache_features` only once per photograph,
     unless that would take more than CACHE_BYTES.
 
-    The cache holds the tokens of whole photographs, with their short side at the size of a crop; a view is then a square
-    window of tokens, central or anywhere as `config.crop` says. `unreadable` collects the files that could not be
-    decoded; a neighbour stood in for each.
+    The cache holds the tokens of whole photographs, with their short side at the size of a crop; a view is then a
+    square window of tokens, central or anywhere as `config.crop` says. `unreadable` collects the files that could not
+    be decoded; a neighbour stood in for each.
     """
 
     def __init__(self, backbone: Backbone, dataset: PhotoFolder, config: Config, device: torch.device):
         self.backbone, self.dataset, self.config, self.device = backbone, dataset, config, device
         self.unreadable: set[str] = set()
-        self.cache: list[Tokens] = self._whole_photographs() if config.cache_features and self.cache_bytes() <= CACHE_BYTES else []
+        self.cache: list[Tokens] = (
+            self._whole_photographs() if config.cache_features and self.cache_bytes() <= CACHE_BYTES else []
+        )
 
     def cache_bytes(self) -> float:
         """About what the tokens of all photographs take."""
@@ -42,8 +44,14 @@ class Encoder:
         if self.cache:
             for batch in keys:
                 views = [self._window(*key) for key in batch]
-                yield Tokens(torch.cat([view.features for view in views]).to(self.device),
-                             torch.cat([view.neighbors for view in views]).to(self.device), views[0].grid), None
+                yield (
+                    Tokens(
+                        torch.cat([view.features for view in views]).to(self.device),
+                        torch.cat([view.neighbors for view in views]).to(self.device),
+                        views[0].grid,
+                    ),
+                    None,
+                )
             return
         for views in make_loader(self.dataset, keys, self.config.workers):
             yield self._encode(views, with_neighbors)
@@ -62,8 +70,9 @@ class Encoder:
 
     def _whole_photographs(self) -> list[Tokens]:
         count = len(self.dataset)
-        loader = make_loader(self.dataset.whole(self.backbone.patch), [[(0, index)] for index in range(count)],
-                             self.config.workers)
+        loader = make_loader(
+            self.dataset.whole(self.backbone.patch), [[(0, index)] for index in range(count)], self.config.workers
+        )
         whole = []
         for views in tqdm(loader, desc="features", total=count, unit="image", disable=None, leave=False):
             tokens, _ = self._encode(views, with_neighbors=True)
@@ -77,8 +86,12 @@ class Encoder:
         top, left = (rows - side) // 2, (columns - side) // 2
         if self.config.crop == "random":
             generator = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, index))
-            top, left = (int(torch.randint(free + 1, (), generator=generator)) for free in (rows - side, columns - side))
+            top, left = (
+                int(torch.randint(free + 1, (), generator=generator)) for free in (rows - side, columns - side)
+            )
         cut = (slice(None), slice(top, top + side), slice(left, left + side))
         taps = neighbors.unflatten(1, (rows, columns))[cut].unflatten(3, (3, 3)).clone()
         taps[:, 0, :, 0], taps[:, -1, :, 2], taps[:, :, 0, :, 0], taps[:, :, -1, :, 2] = 0, 0, 0, 0
-        return Tokens(features.unflatten(1, (rows, columns))[cut].flatten(1, 2), taps.flatten(3).flatten(1, 2), (side, side))
+        return Tokens(
+            features.unflatten(1, (rows, columns))[cut].flatten(1, 2), taps.flatten(3).flatten(1, 2), (side, side)
+        )

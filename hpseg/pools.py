@@ -11,8 +11,9 @@ from torch import Tensor
 Encode = Callable[[list[list[int]]], Iterable[Tensor]]
 
 
-def draw_tokens(images: int, pool_size: int, pool_images: int, encode: Encode, batch_size: int,
-                generator: torch.Generator) -> Tensor:
+def draw_tokens(
+    images: int, pool_size: int, pool_images: int, encode: Encode, batch_size: int, generator: torch.Generator
+) -> Tensor:
     """Features of `pool_size` random patches, as even over images as can be: (pool_size, C).
 
     Takes n = min(images, pool_size, pool_images) different images and ceil(pool_size / n) random patches of each: one
@@ -24,7 +25,7 @@ def draw_tokens(images: int, pool_size: int, pool_images: int, encode: Encode, b
     each = math.ceil(pool_size / count)
     chosen = torch.randperm(images, generator=generator)[:count].tolist()
     rows = []
-    for features in encode([chosen[start:start + batch_size] for start in range(0, count, batch_size)]):
+    for features in encode([chosen[start : start + batch_size] for start in range(0, count, batch_size)]):
         picks = torch.randint(features.shape[1], (features.shape[0], each), generator=generator).to(features.device)
         rows.append(features.gather(1, picks[..., None].expand(-1, -1, features.shape[2])))
     # (images, each, C), read column by column: the first patch of every image, then the second of every image, ...

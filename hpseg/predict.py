@@ -41,7 +41,7 @@ class Segmenter(nn.Module):
         return self.head(tokens.features).transpose(1, 2).unflatten(2, tokens.grid)
 
     def prepare(self, image: ImageLike) -> tuple[Tensor, tuple[int, int]]:
-        """(1, 3, H', W') uint8 with the short side at `config.predict_size`, whole patches; and the image's own (H, W)."""
+        """(1, 3, H', W') uint8, short side at `config.predict_size`, whole patches; and the image's own (H, W)."""
         picture = as_picture(image)
         resized = short_side(picture, self.config.predict_size, self.backbone.patch)
         device = next(self.head.parameters()).device
@@ -75,7 +75,7 @@ def label_map(similarity: Tensor, size: tuple[int, int]) -> np.ndarray:
         high = (low + 1).clamp_max(columns.shape[2] - 1)
         share = (position - low).view(-1, 1)
         band = columns[0, :, low] * (1 - share) + columns[0, :, high] * share
-        labels[top:top + len(rows)] = band.argmax(0).to(torch.uint8).cpu().numpy()
+        labels[top : top + len(rows)] = band.argmax(0).to(torch.uint8).cpu().numpy()
     return labels
 
 
@@ -101,17 +101,20 @@ def load(run: str | Path, device: str = "auto") -> Segmenter:
     config = Config.load(run / "config.json")
     backbone = load_backbone(config.backbone, config.weights, dtype=config.dtype)
     if backbone.fingerprint != fingerprint:
-        raise UsageError(f"run: {run} was trained on {config.backbone!r} with weights {fingerprint}, but those found now "
-                         f"are {backbone.fingerprint}")
+        raise UsageError(
+            f"run: {run} was trained on {config.backbone!r} with weights {fingerprint}, but those found now "
+            f"are {backbone.fingerprint}"
+        )
     head, clusters = SegmentationHead(backbone.channels, config.dim), ClusterProbe(config.dim, config.classes)
     for name, part in (("head", head), ("clusters", clusters)):
-        part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in tensors.items()
-                              if key.startswith(f"{name}.")})
+        part.load_state_dict(
+            {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        )
     return Segmenter(backbone, head, clusters, config).to(pick_device(device))
 
 
 def palette() -> list[int]:
-    """256 RGB colours, flat: well apart for the first dozens (hue by the golden ratio, three brightnesses), white last."""
+    """256 RGB colours, flat: the first dozens well apart (hue by the golden ratio, three brightnesses), white last."""
     colours = []
     for i in range(255):
         rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.75, 0.45, 0.95)[i % 3], (0.95, 0.75, 0.55)[i // 3 % 3])
@@ -133,12 +136,18 @@ def overlay(image: ImageLike, labels: np.ndarray, alpha: float = 0.5) -> Image.I
     return Image.blend(as_picture(image), label_image(labels).convert("RGB"), alpha)
 
 
-def predict_files(run: str | Path, images: Iterable[str | Path], out: str | Path, overlay_alpha: float | None = None,
-                  device: str = "auto") -> list[str]:
+def predict_files(
+    run: str | Path,
+    images: Iterable[str | Path],
+    out: str | Path,
+    overlay_alpha: float | None = None,
+    device: str = "auto",
+) -> list[str]:
     """Writes OUT/<name>.png per photograph (files, or folders searched recursively) and, with `overlay_alpha`,
     OUT/<name>_overlay.jpg. Returns the files that could not be read; they are named and skipped.
 
-    Names keep the path below a given folder. Two inputs that would share a name are an error before anything is written.
+    Names keep the path below a given folder. Two inputs that would share a name are an error before anything is
+    written.
     """
     if overlay_alpha is not None and not 0 <= overlay_alpha <= 1:
         raise UsageError(f"overlay: expected an opacity in [0, 1], got {overlay_alpha}")

@@ -17,7 +17,7 @@ import hpkernels
 from hpseg.backbones import load_backbone, pick_device
 from hpseg.checkpoints import Log, open_run, save_model, save_state, write_json
 from hpseg.clustering import spherical_kmeans
-from hpseg.config import Config, UsageError, make_config
+from hpseg.config import UsageError, make_config
 from hpseg.data.folder import PhotoFolder, epoch_batches, find_images, hash_seed
 from hpseg.encoder import Encoder
 from hpseg.methods.hp import HiddenPositives, lambda_at
@@ -26,8 +26,15 @@ from hpseg.pools import draw_tokens
 CLUSTERING_ROWS = 65_536
 
 
-def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False,
-          **settings) -> dict:
+def train(
+    images: str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    **settings,
+) -> dict:
     """Trains Hidden Positives on the photographs in `images` and writes the run folder `out`; returns its results.
 
     settings: fields of `hpseg.config.Config`, for example classes=8, steps=400, backbone="vit_small_patch8_224.dino".
@@ -44,8 +51,10 @@ def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrit
     dataset = PhotoFolder(files, backbone.snap(config.size), config.crop, config.seed, config.consistency_weight > 0)
     batch_size = min(config.batch_size, len(dataset))
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
-    say(f"{len(files)} photographs, {config.classes} classes, {config.backbone} on {device}, batches of {batch_size} at "
-        f"{dataset.size} x {dataset.size} pixels")
+    say(
+        f"{len(files)} photographs, {config.classes} classes, {config.backbone} on {device}, batches of {batch_size} "
+        f"at {dataset.size} x {dataset.size} pixels"
+    )
     encoder = Encoder(backbone, dataset, config, device)
     if config.cache_features and not encoder.cache:
         say(f"features are not cached: {encoder.cache_bytes() / 2**30:.0f} GiB would be too much")
@@ -64,9 +73,14 @@ def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrit
 
     def draw_pool(renewal: int, mined) -> Tensor:
         # Pools see their images as of negative epochs: other random crops than those of training.
-        return draw_tokens(len(dataset), config.pool_size, config.pool_images,
-                           lambda batches: (mined(f, dropout_rng) for f in encoder.features(batches, -1 - renewal)),
-                           batch_size, pool_rng)
+        return draw_tokens(
+            len(dataset),
+            config.pool_size,
+            config.pool_images,
+            lambda batches: (mined(f, dropout_rng) for f in encoder.features(batches, -1 - renewal)),
+            batch_size,
+            pool_rng,
+        )
 
     if state is None:
         step = 0
@@ -86,11 +100,19 @@ def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrit
 
     def checkpoint() -> None:
         log.flush()
-        save_state(out, {
-            "step": step, "fingerprint": backbone.fingerprint, "method": method.state_dict(), "pools": list(pools),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-            "dropout_rng": dropout_rng.get_state(), "pool_rng": pool_rng.get_state(),
-            "unreadable": sorted(encoder.unreadable)})
+        save_state(
+            out,
+            {
+                "step": step,
+                "fingerprint": backbone.fingerprint,
+                "method": method.state_dict(),
+                "pools": list(pools),
+                "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+                "dropout_rng": dropout_rng.get_state(),
+                "pool_rng": pool_rng.get_state(),
+                "unreadable": sorted(encoder.unreadable),
+            },
+        )
 
     log = Log(out / "log.csv", step)
     started, first_step = time.perf_counter(), step
@@ -110,7 +132,8 @@ def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrit
         for optimizer in optimizers.values():
             optimizer.step()
 
-        values = dict(zip(("loss", "grad_norm", *terms), torch.stack([loss, grad_norm, *terms.values()]).tolist()))
+        numbers = torch.stack([loss, grad_norm, *terms.values()]).tolist()  # one synchronisation for all of them
+        values = dict(zip(("loss", "grad_norm", *terms), numbers, strict=True))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss: {values} at step {step}; the last checkpoint in {out} is from before")
         seconds = time.perf_counter() - started
@@ -133,9 +156,15 @@ def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrit
         tensors["clusters.centroids"], _ = spherical_kmeans(codes, config.classes, seed=config.seed)
     save_model(out, tensors, backbone.fingerprint)
     results = {
-        "steps": step, "photographs": len(files), "unreadable": sorted(encoder.unreadable),
-        "seconds": round(time.perf_counter() - started, 2), "device": str(device), "torch": torch.__version__,
-        "hpkernels": hpkernels.__version__, "threads": torch.get_num_threads()}
+        "steps": step,
+        "photographs": len(files),
+        "unreadable": sorted(encoder.unreadable),
+        "seconds": round(time.perf_counter() - started, 2),
+        "device": str(device),
+        "torch": torch.__version__,
+        "hpkernels": hpkernels.__version__,
+        "threads": torch.get_num_threads(),
+    }
     write_json(out / "results.json", results)
     if encoder.unreadable:
         say(f"{len(encoder.unreadable)} unreadable pictures were skipped: {', '.join(sorted(encoder.unreadable)[:5])}")
@@ -147,5 +176,11 @@ def train(images: str | Path, out: str | Path, *, resume: bool = False, overwrit
 def training_codes(encoder: Encoder, method: HiddenPositives, batch_size: int, seed: int) -> Tensor:
     """Codes (at most CLUSTERING_ROWS, D) of random patches of the training images, without dropout."""
     images, rng = len(encoder.dataset), torch.Generator().manual_seed(hash_seed("clustering", seed))
-    return draw_tokens(images, CLUSTERING_ROWS, images,
-                       lambda batches: (method.head(f) for f in encoder.features(batches, 0)), batch_size, rng)
+    return draw_tokens(
+        images,
+        CLUSTERING_ROWS,
+        images,
+        lambda batches: (method.head(f) for f in encoder.features(batches, 0)),
+        batch_size,
+        rng,
+    )

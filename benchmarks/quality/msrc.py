@@ -2,11 +2,11 @@
 
     python -m benchmarks.quality.msrc MSRCV2 --out OUT [--extra-weights FILE] [--seeds 3] [settings of hpseg train]
 
-MSRCV2 holds images/, labels/ (class ids, 255 is void) and classes.json. Of the images sorted by name every 4th is test; the
-others train, without labels. All three methods see the training images only and are scored on the test images, all
+MSRCV2 holds images/, labels/ (class ids, 255 is void) and classes.json. Of the images sorted by name every 4th is test;
+the others train, without labels. All three methods see the training images only and are scored on the test images, all
 with as many clusters as there are classes. The embedded backbone is always measured, each --extra-weights FILE as well.
-Writes OUT/quality_msrc.json and OUT/quality_msrc.md: mean and standard deviation over the seeds. Backbones measured earlier
-stay in the two files.
+Writes OUT/quality_msrc.json and OUT/quality_msrc.md: mean and standard deviation over the seeds. Backbones measured
+earlier stay in the two files.
 """
 
 from __future__ import annotations
@@ -64,19 +64,31 @@ def measure(split: Path, weights: str | None, seeds: int, settings: dict) -> dic
         summary[method] = {}
         for score in ("miou", "accuracy"):
             values = [results[method][score] for results in per_seed]
-            summary[method][score] = {"mean": statistics.mean(values), "sd": statistics.stdev(values) if seeds > 1 else 0.0,
-                                      "values": values}
-    return {"backbone": Path(weights).stem if weights else "embedded", "train_seconds": seconds, "summary": summary,
-            "clusters": per_seed[0]["clusters"], "images": per_seed[0]["images"],
-            "iou_per_class": {name: [results["trained"]["iou"][row] for results in per_seed]
-                              for row, name in enumerate(per_seed[0]["classes"])}}
+            summary[method][score] = {
+                "mean": statistics.mean(values),
+                "sd": statistics.stdev(values) if seeds > 1 else 0.0,
+                "values": values,
+            }
+    return {
+        "backbone": Path(weights).stem if weights else "embedded",
+        "train_seconds": seconds,
+        "summary": summary,
+        "clusters": per_seed[0]["clusters"],
+        "images": per_seed[0]["images"],
+        "iou_per_class": {
+            name: [results["trained"]["iou"][row] for results in per_seed]
+            for row, name in enumerate(per_seed[0]["classes"])
+        },
+    }
 
 
 def table(results: list[dict]) -> str:
     lines = ["| backbone | method | mIoU | accuracy |", "|---|---|---|---|"]
     for result in results:
         for method in ("kmeans_rgb", "kmeans_features", "trained"):
-            cells = ("{mean:.1f} ± {sd:.1f}".format(**result["summary"][method][score]) for score in ("miou", "accuracy"))
+            cells = (
+                "{mean:.1f} ± {sd:.1f}".format(**result["summary"][method][score]) for score in ("miou", "accuracy")
+            )
             lines.append(f"| {result['backbone']} | {TITLES[method]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -88,18 +100,30 @@ def main() -> None:
     parser.add_argument("--extra-weights", action="append", default=[], metavar="FILE", help="measure this ViT too")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only-extra", action="store_true", default=False, help="leave the embedded backbone out")
-    parser.add_argument("--dev", action="store_true", default=False,
-                        help="split the training images once more and never touch the test images")
+    parser.add_argument(
+        "--dev",
+        action="store_true",
+        default=False,
+        help="split the training images once more and never touch the test images",
+    )
     add_setting_flags(parser, leave_out=("images", "classes", "weights", "seed"))
     settings = vars(parser.parse_args())
-    source, out, extra, seeds, only_extra, dev = (settings.pop(name) for name in (
-        "msrcv2", "out", "extra_weights", "seeds", "only_extra", "dev"))
+    source, out, extra, seeds, only_extra, dev = (
+        settings.pop(name) for name in ("msrcv2", "out", "extra_weights", "seeds", "only_extra", "dev")
+    )
     settings["classes"] = len(class_names(source, 0))
     command = f"python -m benchmarks.quality.msrc {shlex.join(sys.argv[1:])}"
     for path in [str(source), str(out), *extra]:
         command = command.replace(path, Path(path).name)
-    facts = {"command": command, "date": datetime.date.today().isoformat(), "machine": processor(), "cores": os.cpu_count(),
-             "threads": torch.get_num_threads(), "torch": torch.__version__, "settings": vars(make_config(**settings))}
+    facts = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machine": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "settings": vars(make_config(**settings)),
+    }
     out.mkdir(parents=True, exist_ok=True)
     report = out / "quality_msrc.json"
     results = json.loads(report.read_text())["results"] if report.is_file() else []
@@ -109,7 +133,9 @@ def main() -> None:
             new = {**measure(Path(folder), weights, seeds, settings), **facts}
             results = [old for old in results if old["backbone"] != new["backbone"]] + [new]
             report.write_text(json.dumps({"results": results}, indent=1) + "\n")
-            commands = "\n".join(f"{result['backbone']}: `{result['command']}`, {result['date']}\n" for result in results)
+            commands = "\n".join(
+                f"{result['backbone']}: `{result['command']}`, {result['date']}\n" for result in results
+            )
             (out / "quality_msrc.md").write_text(f"{table(results)}\n\n{commands}")
             print(table([new]), flush=True)
 

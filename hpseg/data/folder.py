@@ -16,8 +16,25 @@ from torch.utils.data import DataLoader, Dataset
 from hpseg.config import UsageError
 from hpseg.data.transforms import UnreadableImage, five_crop, jitter, load_image, short_side, square, to_tensor
 
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
-              ".pnm", ".tga", ".avif", ".jp2"}
+EXTENSIONS = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".dib",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".ppm",
+    ".pgm",
+    ".pnm",
+    ".tga",
+    ".avif",
+    ".jp2",
+}
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -25,12 +42,19 @@ def find_images(folder: str | Path) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"images: no folder {str(root)!r}; expected a folder of photographs, searched recursively")
-    files = [path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()
-             and not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    files = [
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
     if not files:
         found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-        raise UsageError(f"images: no pictures in {str(root)!r} (looked for {' '.join(sorted(EXTENSIONS))} in it and below; "
-                         f"it holds: {found})")
+        raise UsageError(
+            f"images: no pictures in {str(root)!r} (looked for {' '.join(sorted(EXTENSIONS))} in it and below; "
+            f"it holds: {found})"
+        )
     return sorted(files)
 
 
@@ -64,7 +88,7 @@ class PhotoFolder(Dataset):
         return len(self.files) * (5 if self.crop == "five" else 1)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor | None, list[str]]:
-        """(3, S, S) uint8, its jittered twin or None, and unreadable files: the next readable one stands in for them."""
+        """(3, S, S) uint8, its jittered twin or None, and unreadable files (the next readable one stands in)."""
         epoch, index = key
         image_index, which = divmod(index, 5) if self.crop == "five" else (index, None)
         image, unreadable = None, []
@@ -76,7 +100,9 @@ class PhotoFolder(Dataset):
             except UnreadableImage:
                 unreadable.append(str(path))
         if image is None:
-            raise UsageError(f"images: none of the {len(self.files)} pictures can be decoded, for example {self.files[0]}")
+            raise UsageError(
+                f"images: none of the {len(self.files)} pictures can be decoded, for example {self.files[0]}"
+            )
         if which is not None:
             image = five_crop(image, which)
         if self.patch is not None:
@@ -92,8 +118,10 @@ def _collate(items: list[tuple[Tensor, Tensor | None, list[str]]]) -> Views:
     return Views(torch.stack(images), None if jittered[0] is None else torch.stack(jittered), sum(unreadable, []))
 
 
-def epoch_batches(length: int, batch_size: int, seed: int, start_step: int, steps: int) -> Iterator[list[tuple[int, int]]]:
-    """Keys of the batches of steps start_step .. steps - 1: a fresh permutation per epoch, incomplete batches dropped."""
+def epoch_batches(
+    length: int, batch_size: int, seed: int, start_step: int, steps: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Keys of the batches of steps start_step .. steps - 1: a permutation per epoch, incomplete batches dropped."""
     per_epoch = length // batch_size
     order: tuple[int, list[int]] = (-1, [])
     for step in range(start_step, steps):
@@ -101,12 +129,19 @@ def epoch_batches(length: int, batch_size: int, seed: int, start_step: int, step
         if order[0] != epoch:
             generator = torch.Generator().manual_seed(hash_seed("order", seed, epoch))
             order = (epoch, torch.randperm(length, generator=generator).tolist())
-        yield [(epoch, index) for index in order[1][position * batch_size:(position + 1) * batch_size]]
+        yield [(epoch, index) for index in order[1][position * batch_size : (position + 1) * batch_size]]
 
 
 def make_loader(dataset: Dataset, batches: Iterator[list] | list[list], workers: int) -> DataLoader:
     """Loads the given batches of keys in order; workers < 0 takes half of the processors, eight at most."""
     if workers < 0:
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_collate, generator=torch.Generator(),
-                      pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+    )

@@ -54,7 +54,13 @@ def five_crop(image: Image.Image, which: int) -> Image.Image:
     """Half-size crop number `which`: 0-3 the corners (top left, top right, bottom left, bottom right), 4 the centre."""
     width, height = image.size
     w, h = max(1, width // 2), max(1, height // 2)
-    left, top = ((0, 0), (width - w, 0), (0, height - h), (width - w, height - h), ((width - w) // 2, (height - h) // 2))[which]
+    left, top = (
+        (0, 0),
+        (width - w, 0),
+        (0, height - h),
+        (width - w, height - h),
+        ((width - w) // 2, (height - h) // 2),
+    )[which]
     return image.crop((left, top, left + w, top + h))
 
 
@@ -72,7 +78,7 @@ def square(image: Image.Image, size: int, generator: torch.Generator | None = No
 
 
 def short_side(image: Image.Image, size: int, patch: int) -> Image.Image:
-    """The whole picture, short side as near to `size` and long side as near to its proportion as whole patches allow."""
+    """The whole picture: short side as near to `size`, long side as near to its proportion as whole patches allow."""
     scale = size / min(image.size)
     width, height = (max(2, round(side * scale / patch)) * patch for side in image.size)
     return image.resize((width, height), Image.Resampling.BILINEAR)
@@ -86,11 +92,13 @@ def jitter(image: Tensor, seed: int) -> Tensor:
     """
     from torchvision.transforms import v2
 
-    transform = v2.Compose([
-        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
-        v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.GaussianBlur(5, sigma=(0.1, 2.0))], p=0.5),
-    ])
+    transform = v2.Compose(
+        [
+            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(5, sigma=(0.1, 2.0))], p=0.5),
+        ]
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return transform(image)

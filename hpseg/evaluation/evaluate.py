@@ -37,12 +37,16 @@ def find_pairs(data: str | Path) -> list[tuple[Path, Path]]:
         if not (root / part).is_dir():
             held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) if root.is_dir() else "no such folder"
             raise UsageError(f"data: expected folders images/ and labels/ in {str(root)!r}, found: {held}")
-    images, labels = ({path.relative_to(root / part).with_suffix(""): path for path in find_images(root / part)}
-                      for part in ("images", "labels"))
+    images, labels = (
+        {path.relative_to(root / part).with_suffix(""): path for path in find_images(root / part)}
+        for part in ("images", "labels")
+    )
     pairs = [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
     if not pairs:
-        raise UsageError(f"data: no image in {root / 'images'} has a label of the same name in {root / 'labels'}; "
-                         f"for example {min(images)} and {min(labels)}")
+        raise UsageError(
+            f"data: no image in {root / 'images'} has a label of the same name in {root / 'labels'}; "
+            f"for example {min(images)} and {min(labels)}"
+        )
     if len(pairs) < len(images):
         print(f"{len(images) - len(pairs)} of {len(images)} images have no label and are left out", file=sys.stderr)
     return pairs
@@ -53,7 +57,9 @@ def read_label(path: Path) -> np.ndarray:
     with Image.open(path) as picture:
         ids = np.asarray(picture)
     if ids.ndim != 2:
-        raise UsageError(f"labels: {path} is a {picture.mode} picture, expected one channel of class ids (palette or gray)")
+        raise UsageError(
+            f"labels: {path} is a {picture.mode} picture, expected one channel of class ids (palette or gray)"
+        )
     return ids.astype(np.int64)
 
 
@@ -85,8 +91,9 @@ class KMeans:
 
 
 def trained(segmenter: Segmenter) -> Segments:
-    return lambda features: segmenter.clusters(segmenter.head(features.flatten(1, 2))).transpose(1, 2).unflatten(
-        2, features.shape[1:3])
+    return lambda features: (
+        segmenter.clusters(segmenter.head(features.flatten(1, 2))).transpose(1, 2).unflatten(2, features.shape[1:3])
+    )
 
 
 def evaluate(run: str | Path, data: str | Path, **options) -> dict:
@@ -97,8 +104,16 @@ def evaluate(run: str | Path, data: str | Path, **options) -> dict:
 
 
 @torch.no_grad()
-def evaluate_runs(runs: list[str | Path], data: str | Path, *, fit_on: str | Path | None = None, void: int = 255,
-                  rgb: bool = False, seed: int = 0, device: str = "auto") -> list[dict]:
+def evaluate_runs(
+    runs: list[str | Path],
+    data: str | Path,
+    *,
+    fit_on: str | Path | None = None,
+    void: int = 255,
+    rgb: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[dict]:
     """Scores of runs that share a backbone, a prediction size and training images, in one pass over DATA.
 
     The baselines are spherical k-means with as many clusters as the run has, fitted to patches of the photographs in
@@ -136,11 +151,15 @@ def evaluate_runs(runs: list[str | Path], data: str | Path, *, fit_on: str | Pat
     for number, segmenter in enumerate(segmenters):
         methods.append({"trained": ("features", trained(segmenter))})
         for name in rows[0]:
-            baseline = kmeans_baseline(torch.cat([part[name] for part in rows]), segmenter.config.classes, seed + number)
+            baseline = kmeans_baseline(
+                torch.cat([part[name] for part in rows]), segmenter.config.classes, seed + number
+            )
             methods[-1][f"kmeans_{name}"] = (name, baseline)
 
-    counts = [{name: np.zeros((segmenter.config.classes, 256), np.int64) for name in of_run}
-              for segmenter, of_run in zip(segmenters, methods, strict=True)]
+    counts = [
+        {name: np.zeros((segmenter.config.classes, 256), np.int64) for name in of_run}
+        for segmenter, of_run in zip(segmenters, methods, strict=True)
+    ]
     scored = 0
     for image_path, label_path in tqdm(pairs, desc="eval", unit="image", disable=None, leave=False):
         try:
@@ -150,8 +169,10 @@ def evaluate_runs(runs: list[str | Path], data: str | Path, *, fit_on: str | Pat
             continue
         truth = read_label(label_path)
         if truth.shape != (picture.height, picture.width):
-            raise UsageError(f"labels: {label_path} is {truth.shape[1]} x {truth.shape[0]} pixels, its image "
-                             f"{picture.width} x {picture.height}")
+            raise UsageError(
+                f"labels: {label_path} is {truth.shape[1]} x {truth.shape[0]} pixels, its image "
+                f"{picture.width} x {picture.height}"
+            )
         truth = np.where(truth == void, -1, truth)
         pixels, size = first.prepare(picture)
         described = describe(pixels)
@@ -159,8 +180,10 @@ def evaluate_runs(runs: list[str | Path], data: str | Path, *, fit_on: str | Pat
             for name, (source, segments) in of_run.items():
                 totals[name] += confusion(label_map(segments(described[source]), size), truth, len(totals[name]), 256)
         scored += 1
-    return [_report(totals, Path(data), {"data": str(data), "fit_on": str(fit_on), "images": scored, "seed": seed + number})
-            for number, totals in enumerate(counts)]
+    return [
+        _report(totals, Path(data), {"data": str(data), "fit_on": str(fit_on), "images": scored, "seed": seed + number})
+        for number, totals in enumerate(counts)
+    ]
 
 
 def _report(counts: dict[str, np.ndarray], data: Path, facts: dict) -> dict:
@@ -169,12 +192,20 @@ def _report(counts: dict[str, np.ndarray], data: Path, facts: dict) -> dict:
     if not len(occurring):
         raise UsageError(f"data: no labelled pixel in {data}")
     names = class_names(data, int(occurring[-1]) + 1)
-    results = {**facts, "clusters": len(counts["trained"]), "pixels": int(counts["trained"].sum()),
-               "classes": [names[c] for c in occurring]}
+    results = {
+        **facts,
+        "clusters": len(counts["trained"]),
+        "pixels": int(counts["trained"].sum()),
+        "classes": [names[c] for c in occurring],
+    }
     for name, matrix in counts.items():
         scores = match_and_score(matrix[:, occurring])
-        results[name] = {"accuracy": scores.accuracy, "miou": scores.miou, "iou": scores.iou.tolist(),
-                         "cluster_of": scores.cluster_of.tolist()}
+        results[name] = {
+            "accuracy": scores.accuracy,
+            "miou": scores.miou,
+            "iou": scores.iou.tolist(),
+            "cluster_of": scores.cluster_of.tolist(),
+        }
     return results
 
 
@@ -194,11 +225,17 @@ def format_table(results: dict) -> str:
     """Accuracy, mIoU and IoU per class in percent, one column per method."""
     methods = [name for name in TITLES if name in results]
     width = max(len(name) for name in [*results["classes"], "accuracy"]) + 2
-    lines = [f"{results['images']} images, {results['pixels']:,} labelled pixels, {results['clusters']} clusters matched to "
-             f"{len(results['classes'])} classes; percent",
-             " " * width + "".join(f"{TITLES[name]:>26}" for name in methods)]
-    lines += [f"{title:<{width}}" + "".join(f"{results[name][key]:>26.1f}" for name in methods)
-              for title, key in (("accuracy", "accuracy"), ("mIoU", "miou"))]
-    lines += [f"{title:<{width}}" + "".join(f"{results[name]['iou'][row]:>26.1f}" for name in methods)
-              for row, title in enumerate(results["classes"])]
+    lines = [
+        f"{results['images']} images, {results['pixels']:,} labelled pixels, {results['clusters']} clusters matched to "
+        f"{len(results['classes'])} classes; percent",
+        " " * width + "".join(f"{TITLES[name]:>26}" for name in methods),
+    ]
+    lines += [
+        f"{title:<{width}}" + "".join(f"{results[name][key]:>26.1f}" for name in methods)
+        for title, key in (("accuracy", "accuracy"), ("mIoU", "miou"))
+    ]
+    lines += [
+        f"{title:<{width}}" + "".join(f"{results[name]['iou'][row]:>26.1f}" for name in methods)
+        for row, title in enumerate(results["classes"])
+    ]
     return "\n".join(lines)

@@ -31,7 +31,8 @@ class Scores:
 def match_and_score(counts: np.ndarray) -> Scores:
     """Scores of a confusion matrix (clusters, classes) after the one-to-one match that agrees on most pixels.
 
-    IoU_c = tp / (tp + fp + fn) over the whole corpus; classes without a pixel in label and prediction stay out of the mean.
+    IoU_c = tp / (tp + fp + fn) over the whole corpus; classes without a pixel in label or prediction stay out of the
+    mean.
     With more clusters than classes the pixels of unmatched clusters are errors; with fewer, some classes get IoU 0.
     """
     rows, columns = linear_sum_assignment(counts, maximize=True)
@@ -43,5 +44,9 @@ def match_and_score(counts: np.ndarray) -> Scores:
     union = predicted + labelled - hit
     iou = np.divide(100 * hit, union, out=np.full(len(hit), np.nan), where=union > 0)
     total = counts.sum()
-    return Scores(accuracy=float(100 * hit.sum() / total) if total else float("nan"),
-                  miou=float(np.nanmean(iou)) if (union > 0).any() else float("nan"), iou=iou, cluster_of=cluster_of)
+    return Scores(
+        accuracy=float(100 * hit.sum() / total) if total else float("nan"),
+        miou=float(np.nanmean(iou)) if (union > 0).any() else float("nan"),
+        iou=iou,
+        cluster_of=cluster_of,
+    )

@@ -47,8 +47,15 @@ class HiddenPositives(nn.Module):
         codes = self.momentum_head(features, self.config.dropout, generator)
         return channel_dropout(codes, self.config.mining_dropout, generator)
 
-    def losses(self, view: Tokens, jittered: Tensor | None, pools: tuple[Tensor, Tensor], step: int, seed: int,
-               generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(
+        self,
+        view: Tokens,
+        jittered: Tensor | None,
+        pools: tuple[Tensor, Tensor],
+        step: int,
+        seed: int,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
         """Loss terms of one step, to be summed; moves the momentum head on the way.
 
         view: frozen features (B, T, C) and neighbour weights (B, T, 9) of the batch; jittered: features of the same
@@ -65,11 +72,20 @@ class HiddenPositives(nn.Module):
         projected_local = self.projection(channel_dropout(local_codes, config.mining_dropout, generator))
         weight = lambda_at(step, config)
         # With weight 0 the task-specific search decides nothing and is left out.
-        specific = dict(head_features=mining_codes.flatten(0, 1), head_pool=pools[1], head_weight=weight) if weight else {}
+        specific = (
+            dict(head_features=mining_codes.flatten(0, 1), head_pool=pools[1], head_weight=weight) if weight else {}
+        )
         contrastive = hpkernels.hidden_positive_loss(
-            projected, self.mining_features(view.features, generator).flatten(0, 1), pools[0], z_local=projected_local,
-            temperature=config.temperature, negative_rate=config.negative_rate, weighting=config.weighting, seed=seed,
-            **specific)
+            projected,
+            self.mining_features(view.features, generator).flatten(0, 1),
+            pools[0],
+            z_local=projected_local,
+            temperature=config.temperature,
+            negative_rate=config.negative_rate,
+            weighting=config.weighting,
+            seed=seed,
+            **specific,
+        )
         terms = {"contrastive": contrastive, "cluster": self.clusters.loss(codes)}
         if jittered is not None:
             projected_jittered = self.projection(self.head(jittered, config.dropout, generator))

@@ -9,12 +9,26 @@ from PIL import Image
 from safetensors.torch import save_file
 
 ARCH = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-SMALL = dict(classes=3, batch_size=2, size=32, predict_size=48, dim=16, pool_size=32, lambda_warmup=2, workers=0, device="cpu",
-             cache_features=False, consistency_weight=0.05, clusters="probe", quiet=True)
+SMALL = dict(
+    classes=3,
+    batch_size=2,
+    size=32,
+    predict_size=48,
+    dim=16,
+    pool_size=32,
+    lambda_warmup=2,
+    workers=0,
+    device="cpu",
+    cache_features=False,
+    consistency_weight=0.05,
+    clusters="probe",
+    quiet=True,
+)
 
 
 def make_vit(seed=0):
     from timm.models.vision_transformer import VisionTransformer
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return VisionTransformer(num_classes=0, global_pool="", dynamic_img_size=True, **ARCH)
@@ -56,6 +70,7 @@ def photos(tmp_path_factory):
 def run(tmp_path_factory, photos, vit_file):
     """A finished run of 20 steps on the five pictures."""
     import hpseg
+
     out = tmp_path_factory.mktemp("runs") / "run"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

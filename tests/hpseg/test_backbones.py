@@ -22,6 +22,7 @@ FAMILIES = {  # timm name: settings that make it tiny
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attention_of_the_last_block(name):
     import timm
+
     vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **FAMILIES[name])
     backbone = Backbone(vit, name, (0.5,) * 3, (0.25,) * 3)
     rows, columns = 3, 5
@@ -37,14 +38,15 @@ def test_attention_of_the_last_block(name):
     assert full.features.shape == (2, rows * columns, 32) and full.neighbors.shape == (2, rows * columns, 9)
     torch.testing.assert_close(plain.features, full.features, rtol=1e-4, atol=1e-5)
     # The final norm is applied: forward_features gives the same tokens behind the prefix.
-    torch.testing.assert_close(plain.features, backbone.vit.forward_features((images - 0.5) / 0.25)[:, prefix:], rtol=1e-4,
-                               atol=1e-5)
+    torch.testing.assert_close(
+        plain.features, backbone.vit.forward_features((images - 0.5) / 0.25)[:, prefix:], rtol=1e-4, atol=1e-5
+    )
     expected = weights_by_hand(maps[0][..., prefix:, prefix:].log().mean(1), rows, columns)
     torch.testing.assert_close(full.neighbors, expected, rtol=1e-4, atol=1e-6)
 
 
 def weights_by_hand(logits, rows, columns):
-    """Neighbour weights as the paper's code states them: clamp to 10-90 % quantiles, softmax, threshold at the row mean."""
+    """Neighbour weights, step by step: clamp to 10-90 % quantiles, softmax, drop what is below the row mean."""
     low, high = torch.quantile(logits, 0.1, -1, keepdim=True), torch.quantile(logits, 0.9, -1, keepdim=True)
     p = logits.clamp(low, high).softmax(-1)
     p = torch.where(p >= p.mean(-1, keepdim=True) * (1 - 1e-6), p, 0)
@@ -53,7 +55,9 @@ def weights_by_hand(logits, rows, columns):
         for x in range(columns):
             taps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if 0 <= y + dy < rows and 0 <= x + dx < columns]
             for dy, dx in taps:
-                out[:, y * columns + x, 3 * dy + dx + 4] = 28 * p[:, y * columns + x, (y + dy) * columns + x + dx] / len(taps)
+                out[:, y * columns + x, 3 * dy + dx + 4] = (
+                    28 * p[:, y * columns + x, (y + dy) * columns + x + dx] / len(taps)
+                )
     return out
 
 
@@ -74,7 +78,9 @@ def dino(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
 
-@pytest.mark.parametrize("form", ["timm.safetensors", "timm.pth", "half.safetensors", "teacher.pth", "module.pt", "model.pth"])
+@pytest.mark.parametrize(
+    "form", ["timm.safetensors", "timm.pth", "half.safetensors", "teacher.pth", "module.pt", "model.pth"]
+)
 def test_weight_files(tmp_path, vit_file, form):
     state = make_vit(seed=3).state_dict()
     path = tmp_path / form
@@ -85,10 +91,15 @@ def test_weight_files(tmp_path, vit_file, form):
         save_file(state, path)
     else:
         head = {"head.mlp.0.weight": torch.zeros(2, 2)}
-        torch.save({"timm.pth": state,
-                    "teacher.pth": {"student": {}, "teacher": dino("backbone.", {**state}) | head, "epoch": 3},
-                    "module.pt": dino("module.backbone.", state),
-                    "model.pth": {"model": state}}[form], path)
+        torch.save(
+            {
+                "timm.pth": state,
+                "teacher.pth": {"student": {}, "teacher": dino("backbone.", {**state}) | head, "epoch": 3},
+                "module.pt": dino("module.backbone.", state),
+                "model.pth": {"model": state},
+            }[form],
+            path,
+        )
     loaded = load_backbone(weights=path).vit.state_dict()
     for key, value in state.items():
         torch.testing.assert_close(loaded[key], value, rtol=2e-3, atol=1e-5)
@@ -96,6 +107,7 @@ def test_weight_files(tmp_path, vit_file, form):
 
 def test_position_embedding_is_resampled(tmp_path):
     from timm.models.vision_transformer import VisionTransformer
+
     bigger = VisionTransformer(num_classes=0, global_pool="", dynamic_img_size=True, **{**ARCH, "img_size": 64})
     save_file(make_vit().state_dict(), tmp_path / "w.safetensors")
     load_weights(bigger, tmp_path / "w.safetensors")
@@ -104,8 +116,17 @@ def test_position_embedding_is_resampled(tmp_path):
 
 def test_a_plain_vit_needs_no_description(tmp_path):
     from timm.models.vision_transformer import VisionTransformer
-    vit = VisionTransformer(num_classes=0, global_pool="", img_size=48, patch_size=16, embed_dim=128, depth=3, num_heads=2,
-                            dynamic_img_size=True).eval()
+
+    vit = VisionTransformer(
+        num_classes=0,
+        global_pool="",
+        img_size=48,
+        patch_size=16,
+        embed_dim=128,
+        depth=3,
+        num_heads=2,
+        dynamic_img_size=True,
+    ).eval()
     torch.save({"teacher": dino("backbone.", vit.state_dict())}, tmp_path / "w.pth")
     backbone = load_backbone(weights=tmp_path / "w.pth")
     assert (backbone.patch, backbone.channels, len(backbone.vit.blocks)) == (16, 128, 3)
@@ -120,10 +141,14 @@ def test_weight_files_that_do_not_fit(tmp_path, vit_file):
     (tmp_path / "w.json").write_bytes(vit_file.with_suffix(".json").read_bytes())
     state = make_vit().state_dict()
     path = tmp_path / "w.pth"
-    for content, message in ((b"rubbish", "not a torch file"), ({"epoch": 3}, "holds no backbone tensors"),
-                             ([1, 2], "holds a list"), ({k: v for k, v in state.items() if "fc1" not in k}, "4 tensors missing"),
-                             ({**state, "extra": torch.zeros(1)}, "1 unexpected"),
-                             ({**state, "norm.weight": torch.zeros(5)}, "does not fit")):
+    for content, message in (
+        (b"rubbish", "not a torch file"),
+        ({"epoch": 3}, "holds no backbone tensors"),
+        ([1, 2], "holds a list"),
+        ({k: v for k, v in state.items() if "fc1" not in k}, "4 tensors missing"),
+        ({**state, "extra": torch.zeros(1)}, "1 unexpected"),
+        ({**state, "norm.weight": torch.zeros(5)}, "does not fit"),
+    ):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(UsageError, match=message):
             load_backbone(weights=path)
@@ -148,6 +173,7 @@ def test_names_that_are_no_plain_vit():
 @pytest.mark.parametrize("kind", ["refused", "silent"])
 def test_unreachable_weights_say_what_else_to_do_within_15_seconds(tmp_path, monkeypatch, kind):
     from huggingface_hub import constants
+
     server = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

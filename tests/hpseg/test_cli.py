@@ -15,19 +15,43 @@ from hpseg.pools import draw_tokens
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    code = ("import sys; from hpseg.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-            "print([m for m in ('torch', 'timm', 'torchvision', 'numpy') if m in sys.modules])")
+    code = (
+        "import sys; from hpseg.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'timm', 'torchvision', 'numpy') if m in sys.modules])"
+    )
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert time.monotonic() - start < 1.0
     assert "predict" in done.stdout and done.stdout.strip().endswith("[]")
-    done = subprocess.run([sys.executable, "-c", code.replace("--help", "train', '--help")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("--help", "train', '--help")], capture_output=True, text=True
+    )
     assert "--batch-size" in done.stdout and "--resume" in done.stdout and done.stdout.strip().endswith("[]")
 
 
 def test_train_predict_and_errors(photos, vit_file, tmp_path, capsys):
-    train = ["train", str(photos), "--out", str(tmp_path / "run"), "--classes", "3", "--weights", str(vit_file), "--steps", "2",
-             "--size", "32", "--dim", "8", "--pool-size", "16", "--batch-size", "2", "--workers", "0"]
+    train = [
+        "train",
+        str(photos),
+        "--out",
+        str(tmp_path / "run"),
+        "--classes",
+        "3",
+        "--weights",
+        str(vit_file),
+        "--steps",
+        "2",
+        "--size",
+        "32",
+        "--dim",
+        "8",
+        "--pool-size",
+        "16",
+        "--batch-size",
+        "2",
+        "--workers",
+        "0",
+    ]
     assert main(train) == 0
     assert Config.load(tmp_path / "run" / "config.json").dim == 8
     assert main(train) == 2
@@ -72,7 +96,11 @@ def test_momentum_head_and_channel_dropout():
 def test_pools_are_full_and_even():
     def encode(batches):
         for batch in batches:
-            yield torch.tensor(batch, dtype=torch.float32).view(-1, 1, 1).expand(-1, 6, 2) + torch.arange(6).view(1, 6, 1) / 10
+            yield (
+                torch.tensor(batch, dtype=torch.float32).view(-1, 1, 1).expand(-1, 6, 2)
+                + torch.arange(6).view(1, 6, 1) / 10
+            )
+
     pool = draw_tokens(5, 12, 100, encode, 2, torch.Generator().manual_seed(0))
     assert pool.shape == (12, 2)
     assert pool[:, 0].floor().long().bincount(minlength=5).sort().values.tolist() == [2, 2, 2, 3, 3]

@@ -50,7 +50,7 @@ def test_other_modes_become_rgb(tmp_path):
 def test_unreadable_pictures_are_named(tmp_path):
     paint(200, 100, 0).save(tmp_path / "a.jpg")
     whole = (tmp_path / "a.jpg").read_bytes()
-    for content in (b"", b"text", whole[:len(whole) // 2]):
+    for content in (b"", b"text", whole[: len(whole) // 2]):
         (tmp_path / "b.jpg").write_bytes(content)
         with pytest.raises(UnreadableImage, match="b.jpg"):
             load_image(tmp_path / "b.jpg")
@@ -70,7 +70,7 @@ def test_find_images(photos, tmp_path):
 def test_batches_cover_each_epoch_once_and_start_anywhere():
     batches = list(epoch_batches(10, 3, 0, 0, 9))
     for epoch in range(3):
-        keys = sum(batches[3 * epoch:3 * epoch + 3], [])
+        keys = sum(batches[3 * epoch : 3 * epoch + 3], [])
         assert {e for e, _ in keys} == {epoch} and len({i for _, i in keys}) == 9
     assert batches[:3] != [[(0, i) for _, i in batch] for batch in batches[3:6]]
     assert list(epoch_batches(10, 3, 0, 5, 9)) == batches[5:]
@@ -92,7 +92,9 @@ def test_five_crops():
     picture = paint(60, 41, 0)
     crops = [five_crop(picture, which) for which in range(5)]
     assert {crop.size for crop in crops} == {(30, 20)}
-    assert crops[3].getpixel((29, 19)) == picture.getpixel((59, 40)) and crops[4].getpixel((0, 0)) == picture.getpixel((15, 10))
+    assert crops[3].getpixel((29, 19)) == picture.getpixel((59, 40)) and crops[4].getpixel((0, 0)) == picture.getpixel(
+        (15, 10)
+    )
 
 
 @pytest.mark.parametrize("width, height", [(300, 20), (20, 300), (7, 7), (1, 50)])

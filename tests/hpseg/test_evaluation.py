@@ -23,8 +23,12 @@ def brute_force(counts):
     padded[:clusters, :classes] = counts
     best = max(itertools.permutations(range(size)), key=lambda p: sum(padded[p[c], c] for c in range(classes)))
     hits = [padded[best[c], c] for c in range(classes)]
-    ious = [100 * hits[c] / (padded[best[c]].sum() + padded[:, c].sum() - hits[c])
-            if padded[best[c]].sum() + padded[:, c].sum() else np.nan for c in range(classes)]
+    ious = [
+        100 * hits[c] / (padded[best[c]].sum() + padded[:, c].sum() - hits[c])
+        if padded[best[c]].sum() + padded[:, c].sum()
+        else np.nan
+        for c in range(classes)
+    ]
     return 100 * sum(hits) / counts.sum(), np.nanmean(ious)
 
 
@@ -58,7 +62,9 @@ def test_counts_beyond_32_bits():
 def test_kmeans_finds_separate_directions():
     rng = torch.Generator().manual_seed(0)
     centres = torch.eye(5, 16)
-    rows = (centres.repeat_interleave(200, 0) + 0.05 * torch.randn(1000, 16, generator=rng)) * torch.rand(1000, 1, generator=rng)
+    rows = (centres.repeat_interleave(200, 0) + 0.05 * torch.randn(1000, 16, generator=rng)) * torch.rand(
+        1000, 1, generator=rng
+    )
     centroids, score = spherical_kmeans(rows, 5, seed=1)
     assert centroids.norm(dim=1).allclose(torch.ones(5)) and 0.9 < score <= 1
     assert sorted((centroids @ centres.T).argmax(1).tolist()) == list(range(5))
@@ -84,7 +90,11 @@ def tree(tmp_path):
 
 def test_eval(run, tree):
     results = evaluate(run, tree, rgb=True, device="cpu")
-    assert results["images"] == 3 and results["pixels"] == 3 * (40 * 30 + 20 * 30) and results["classes"] == ["sky", "rock"]
+    assert (
+        results["images"] == 3
+        and results["pixels"] == 3 * (40 * 30 + 20 * 30)
+        and results["classes"] == ["sky", "rock"]
+    )
     for method in ("trained", "kmeans_features", "kmeans_rgb"):
         assert 0 <= results[method]["miou"] <= results[method]["accuracy"] <= 100
     assert results["trained"]["accuracy"] >= 100 / 3
@@ -118,6 +128,7 @@ def test_eval_refuses_labels_of_another_size(run, tree):
 def test_runs_are_scored_as_they_predict(run, tree):
     import hpseg
     from hpseg.evaluation.evaluate import evaluate_runs
+
     segmenter, counts = hpseg.load(run, device="cpu"), np.zeros((3, 4), np.int64)
     for image, label in find_pairs(tree):
         counts += confusion(segmenter.predict(image), read_label(label), 3, 4)

@@ -31,9 +31,19 @@ def test_folders_overlays_and_unreadable_files(run, photos, tmp_path, capsys):
     (source / "broken.png").write_bytes(b"no")
     unreadable = predict_files(run, [source, photos / "a.jpg"], tmp_path / "out", overlay_alpha=0.5, device="cpu")
     assert unreadable == [str(source / "broken.png")] and "broken.png" in capsys.readouterr().err
-    written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert written == ["a.png", "a_overlay.jpg", "deep/x.png", "deep/x_overlay.jpg", "x.png", "x.png.png", "x.png_overlay.jpg",
-                       "x_overlay.jpg"]
+    written = sorted(
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
+    )
+    assert written == [
+        "a.png",
+        "a_overlay.jpg",
+        "deep/x.png",
+        "deep/x_overlay.jpg",
+        "x.png",
+        "x.png.png",
+        "x.png_overlay.jpg",
+        "x_overlay.jpg",
+    ]
     with pytest.raises(UsageError, match="would both be written"):
         predict_files(run, [source / "x.jpg", source / "deep" / "x.jpg", source / "x.jpg"], tmp_path / "out")
     with pytest.raises(UsageError, match=r"overlay: expected an opacity in \[0, 1\], got 2"):
@@ -46,8 +56,13 @@ def test_every_kind_of_input(run, photos):
     picture = Image.open(photos / "b.png")
     array = np.array(picture)
     assert labels.dtype == np.uint8 and labels.shape == (picture.height, picture.width)
-    for same in (str(photos / "b.png"), picture, array, torch.from_numpy(array).permute(2, 0, 1),
-                 torch.from_numpy(array).permute(2, 0, 1) / 255):
+    for same in (
+        str(photos / "b.png"),
+        picture,
+        array,
+        torch.from_numpy(array).permute(2, 0, 1),
+        torch.from_numpy(array).permute(2, 0, 1) / 255,
+    ):
         assert np.array_equal(segmenter.predict(same), labels)
     for bad in (array.astype(np.float32), torch.zeros(5, 5), np.zeros((2, 2, 2), np.uint8)):
         with pytest.raises(ValueError, match="image: expected"):
@@ -64,7 +79,9 @@ def test_label_map_is_the_argmax_of_bilinear_maps():
 
 def test_overlay_and_palette(photos):
     labels = np.zeros((40, 50), np.uint8)
-    assert np.array_equal(np.array(hpseg.overlay(photos / "a.jpg", labels, 0.0)), np.array(Image.open(photos / "a.jpg")))
+    assert np.array_equal(
+        np.array(hpseg.overlay(photos / "a.jpg", labels, 0.0)), np.array(Image.open(photos / "a.jpg"))
+    )
     assert np.array(hpseg.overlay(photos / "a.jpg", labels, 1.0))[0, 0].tolist() == palette()[:3]
     colours = np.array(palette()).reshape(256, 3)
     assert len(np.unique(colours, axis=0)) == 256

@@ -39,7 +39,13 @@ def assert_same(a, b, where=""):
 
 
 def test_five_pictures_twenty_steps(run):
-    assert sorted(path.name for path in run.iterdir()) == ["config.json", "log.csv", "model.safetensors", "results.json", "state.pt"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.json",
+        "log.csv",
+        "model.safetensors",
+        "results.json",
+        "state.pt",
+    ]
     with open(run / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(20))
@@ -57,6 +63,7 @@ def test_training_moves_every_trained_part(run, photos, vit_file, tmp_path):
     from hpseg.config import make_config
     from hpseg.data.folder import hash_seed
     from hpseg.methods.hp import HiddenPositives
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash_seed("init", 0))
         start = HiddenPositives(32, make_config(classes=3, dim=16)).state_dict()
@@ -71,13 +78,14 @@ def test_leaves_the_callers_random_numbers_alone(photos, vit_file, tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("extra", [{"steps": 150}, {"steps": 60, "workers": 2, "crop": "five"}],
-                         ids=["plain", "workers"])
+@pytest.mark.parametrize(
+    "extra", [{"steps": 150}, {"steps": 60, "workers": 2, "crop": "five"}], ids=["plain", "workers"]
+)
 def test_resume_after_sigkill_equals_an_uninterrupted_run(photos, vit_file, tmp_path, extra):
     settings = {**SMALL, "weights": vit_file, "save_every": 7, "renew_interval": 8, **extra}
     hpseg.train(photos, tmp_path / "whole", **{**settings, "save_every": 1000})
-    command = f"import hpseg, torch; torch.set_num_threads(1); hpseg.train({str(photos)!r}, {str(tmp_path / 'cut')!r}, **{settings!r})"
-    command = command.replace(repr(vit_file), repr(str(vit_file)))
+    arguments = f"{str(photos)!r}, {str(tmp_path / 'cut')!r}, **{ {**settings, 'weights': str(vit_file)}!r}"
+    command = f"import hpseg, torch; torch.set_num_threads(1); hpseg.train({arguments})"
     process = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
     try:
         while not (tmp_path / "cut" / "state.pt").is_file():
@@ -98,7 +106,9 @@ def test_resume_after_sigkill_equals_an_uninterrupted_run(photos, vit_file, tmp_
 
 def test_workers_change_nothing(photos, vit_file, tmp_path):
     for workers in (0, 2):
-        hpseg.train(photos, tmp_path / str(workers), weights=vit_file, steps=4, crop="random", **{**SMALL, "workers": workers})
+        hpseg.train(
+            photos, tmp_path / str(workers), weights=vit_file, steps=4, crop="random", **{**SMALL, "workers": workers}
+        )
     assert_same(state_of(tmp_path / "0"), state_of(tmp_path / "2"))
 
 
@@ -107,6 +117,7 @@ def test_cached_features(photos, vit_file, tmp_path):
     from hpseg.config import make_config
     from hpseg.data.folder import PhotoFolder, find_images
     from hpseg.encoder import Encoder
+
     backbone = load_backbone(weights=vit_file)
     config = make_config(classes=3, crop="random", cache_features=True, consistency_weight=0.0, workers=0)
     folder = PhotoFolder(find_images(photos), 32, "random", 0, False)
@@ -116,7 +127,12 @@ def test_cached_features(photos, vit_file, tmp_path):
     tokens, twin = next(encoder([[(0, 4), (1, 4), (2, 4)]]))
     assert twin is None and tokens.grid == (4, 4) and tokens.features.shape == (3, 16, 32)
     whole = encoder.cache[4].features[0].view(rows, columns, -1)
-    lefts = [left for left in range(columns - 3) for view in tokens.features if torch.equal(whole[:, left:left + 4].flatten(0, 1), view)]
+    lefts = [
+        left
+        for left in range(columns - 3)
+        for view in tokens.features
+        if torch.equal(whole[:, left : left + 4].flatten(0, 1), view)
+    ]
     assert len(lefts) == 3
     taps = tokens.neighbors.view(3, 4, 4, 3, 3)
     for outside in (taps[:, 0, :, 0], taps[:, 3, :, 2], taps[:, :, 0, :, 0], taps[:, :, 3, :, 2]):
@@ -128,8 +144,21 @@ def test_cached_features(photos, vit_file, tmp_path):
 
 
 def test_other_settings_run(photos, vit_file, tmp_path):
-    hpseg.train(photos, tmp_path / "a", **{**SMALL, "weights": vit_file, "steps": 5, "negative_rate": 1.0, "weighting": "separate",
-                "clusters": "kmeans", "consistency_weight": 0.0, "mining_dropout": 0.0, "dtype": "bf16"})
+    hpseg.train(
+        photos,
+        tmp_path / "a",
+        **{
+            **SMALL,
+            "weights": vit_file,
+            "steps": 5,
+            "negative_rate": 1.0,
+            "weighting": "separate",
+            "clusters": "kmeans",
+            "consistency_weight": 0.0,
+            "mining_dropout": 0.0,
+            "dtype": "bf16",
+        },
+    )
     assert load_file(tmp_path / "a" / "model.safetensors")["clusters.centroids"].norm(dim=1).allclose(torch.ones(3))
 
 
@@ -192,14 +221,22 @@ def test_never_opens_a_label(photos, vit_file, tmp_path):
     assert any("images" in name for name in opened) and not any(str(root / "labels") in name for name in opened)
 
 
-@pytest.mark.parametrize("setting, message", [
-    ({"classes": 1}, "classes: expected at least 2, got 1"), ({"classes": 300}, "at most 255, got 300"),
-    ({"steps": "many"}, "steps: expected int, got 'many'"), ({"crop": "big"}, "crop: expected one of center, random, five"),
-    ({"dropout": 1.5}, r"dropout: expected a number in \[0, 1\], got 1.5"), ({"temperature": 0.0}, "temperature"),
-    ({"preset": "imagenet"}, "preset: expected one of cocostuff"), ({"step": 3}, "unknown setting 'step'"),
-    ({"cache_features": True, "consistency_weight": 0.1}, "cache_features: there are no jittered"), ({"device": "tpu9"}, "device: expected auto, cpu"),
-    ({"weights": "nowhere.pt"}, "weights: no file"),
-])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"classes": 1}, "classes: expected at least 2, got 1"),
+        ({"classes": 300}, "at most 255, got 300"),
+        ({"steps": "many"}, "steps: expected int, got 'many'"),
+        ({"crop": "big"}, "crop: expected one of center, random, five"),
+        ({"dropout": 1.5}, r"dropout: expected a number in \[0, 1\], got 1.5"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"preset": "imagenet"}, "preset: expected one of cocostuff"),
+        ({"step": 3}, "unknown setting 'step'"),
+        ({"cache_features": True, "consistency_weight": 0.1}, "cache_features: there are no jittered"),
+        ({"device": "tpu9"}, "device: expected auto, cpu"),
+        ({"weights": "nowhere.pt"}, "weights: no file"),
+    ],
+)
 def test_settings_that_cannot_be(photos, vit_file, tmp_path, setting, message):
     with pytest.raises(UsageError, match=message):
         hpseg.train(photos, tmp_path / "run", **{"weights": vit_file, **SMALL, **setting})
