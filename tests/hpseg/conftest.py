@@ -1,43 +1,11 @@
-"""A random tiny ViT in a file and a handful of painted photographs: enough to run everything in seconds."""
+"""Fixtures: the tiny ViT in a file, a handful of painted photographs, a finished run."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-
-ARCH = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-SMALL = dict(
-    classes=3,
-    batch_size=2,
-    size=32,
-    predict_size=48,
-    dim=16,
-    pool_size=32,
-    lambda_warmup=2,
-    workers=0,
-    device="cpu",
-    cache_features=False,
-    consistency_weight=0.05,
-    clusters="probe",
-    quiet=True,
-)
-
-
-def make_vit(seed=0):
-    from timm.models.vision_transformer import VisionTransformer
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VisionTransformer(num_classes=0, global_pool="", dynamic_img_size=True, **ARCH)
-
-
-def paint(width, height, seed):
-    """Smooth random colours: a picture with regions."""
-    values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
-    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+from tiny import ARCH, SMALL, make_vit, paint
 
 
 @pytest.fixture(autouse=True)

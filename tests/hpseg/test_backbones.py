@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-from conftest import ARCH, make_vit
 from safetensors.torch import save_file
+from tiny import ARCH, make_vit
 
 from hpseg.backbones import Backbone, _last_attention, load_backbone, load_weights
 from hpseg.config import UsageError

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import paint
 from PIL import Image
+from tiny import paint
 
 from hpseg.config import UsageError
 from hpseg.data.folder import PhotoFolder, epoch_batches, find_images, make_loader

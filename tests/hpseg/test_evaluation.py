@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import paint
 from PIL import Image
+from tiny import paint
 
 from hpseg.clustering import spherical_kmeans
 from hpseg.config import UsageError

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import paint
 from PIL import Image
+from tiny import paint
 from torch.nn import functional as F
 
 import hpseg

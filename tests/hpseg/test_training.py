@@ -11,8 +11,8 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL, make_vit, paint
 from safetensors.torch import load_file, save_file
+from tiny import SMALL, make_vit, paint
 
 import hpseg
 from hpseg.config import UsageError
