@@ -26,6 +26,7 @@ steps=("$@")
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.." || exit 2
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"  # the packages as built in place
 python=${PYTHON:-$(command -v python || command -v python3)}
 deadline=$((SECONDS + 1190))
 summary=()

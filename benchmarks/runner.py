@@ -24,11 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_WARM_UPS = 4
 # Memory is counted with every block over 1 MiB in pages of its own: what is live, not how the heap happens to break up.
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-# A worker takes an installed hpkernels before the source tree, which has no compiled kernels unless built in place.
-START = (
-    "import runpy, sys; sys.path = [p for p in sys.path if p] + [sys.argv.pop(1)]; "
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__')"
-)
 FAULTS_SETTLED = 0.95  # of the repetition before: fewer new faults than that means still warming
 
 
@@ -48,7 +43,7 @@ class ContenderFailed(RuntimeError):
 
 def command(module: str, *arguments: str) -> list[str]:
     """The command line that runs a module of the benchmarks."""
-    return [sys.executable, "-c", START, str(ROOT), module, *arguments]
+    return [sys.executable, "-m", module, *arguments]
 
 
 class Contender:

@@ -19,7 +19,7 @@ def checkout(tmp_path_factory):
     """A copy of the sources, so that building leaves no trace in the working tree."""
     target = tmp_path_factory.mktemp("checkout")
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "assets")
-    for name in ("csrc", "hpkernels", "hpseg"):
+    for name in ("csrc", "src"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         if (ROOT / name).exists():
