@@ -49,7 +49,7 @@ step_info() { "$python" -m hpkernels.info; }
 step_tests() {
     local workers=()
     if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
-    "$python" -m pytest -rfE --durations 15 "${workers[@]}" tests
+    "$python" -m pytest -rfE --durations 15 "${workers[@]}" --device "$device" tests
 }
 
 step_speed() { "$python" -m benchmarks --device "$device" --out "$out"; }

@@ -126,7 +126,7 @@ def hidden_positive_loss(
         x, positives, extra, head_weight, negatives, denominator, tokens, temperature, base_temperature, weighting, chosen
     )
     if not z.is_cpu:
-        loss = loss + _poison(features, pool, head_features, head_pool)
+        loss = loss + _poison(*streams, features, pool, head_features, head_pool)
     return (loss, stats) if return_stats else loss
 
 
@@ -177,7 +177,7 @@ def masked_contrastive_loss(
         x, positives, extra_positives, extra_weight, bits, denominator, tokens, temperature, base_temperature, weighting,
         chosen,
     )  # fmt: skip
-    return loss
+    return loss if z.is_cpu else loss + _poison(rows)
 
 
 def _masked_loss(
@@ -238,8 +238,8 @@ def _transpose(mask: PairMask | None, backend: str) -> Tensor | None:
 
 
 def _poison(*tensors: Tensor | None) -> Tensor:
-    """0, or NaN when a mining input holds NaN or infinity: comparisons with NaN would hide it. No synchronisation."""
-    return sum((t.detach().float() * 0.0).sum() for t in tensors if t is not None)
+    """0, or NaN when an input holds NaN or infinity, which comparisons and unused rows would hide. No synchronisation."""
+    return sum((t.detach() * 0.0).sum().float() for t in tensors if t is not None)
 
 
 def _tokens_per_image(z: Tensor, tokens_per_image: int | None) -> int:
