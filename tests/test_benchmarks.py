@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed; an installed hpkernels goes first
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
 from benchmarks import checks, published, report, runner
 from benchmarks.__main__ import main
