@@ -198,8 +198,10 @@ def _masked_loss(
         positives.bits, _transpose(positives, backend), None if extra is None else extra.bits,
         _transpose(extra, backend), negatives,
     )  # fmt: skip
-    # One call a stream: the backward pass then holds the gradient of one stream at a time beside the unit rows.
-    tables = [contrastive_stats(stream, *masks, denominator, float(temperature), backend) for stream in x]
+    # On a GPU all streams share launches and column lists. On a CPU one call a stream: the backward pass then holds the
+    # gradient of one stream at a time beside the unit rows.
+    calls = x if x[0].is_cpu else [torch.cat(x)]
+    tables = [contrastive_stats(streams, *masks, denominator, float(temperature), backend) for streams in calls]
     lse, pos, ext = (torch.cat(table) for table in zip(*tables))
     n_pos = pair_bits.count_bits(positives.bits, backend).to(lse.dtype)
     n_ext = pair_bits.count_bits(extra.bits, backend).to(lse.dtype) if extra is not None else torch.zeros_like(n_pos)

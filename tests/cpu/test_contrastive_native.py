@@ -116,13 +116,13 @@ class Problem:
     def native_stats(self, denominator, dtype):
         *masks, negatives = self.masks()
         negatives = None if denominator == "all" else negatives
-        return native.contrastive_stats(self.x.to(dtype), *masks, negatives, denominator, self.temperature)
+        return native.contrastive_stats(self.x.to(dtype), *masks, negatives, denominator, self.temperature, 0)
 
     def native_gradient(self, denominator, dtype, lse):
         *masks, negatives = self.masks()
         negatives = None if denominator == "all" else negatives
         grads = self.grads.to(dtype)
-        return native.contrastive_grad(self.x.to(dtype), *masks, negatives, denominator, self.temperature, lse, *grads)
+        return native.contrastive_grad(self.x.to(dtype), *masks, negatives, denominator, self.temperature, 0, lse, *grads)
 
     def check(self, denominator):
         (expected, expected_grad), (plain, plain_grad) = self.oracle(denominator)

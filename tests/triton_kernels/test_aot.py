@@ -29,7 +29,7 @@ def test_the_committed_table_is_of_these_kernels_and_within_limits():
 
 
 @compiles
-@pytest.mark.parametrize("match", ["pairs_above 512", "grad all 2 512", "grad dense 3 256"])
+@pytest.mark.parametrize("match", ["pairs_above 512", "grad all 1 workspace 0.8 512", "grad dense 3 fused 0.8 256"])
 def test_some_configurations_compile(match: str):
     _aot("--match", match, "--widths", match.split()[-1], "--jobs", "1")
 

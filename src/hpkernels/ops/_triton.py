@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpkernels.tuning import dtype_class  # noqa: F401  (kernels take it from here, with the rest)
+
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 _TRANSPOSE_ROWS, _TRANSPOSE_WORDS = 128, 4
@@ -49,14 +51,22 @@ def padded_rows(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-def dtype_class(dtype: torch.dtype) -> str:
-    """Key of the configuration tables: "half" runs on the matrix units, "single" is IEEE fp32 arithmetic."""
-    return "single" if dtype == torch.float32 else "half"
-
-
 def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of tl.dot: fp32 decisions are IEEE products, never silent TF32; 16-bit operands ignore it."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+    """`input_precision` of tl.dot for fp32 operands: IEEE products, or three TF32 products where the user accepts TF32.
+
+    Never plain TF32: comparisons of similarities would not be those of fp32. 16-bit operands ignore it.
+    """
+    if dtype != torch.float32:
+        return "tf32"
+    return "tf32x3" if _tf32_accepted() else "ieee"
+
+
+def _tf32_accepted() -> bool:
+    """torch.backends.cuda.matmul.fp32_precision (torch >= 2.9) or allow_tf32: reading both would mix two interfaces."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
 
 
 def word_count(columns: int) -> int:
@@ -113,6 +123,15 @@ def bit_tile(bits_ptr, rows, first_word, stride, ROWS: tl.constexpr, COLUMNS: tl
     word = first_word + tl.arange(0, COLUMNS // 32)
     words = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * stride + word[None, :])
     return expand_words(words, ROWS, COLUMNS)
+
+
+@triton.jit
+def turned_bit_tile(bits_ptr, rows, first_word, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """int1 [ROWS, COLUMNS]: entry (c, r) is bit c, from word `first_word` on, of row rows[r] (COLUMNS of them)."""
+    word = first_word + tl.arange(0, ROWS // 32)
+    words = tl.load(bits_ptr + rows.to(tl.int64)[None, :] * stride + word[:, None])
+    bits = (words[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
+    return tl.reshape(bits, [ROWS, COLUMNS]) != 0
 
 
 @triton.jit

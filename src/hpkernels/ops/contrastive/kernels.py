@@ -1,8 +1,8 @@
 """Masked contrastive statistics and their gradient in Triton: the choice between sweeping all tiles and walking lists.
 
-`kernels_dense` sweeps every tile of the N x N pairs (a row panel owns its output); `kernels_sparse` visits only listed
-columns: those that a row of the negatives names, and those where a panel of rows has any positive. Both return the
-same pieces, which are put together here.
+`kernels_dense` and `kernels_dense_grad` sweep every tile of the pairs; `kernels_sparse` visits only listed columns:
+those that a row of the negatives names, and those where a panel of rows has any positive. Both return the same pieces,
+which are put together here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops._triton import LOG2E, require_supported
-from hpkernels.ops.contrastive import kernels_dense, kernels_sparse
+from hpkernels.ops.contrastive import kernels_dense, kernels_dense_grad, kernels_sparse
 
 _SMALLEST_FIXED_SHIFT = 0.025  # below this temperature exp(-2 / temperature) leaves fp32: the row maximum is the shift
 _HALF_GRADIENT_LARGEST = 16.0  # row gradients are scaled to this for fp16 weights (see contrastive_grad)
@@ -28,20 +28,23 @@ def contrastive_stats(
     negatives: Tensor | None,
     denominator: str,
     temperature: float,
+    first_row: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse_i = log sum_{j in E_i} exp(l_ij) (0 for an empty E_i), pos_i = sum_j P_ij l_ij, ext_i = sum_j Q_ij l_ij.
 
-    x (S, N, D) of unit rows; results (S, N) fp32. The sums of exponentials come in parts (splits of the columns, or
-    negatives and positives apart), each with the base-2 shift it was taken with.
+    x (S, N, D) of unit rows; results (S, n) fp32 for the n anchors i = first_row + r, whose pairs are row r of the
+    masks. The sums of exponentials come in parts (splits of the columns, or negatives and positives apart), each with
+    the base-2 shift it was taken with.
     """
     require_supported(x=x)
     x = x.contiguous()
     route = kernels_sparse if denominator == "sparse" else kernels_dense
     fixed_shift = temperature >= _SMALLEST_FIXED_SHIFT
     masks = _contiguous(positives, extra, negatives)
-    if x.shape[0] * x.shape[1] == 0:
-        return tuple(torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(3))
-    totals, shifts, pos, ext = route.stats(x, *masks, denominator == "all", temperature, fixed_shift)
+    shape = (x.shape[0], positives.shape[0])
+    if 0 in shape:
+        return tuple(torch.zeros(shape, dtype=torch.float32, device=x.device) for _ in range(3))
+    totals, shifts, pos, ext = route.stats(x, *masks, denominator == "all", temperature, first_row, fixed_shift)
     shift = shifts.amax(0)
     base = torch.where(shift == -torch.inf, 0.0, shift)
     total = (totals * torch.exp2(shifts - base)).sum(0)
@@ -58,6 +61,7 @@ def contrastive_grad(
     negatives: Tensor | None,
     denominator: str,
     temperature: float,
+    first_row: int,
     lse: Tensor,
     grad_lse: Tensor,
     grad_pos: Tensor,
@@ -65,13 +69,14 @@ def contrastive_grad(
 ) -> Tensor:
     """dL/dx_i = (1/temperature) sum_j (G_ij + G_ji) x_j,  G_ij = grad_lse_i p_ij + grad_pos_i P_ij + grad_ext_i Q_ij.
 
-    p_ij = E_ij exp(l_ij - lse_i). Shape and dtype of x, accumulated in fp32. G is rounded to x's dtype for the matrix
-    units; for fp16, whose range is short, the row gradients are first scaled by a power of two, undone in fp32.
+    p_ij = E_ij exp(l_ij - lse_i). (S, n, D) in x's dtype for the n anchors from first_row on, accumulated in fp32; lse
+    and the row gradients cover all N rows, (S, N). G is rounded to x's dtype for the matrix units; for fp16, whose
+    range is short, the row gradients are first scaled by a power of two, undone in fp32.
     """
     require_supported(x=x)
     x = x.contiguous()
-    if x.numel() == 0:
-        return torch.empty_like(x)
+    if x.numel() == 0 or positives.shape[0] == 0:
+        return x.new_empty(x.shape[0], positives.shape[0], x.shape[2])
     gradients = [g.float().contiguous() for g in (grad_lse, grad_pos, grad_ext)]
     out_scale = torch.full((1,), 1.0 / temperature, dtype=torch.float32, device=x.device)
     if x.dtype == torch.float16:
@@ -80,10 +85,10 @@ def contrastive_grad(
         power = torch.where(usable, torch.floor(torch.log2(_HALF_GRADIENT_LARGEST / largest)), 0.0)
         gradients = [g * torch.exp2(power) for g in gradients]
         out_scale = out_scale * torch.exp2(-power)
-    route = kernels_sparse if denominator == "sparse" else kernels_dense
+    route = kernels_sparse if denominator == "sparse" else kernels_dense_grad
     masks = _contiguous(positives, positives_t, extra, extra_t, negatives)
     lse2 = (lse.float() * LOG2E).contiguous()
-    return route.grad(x, *masks, denominator == "all", temperature, lse2, *gradients, out_scale)
+    return route.grad(x, *masks, denominator == "all", temperature, first_row, lse2, *gradients, out_scale)
 
 
 def _contiguous(*masks: Tensor | None) -> list[Tensor | None]:

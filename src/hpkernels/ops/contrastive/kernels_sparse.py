@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpkernels import tuning
 from hpkernels.ops._triton import (
     LN2,
     LOG2E,
-    dtype_class,
     on_device,
     padded_rows,
     popcount,
@@ -34,7 +34,6 @@ from hpkernels.ops._triton import (
     tile_product,
     transpose_bits,
 )
-from hpkernels.ops.contrastive.kernels_dense import grad_config
 
 _PANEL = 16  # rows that share a list of positives
 _LIST_MULTIPLE = 64  # lists are padded to whole tiles: every BLOCK_C divides it
@@ -45,19 +44,6 @@ _NEGATIVE_ROWS = 32  # rows of one token position a program takes
 _COLUMN_SPLITS = 4  # programs that share one token position's columns in the column side
 _SUM_PROGRAMS = 4096
 _SUM_ROWS = 8  # workspace rows added at a time
-
-_STATS = {
-    "half": dict(BLOCK_C=64, BLOCK_K=128, num_warps=4, num_stages=3),
-    "single": dict(BLOCK_C=64, BLOCK_K=16, num_warps=4, num_stages=2),
-}
-# BLOCK_C listed columns a tile: 64 is the least that wgmma takes. RESIDENT as in kernels_dense.
-_GRAD = {
-    ("half", 128): dict(BLOCK_C=64, BLOCK_D=128, BLOCK_K=64, RESIDENT=True, num_warps=4, num_stages=3),
-    ("half", 256): dict(BLOCK_C=64, BLOCK_D=256, BLOCK_K=64, RESIDENT=True, num_warps=4, num_stages=2),
-    ("half", 512): dict(BLOCK_C=64, BLOCK_D=512, BLOCK_K=64, RESIDENT=True, num_warps=8, num_stages=2),
-    ("half", None): dict(BLOCK_C=64, BLOCK_D=256, BLOCK_K=64, RESIDENT=False, num_warps=4, num_stages=2),
-    ("single", None): dict(BLOCK_C=32, BLOCK_D=256, BLOCK_K=16, RESIDENT=False, num_warps=8, num_stages=1),
-}
 
 
 # ------------------------------------------------------------------ lists
@@ -178,10 +164,10 @@ def _bits_at(bits_ptr, rows, cols, stride):
 
 
 @triton.jit
-def _list_rows(item, block, R, NEGATIVES: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The rows that share list `item`."""
+def _list_rows(item, block, first_row, R, NEGATIVES: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The rows of the masks (anchor = first_row + row) that share list `item`."""
     if NEGATIVES:
-        rows = item + R * (block * BLOCK_R + tl.arange(0, BLOCK_R))
+        rows = (item + R - first_row % R) % R + R * (block * BLOCK_R + tl.arange(0, BLOCK_R))
     else:
         rows = item * BLOCK_R + tl.arange(0, BLOCK_R)
     return rows
@@ -193,7 +179,7 @@ def _list_rows(item, block, R, NEGATIVES: tl.constexpr, BLOCK_R: tl.constexpr):
 @triton.jit
 def _contrastive_listed_stats_kernel(
     x_ptr, positives_ptr, extra_ptr, negatives_ptr, starts_ptr, counts_ptr, columns_ptr, capacity,
-    total_ptr, shift_ptr, pos_ptr, ext_ptr, N, D, R, W, scale, fixed_shift,
+    total_ptr, shift_ptr, pos_ptr, ext_ptr, first_row, n, N, D, R, W, scale, fixed_shift,
     NEGATIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_NEGATIVES: tl.constexpr, FIXED_SHIFT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -204,8 +190,9 @@ def _contrastive_listed_stats_kernel(
     item = tl.program_id(0)
     stream = tl.program_id(2)
     x_ptr += stream.to(tl.int64) * N * D
-    rows = _list_rows(item, tl.program_id(1), R, NEGATIVES, BLOCK_R)
-    valid_rows = tl.minimum(rows, N - 1)
+    mask_rows = _list_rows(item, tl.program_id(1), first_row, R, NEGATIVES, BLOCK_R)
+    valid_mask_rows = tl.minimum(mask_rows, n - 1)
+    rows, valid_rows = first_row + mask_rows, first_row + valid_mask_rows
     start, count = tl.load(starts_ptr + item), tl.load(counts_ptr + item)
     fits = start + count <= capacity
     total = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
@@ -222,13 +209,13 @@ def _contrastive_listed_stats_kernel(
         if NEGATIVES:
             inside = others & _bits_at(negatives_ptr, item, cols, W)[:, None]
         else:
-            positive = others & _bits_at(positives_ptr, valid_rows[None, :], cols[:, None], W)
+            positive = others & _bits_at(positives_ptr, valid_mask_rows[None, :], cols[:, None], W)
             pos += tl.where(positive, z, 0.0)
             inside = positive
             if HAS_NEGATIVES:
                 inside = positive & (_bits_at(negatives_ptr, (valid_rows % R)[None, :], cols[:, None], W) == 0)
             if HAS_EXTRA:
-                ext += tl.where(others & _bits_at(extra_ptr, valid_rows[None, :], cols[:, None], W), z, 0.0)
+                ext += tl.where(others & _bits_at(extra_ptr, valid_mask_rows[None, :], cols[:, None], W), z, 0.0)
         if FIXED_SHIFT:
             total += tl.where(inside, tl.exp2(z - shift[None, :]), 0.0)
         else:
@@ -236,33 +223,34 @@ def _contrastive_listed_stats_kernel(
             base = tl.where(largest == float("-inf"), 0.0, largest)
             total = total * tl.exp2(shift - base)[None, :] + tl.where(inside, tl.exp2(z - base[None, :]), 0.0)
             shift = largest
-    at = stream.to(tl.int64) * N + rows
-    tl.store(total_ptr + at, tl.sum(total, 0), mask=rows < N)
-    tl.store(shift_ptr + at, shift, mask=rows < N)
-    tl.store(pos_ptr + at, tl.sum(pos, 0) * LN2, mask=rows < N)
-    tl.store(ext_ptr + at, tl.sum(ext, 0) * LN2, mask=rows < N)
+    at = stream.to(tl.int64) * n + mask_rows
+    tl.store(total_ptr + at, tl.sum(total, 0), mask=mask_rows < n)
+    tl.store(shift_ptr + at, shift, mask=mask_rows < n)
+    tl.store(pos_ptr + at, tl.sum(pos, 0) * LN2, mask=mask_rows < n)
+    tl.store(ext_ptr + at, tl.sum(ext, 0) * LN2, mask=mask_rows < n)
 
 
 def stats(
     x: Tensor, positives: Tensor, extra: Tensor | None, negatives: Tensor | None,
-    everything: bool, temperature: float, fixed_shift: bool,
+    everything: bool, temperature: float, first_row: int, fixed_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Parts (1 or 2, S, N): over the positives without M's columns and, with negatives, over M's columns."""
-    config = _STATS[dtype_class(x.dtype)]
+    """Parts (1 or 2, S, n): over the positives without M's columns and, with negatives, over M's columns."""
+    config = tuning.lookup("contrastive_stats_sparse", x.dtype, x.shape[2], x.shape[1], x.device)
     x = padded_rows(x, config["BLOCK_K"])
-    streams, n, d = x.shape
-    period = n if negatives is None else negatives.shape[0]
+    streams, total, d = x.shape
+    n = positives.shape[0]
+    period = total if negatives is None else negatives.shape[0]
     width = positives.stride(0)
     masks = (positives, positives if extra is None else extra, positives if negatives is None else negatives)
     parts = torch.empty((4, 1 if negatives is None else 2, streams, n), dtype=torch.float32, device=x.device)
-    families = [(False, _positive_lists(n, positives, extra), _PANEL, 1)]
+    families = [(False, _positive_lists(total, positives, extra), _PANEL, 1)]
     if negatives is not None:
-        blocks = triton.cdiv(n // period, _NEGATIVE_ROWS)
-        families.append((True, _negative_lists(negatives, n), _NEGATIVE_ROWS, blocks))
+        blocks = triton.cdiv(triton.cdiv(n, period), _NEGATIVE_ROWS)
+        families.append((True, _negative_lists(negatives, total), _NEGATIVE_ROWS, blocks))
     with on_device(x):
         for part, (of_negatives, lists, rows, blocks) in enumerate(families):
             _contrastive_listed_stats_kernel[(lists.number, blocks, streams)](
-                x, *masks, *lists.arguments(), *parts[:, part], n, d, period, width,
+                x, *masks, *lists.arguments(), *parts[:, part], first_row, n, total, d, period, width,
                 LOG2E / temperature, LOG2E / temperature,
                 NEGATIVES=of_negatives, HAS_EXTRA=extra is not None, HAS_NEGATIVES=negatives is not None,
                 FIXED_SHIFT=fixed_shift, BLOCK_R=rows,
@@ -278,7 +266,8 @@ def stats(
 def _contrastive_listed_grad_kernel(
     x_ptr, positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr,
     starts_ptr, counts_ptr, columns_ptr, capacity,
-    lse_ptr, grad_lse_ptr, grad_pos_ptr, grad_ext_ptr, out_scale_ptr, out_ptr, D_out, N, D, R, W, scale,
+    lse_ptr, grad_lse_ptr, grad_pos_ptr, grad_ext_ptr, out_scale_ptr, out_ptr, D_out, first_row, n, N, D, R, W,
+    scale,
     NEGATIVES: tl.constexpr, ADD: tl.constexpr,
     SYMMETRIC_POSITIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, SYMMETRIC_EXTRA: tl.constexpr,
     HAS_NEGATIVES: tl.constexpr, RESIDENT: tl.constexpr,
@@ -292,8 +281,9 @@ def _contrastive_listed_grad_kernel(
     The output tile is transposed, [D, rows], so that x_j^T, the long side, leads the second product too.
     """
     item = tl.program_id(0)
-    rows = _list_rows(item, tl.program_id(1), R, NEGATIVES, BLOCK_R)
-    valid_rows = tl.minimum(rows, N - 1)
+    mask_rows = _list_rows(item, tl.program_id(1), first_row, R, NEGATIVES, BLOCK_R)
+    valid_mask_rows = tl.minimum(mask_rows, n - 1)
+    rows, valid_rows = first_row + mask_rows, first_row + valid_mask_rows
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     start, count = tl.load(starts_ptr + item), tl.load(counts_ptr + item)
     fits = start + count <= capacity
@@ -318,10 +308,10 @@ def _contrastive_listed_grad_kernel(
             inside = _bits_at(negatives_ptr, item, cols, W)[:, None]
             weight = tl.where(inside, gl_i * tl.exp2(z - lse_i), 0.0)
         else:
-            positive = _bits_at(positives_ptr, valid_rows[None, :], cols[:, None], W)
+            positive = _bits_at(positives_ptr, valid_mask_rows[None, :], cols[:, None], W)
             positive_t = positive
             if not SYMMETRIC_POSITIVES:
-                positive_t = _bits_at(positives_t_ptr, valid_rows[None, :], cols[:, None], W)
+                positive_t = _bits_at(positives_t_ptr, valid_mask_rows[None, :], cols[:, None], W)
             inside, inside_t = positive, positive_t
             if HAS_NEGATIVES:
                 inside &= _bits_at(negatives_ptr, (valid_rows % R)[None, :], cols[:, None], W) == 0
@@ -334,15 +324,15 @@ def _contrastive_listed_grad_kernel(
             weight += tl.where(positive, gp_i, 0.0) + tl.where(positive_t, gp_j, 0.0)
             if HAS_EXTRA:
                 ge_j = tl.load(grad_ext_ptr + cols)[:, None]
-                also = _bits_at(extra_ptr, valid_rows[None, :], cols[:, None], W)
+                also = _bits_at(extra_ptr, valid_mask_rows[None, :], cols[:, None], W)
                 also_t = also
                 if not SYMMETRIC_EXTRA:
-                    also_t = _bits_at(extra_t_ptr, valid_rows[None, :], cols[:, None], W)
+                    also_t = _bits_at(extra_t_ptr, valid_mask_rows[None, :], cols[:, None], W)
                 weight += tl.where(also, ge_i, 0.0) + tl.where(also_t, ge_j, 0.0)
         weight = tl.where((rows[None, :] != cols[:, None]) & there[:, None], weight, 0.0)
         acc = tl.dot(tl.trans(x_cols), weight.to(x_cols.dtype), acc, input_precision=PRECISION)
-    out_at = rows.to(tl.int64)[None, :] * D_out + d[:, None]
-    mask = (rows < N)[None, :] & (d < D_out)[:, None]
+    out_at = mask_rows.to(tl.int64)[None, :] * D_out + d[:, None]
+    mask = (mask_rows < n)[None, :] & (d < D_out)[:, None]
     acc *= tl.load(out_scale_ptr)
     if ADD:
         acc += tl.load(out_ptr + out_at, mask=mask, other=0.0)
@@ -414,7 +404,7 @@ def _contrastive_column_side_kernel(
 @triton.jit
 def _contrastive_column_sum_kernel(
     x_ptr, turned_ptr, turned_counts_ptr, turned_starts_ptr, starts_ptr, capacity, window_ptr, workspace_ptr,
-    lse_ptr, grad_lse_ptr, partial_ptr, out_scale_ptr, out_ptr, D_out, N, D, R, W_turned, scale,
+    lse_ptr, grad_lse_ptr, partial_ptr, out_scale_ptr, out_ptr, D_out, first_row, N, D, R, W_turned, scale,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """out_j = out_scale (partial_j + the column side of j) for the window's columns j.
@@ -450,25 +440,32 @@ def _contrastive_column_sum_kernel(
                         z = tl.sum(x_rows * x_j[None, :], 1) * scale
                         p = tl.load(grad_lse_ptr + valid_rows) * tl.exp2(z - tl.load(lse_ptr + valid_rows))
                         acc += tl.sum(tl.where(others, p, 0.0)[:, None] * x_rows, 0)
-        acc += tl.load(partial_ptr + j * D + d, mask=d < D, other=0.0)
+        acc += tl.load(partial_ptr + (j - first_row) * D + d, mask=d < D, other=0.0)
         out = (acc * tl.load(out_scale_ptr)).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + j * D_out + d, out, mask=d < D_out)
+        tl.store(out_ptr + (j - first_row) * D_out + d, out, mask=d < D_out)
 
 
 class _ColumnSide:
-    """The transposed negatives with their running counts, and the windows of columns that share the workspace."""
+    """The transposed negatives with their running counts, and the windows of columns that share the workspace.
 
-    def __init__(self, lists: _Lists, negatives: Tensor, n: int, d: int, dtype: torch.dtype):
+    Only the anchors' columns, `n` from `first_row` on, have slots in it.
+    """
+
+    def __init__(
+        self, lists: _Lists, negatives: Tensor, total: int, first_row: int, n: int, d: int, dtype: torch.dtype
+    ):
         period = negatives.shape[0]
-        self.bits = transpose_bits(negatives, n)
+        self.bits = transpose_bits(negatives, total)
         width = self.bits.shape[1]
-        self.counts = torch.empty(n, dtype=torch.int32, device=negatives.device)
-        self.prefix = torch.empty((n, width), dtype=torch.int32, device=negatives.device)
+        self.counts = torch.empty(total, dtype=torch.int32, device=negatives.device)
+        self.prefix = torch.empty((total, width), dtype=torch.int32, device=negatives.device)
         with on_device(negatives):
-            _contrastive_count_columns_kernel[(n,)](
-                *[self.bits] * 4, self.counts, self.prefix, 1, n - 1, width,
+            _contrastive_count_columns_kernel[(total,)](
+                *[self.bits] * 4, self.counts, self.prefix, 1, total - 1, width,
                 MASKS=1, STORE_PREFIX=True, BLOCK_W=_SCAN_WORDS, num_warps=1,
             )  # fmt: skip
+        self.counts[:first_row] = 0
+        self.counts[first_row + n :] = 0
         ends = self.counts.cumsum(0, dtype=torch.int64)
         self.starts = ends - self.counts
         # A window is the columns whose first slot lies in one quota; the last of them reaches at most `period` past it.
@@ -476,23 +473,24 @@ class _ColumnSide:
         quota = min(quota, lists.capacity)
         self.windows = triton.cdiv(lists.capacity, quota)
         marks = torch.arange(self.windows + 1, device=negatives.device) * quota
-        self.bounds = torch.searchsorted(self.starts, marks).to(torch.int32)
-        self.bounds[0] = 0
-        self.bounds[-1] = n  # all columns, also where the lists overflow and no slots are used
+        self.bounds = torch.searchsorted(self.starts, marks).clamp(first_row, first_row + n).to(torch.int32)
+        self.bounds[0] = first_row
+        self.bounds[-1] = first_row + n  # all of them, also where the lists overflow and no slots are used
         self.workspace = torch.empty((quota + period, d), dtype=dtype, device=negatives.device)
 
 
 def grad(
     x: Tensor, positives: Tensor, positives_t: Tensor | None, extra: Tensor | None, extra_t: Tensor | None,
-    negatives: Tensor | None, everything: bool, temperature: float,
+    negatives: Tensor | None, everything: bool, temperature: float, first_row: int,
     lse2: Tensor, grad_lse: Tensor, grad_pos: Tensor, grad_ext: Tensor, out_scale: Tensor,
 ) -> Tensor:  # fmt: skip
     """out_scale sum_j (G_ij + G_ji) x_j in x's dtype, stream by stream to bound the scratch; lse2 in base 2."""
-    config = grad_config(_GRAD, x.dtype, x.shape[2])
-    out = torch.empty_like(x)
+    config = tuning.lookup("contrastive_grad_sparse", x.dtype, x.shape[2], x.shape[1], x.device)
+    n = positives.shape[0]
+    out = x.new_empty(x.shape[0], n, x.shape[2])
     x = padded_rows(x, config["BLOCK_D"])
-    streams, n, d = x.shape
-    period = n if negatives is None else negatives.shape[0]
+    streams, total, d = x.shape
+    period = total if negatives is None else negatives.shape[0]
     width = positives.stride(0)
     masks = [positives if mask is None else mask for mask in (positives, positives_t, extra, extra_t, negatives)]
     pieces = triton.cdiv(d, config["BLOCK_D"])
@@ -504,17 +502,17 @@ def grad(
         SYMMETRIC_POSITIVES=positives_t is None, HAS_EXTRA=extra is not None, SYMMETRIC_EXTRA=extra_t is None,
         HAS_NEGATIVES=negatives is not None, **options,
     )  # fmt: skip
-    positive_lists = _positive_lists(n, positives, positives_t, extra, extra_t)
+    positive_lists = _positive_lists(total, positives, positives_t, extra, extra_t)
     if negatives is not None:
-        negative_lists = _negative_lists(negatives, n)
-        side = _ColumnSide(negative_lists, negatives, n, d, x.dtype)
+        negative_lists = _negative_lists(negatives, total)
+        side = _ColumnSide(negative_lists, negatives, total, first_row, n, d, x.dtype)
         partial = torch.empty((n, d), dtype=torch.float32, device=x.device)
         one = torch.ones_like(out_scale)
-        blocks = triton.cdiv(n // period, _NEGATIVE_ROWS)
+        blocks = triton.cdiv(triton.cdiv(n, period), _NEGATIVE_ROWS)
     with on_device(x):
         for s in range(streams):
             vectors = (lse2[s], grad_lse[s], grad_pos[s], grad_ext[s])
-            sizes = (n, d, period, width, scale)
+            sizes = (first_row, n, total, d, period, width, scale)
             if negatives is None:
                 _contrastive_listed_grad_kernel[(positive_lists.number, 1, pieces)](
                     x[s], *masks, *positive_lists.arguments(), *vectors, out_scale, out[s], out.shape[2], *sizes,
@@ -534,13 +532,13 @@ def grad(
                 _contrastive_column_side_kernel[(period, _COLUMN_SPLITS, pieces)](
                     x[s], negatives, negative_lists.prefix, *negative_lists.arguments(),
                     side.bits, side.prefix, side.counts, side.starts, window, side.workspace,
-                    lse2[s], grad_lse[s], n, d, period, width, side.bits.stride(0), scale,
+                    lse2[s], grad_lse[s], total, d, period, width, side.bits.stride(0), scale,
                     BLOCK_R=_NEGATIVE_ROWS, **options,
                 )  # fmt: skip
                 _contrastive_column_sum_kernel[(min(n, _SUM_PROGRAMS),)](
                     x[s], side.bits, side.counts, side.starts, negative_lists.starts, negative_lists.capacity,
                     window, side.workspace, lse2[s], grad_lse[s], partial, out_scale, out[s],
-                    out.shape[2], n, d, period, side.bits.stride(0), scale,
+                    out.shape[2], first_row, total, d, period, side.bits.stride(0), scale,
                     BLOCK_D=triton.next_power_of_2(d), BLOCK_R=16, BLOCK_S=_SUM_ROWS, num_warps=4,
                 )  # fmt: skip
     return out

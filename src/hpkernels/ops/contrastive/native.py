@@ -25,6 +25,12 @@ class _Masks:
         self.native = _cpu.ContrastiveMasks(*addresses, positives.shape[1], negative_rows)
 
 
+def _require_all_anchors(x: Tensor, positives: Tensor, first_row: int) -> None:
+    if first_row != 0 or positives.shape[0] != x.shape[1]:
+        last = first_row + positives.shape[0]
+        raise ValueError(f"positives: the cpu backend takes all {x.shape[1]} anchors at once, got {first_row}..{last}")
+
+
 def contrastive_stats(
     x: Tensor,
     positives: Tensor,
@@ -34,8 +40,10 @@ def contrastive_stats(
     negatives: Tensor | None,
     denominator: str,
     temperature: float,
+    first_row: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row (lse, pos, ext), each (S, N) fp32 (fp64 for fp64), of unit rows x (S, N, D); see op.py."""
+    _require_all_anchors(x, positives, first_row)
     x = _working(x)
     streams, rows, depth = x.shape
     lse, pos, ext = (torch.zeros(streams, rows, dtype=x.dtype) for _ in range(3))
@@ -57,6 +65,7 @@ def contrastive_grad(
     negatives: Tensor | None,
     denominator: str,
     temperature: float,
+    first_row: int,
     lse: Tensor,
     grad_lse: Tensor,
     grad_pos: Tensor,
@@ -64,6 +73,7 @@ def contrastive_grad(
 ) -> Tensor:
     """The gradient (S, N, D) with respect to x, in x's dtype; grads and lse are (S, N); see reference.py."""
     dtype = x.dtype
+    _require_all_anchors(x, positives, first_row)
     x = _working(x)
     streams, rows, depth = x.shape
     tables = [table.to(x.dtype).contiguous() for table in (lse, grad_lse, grad_pos, grad_ext)]

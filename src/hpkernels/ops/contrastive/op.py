@@ -38,7 +38,7 @@ def contrastive_stats(
     """
     if backend == "reference":  # plain autograd, so that a second backward works
         return reference.contrastive_stats(
-            x, positives, positives_t, extra, extra_t, negatives, denominator, temperature
+            x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, 0
         )
     return _contrastive_stats(
         x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, backend
@@ -58,7 +58,7 @@ def _contrastive_stats(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = dispatch.implementation("contrastive", backend).contrastive_stats
-    return stats(x, positives, positives_t, extra, extra_t, negatives, denominator, temperature)
+    return stats(x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, 0)
 
 
 @_contrastive_stats.register_fake
@@ -85,7 +85,7 @@ def _contrastive_grad(
 ) -> Tensor:
     grad = dispatch.implementation("contrastive", backend).contrastive_grad
     masks = (positives, positives_t, extra, extra_t, negatives)
-    return grad(x, *masks, denominator, temperature, lse, grad_lse, grad_pos, grad_ext)
+    return grad(x, *masks, denominator, temperature, 0, lse, grad_lse, grad_pos, grad_ext)
 
 
 @_contrastive_grad.register_fake
