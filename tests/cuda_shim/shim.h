@@ -1,0 +1,222 @@
+// CUDA on the host, for the tests: one block at a time, its threads as fibres, so that the kernels of csrc/cuda run
+// unchanged and their results can be checked without a GPU. Asynchronous copies are made at once; ldmatrix and mma
+// follow the fragment layouts of the PTX manual. A block in which no thread can go on raises std::runtime_error.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace hpk::shim {
+
+struct Barrier {
+  int arrived = 0, generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint32_t words[32][8];      // what the lanes show each other
+  const void* addresses[32];
+};
+
+struct Fibre {
+  ucontext_t context;
+  std::vector<char> stack;
+  dim3 thread;
+  bool done;
+};
+
+struct Block {
+  dim3 index, grid, size;
+  std::vector<Fibre> fibres;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> shared;
+  Barrier barrier;
+  ucontext_t scheduler;
+  Fibre* running = nullptr;
+  int live = 0;
+  bool progress = false;
+  std::function<void()> body;
+};
+
+inline Block& block() {
+  static Block one;
+  return one;
+}
+
+inline void wait(Barrier& barrier, int size) {
+  Block& b = block();
+  const int generation = barrier.generation;
+  if (++barrier.arrived >= size) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    b.progress = true;
+    return;
+  }
+  Fibre* self = b.running;
+  while (barrier.generation == generation) swapcontext(&self->context, &b.scheduler);
+}
+
+inline int lane() { return block().running->thread.x % 32; }
+inline Warp& warp() { return block().warps[block().running->thread.x / 32]; }
+inline void wait_warp() { wait(warp().barrier, 32); }
+
+inline void fibre_main() {
+  Block& b = block();
+  b.body();
+  b.running->done = true;
+  b.progress = true;
+  --b.live;
+  swapcontext(&b.running->context, &b.scheduler);
+}
+
+inline void run_block() {
+  Block& b = block();
+  for (Fibre& f : b.fibres) {
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, fibre_main, 0);
+    f.done = false;
+  }
+  b.live = static_cast<int>(b.fibres.size());
+  b.barrier = Barrier{};
+  for (Warp& w : b.warps) w.barrier = Barrier{};
+  while (b.live) {
+    b.progress = false;
+    for (Fibre& f : b.fibres) {
+      if (f.done) continue;
+      b.running = &f;
+      swapcontext(&b.scheduler, &f.context);
+    }
+    if (!b.progress) throw std::runtime_error("the threads of a block wait at different barriers");
+  }
+}
+
+}  // namespace hpk::shim
+
+#define threadIdx (::hpk::shim::block().running->thread)
+#define blockIdx (::hpk::shim::block().index)
+#define gridDim (::hpk::shim::block().grid)
+
+inline void __syncthreads() { hpk::shim::wait(hpk::shim::block().barrier, hpk::shim::block().live); }
+inline void __syncwarp() { hpk::shim::wait_warp(); }
+
+template <class T>
+T __shfl_xor_sync(uint32_t, T value, int mask) {
+  auto& warp = hpk::shim::warp();
+  std::memcpy(warp.words[hpk::shim::lane()], &value, sizeof(T));
+  hpk::shim::wait_warp();
+  T other;
+  std::memcpy(&other, warp.words[hpk::shim::lane() ^ mask], sizeof(T));
+  hpk::shim::wait_warp();
+  return other;
+}
+
+inline int atomicAdd(int* address, int value) {
+  const int before = *address;
+  *address += value;
+  return before;
+}
+
+namespace hpk::gpu {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float to_float(fp16 x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
+                     : exponent == 0 ? std::ldexp(float(fraction), -24)
+                                     : std::ldexp(float(fraction + 1024), exponent - 25);
+  return x.bits >> 15 ? -size : size;
+}
+
+inline unsigned char* dynamic_shared() { return shim::block().shared.data(); }
+
+inline void cp_async_16(void* shared, const void* global, bool valid) {
+  if (valid) std::memcpy(shared, global, 16);
+  else std::memset(shared, 0, 16);
+}
+inline void cp_async_commit() {}
+template <int N>
+void cp_async_wait() {}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
+  auto& warp = shim::warp();
+  const int lane = shim::lane();
+  warp.addresses[lane] = shared_row;
+  shim::wait_warp();
+  for (int q = 0; q < 4; ++q)
+    std::memcpy(&r[q], static_cast<const char*>(warp.addresses[8 * q + lane / 4]) + lane % 4 * 4, 4);
+  shim::wait_warp();
+}
+
+// c += a b: a is 16 x 16 (register q: rows + 8 (q % 2), depth + 8 (q / 2)), b 16 x 8 (register q: depth + 8 q).
+template <class T>
+void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  auto& warp = shim::warp();
+  const int lane = shim::lane();
+  std::memcpy(warp.words[lane], a, 16);
+  std::memcpy(warp.words[lane] + 4, b, 8);
+  shim::wait_warp();
+  const auto element = [&](int of_lane, int of_register, int half) {
+    return to_float(T{static_cast<uint16_t>(warp.words[of_lane][of_register] >> 16 * half)});
+  };
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4, column = lane % 4 * 2 + e % 2;  // of the upper (e < 2) or lower 8 rows
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k % 8 / 2;
+      c[e] += element(row * 4 + pair, e / 2 + k / 8 * 2, k % 2) * element(column * 4 + pair, 4 + k / 8, k % 2);
+    }
+  }
+  shim::wait_warp();
+}
+
+template <class... A, class... B>
+void launch(void (*kernel)(A...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t, B... args) {
+  auto& b = shim::block();
+  b.grid = grid;
+  b.fibres.resize(block.x);
+  b.warps.resize((block.x + 31) / 32);
+  for (unsigned t = 0; t < block.x; ++t) {
+    b.fibres[t].thread = dim3(t);
+    b.fibres[t].stack.resize(64 << 10);
+  }
+  b.body = [=] { kernel(args...); };
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      b.index = dim3(x, y);
+      b.shared.assign(shared_bytes, 0xff);  // unset shared memory reads as NaN
+      shim::run_block();
+    }
+}
+
+}  // namespace hpk::gpu
