@@ -6,6 +6,9 @@ within the rounding of an fp32 sum.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 
@@ -14,6 +17,25 @@ from hpkernels.ops.similarity_search import reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 1, 16), (2, 63, 48), (65, 129, 20), (200, 65, 72))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty is filled with NaN or the largest integer: what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _before_guard_page(x: torch.Tensor) -> torch.Tensor:
+    """A copy that ends where a page begins that nobody may touch: reading past it ends the process."""
+    size = x.numel() * x.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    no_access = 0
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address + pages), mmap.PAGESIZE, no_access) == 0
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages - size).view(x.shape).copy_(x)
 
 
 def _whole(n: int, c: int, dtype: torch.dtype) -> torch.Tensor:
@@ -100,3 +122,16 @@ def test_values_without_an_order(search, k):
     queries[:, 0] = 1.0
     values, indices = search.topk_similarity(queries, keys, k, False, None, None)
     assert indices[0].tolist() == list(range(2, 2 + k)) and values[0].tolist() == [1.0] + [0.0] * (k - 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_operand_is_read_past_its_end(search, dtype):
+    queries, keys = (_before_guard_page(_whole(n, 24, dtype)) for n in (130, 258))
+    thresholds, key_thresholds = (_before_guard_page(torch.zeros(n)) for n in (130, 258))
+    assert torch.equal(search.max_similarity(queries, keys), reference.max_similarity(queries, keys))
+    for arguments in ((None, None), (keys, None), (keys, key_thresholds)):
+        bits = search.pairs_above(queries, thresholds, *arguments)
+        assert torch.equal(bits, reference.pairs_above(queries, thresholds, *arguments))
+    for k in (1, 7, 257):
+        found = search.topk_similarity(queries, keys, k, False, None, None)
+        assert torch.equal(found[1], reference.topk_similarity(queries, keys, k, False, None, None)[1])
