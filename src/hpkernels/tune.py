@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -182,7 +183,7 @@ def tune(
     ops: list[str], kinds: list[str], widths: list[int], rows: list[int], device: torch.device,
     timer: Timer, spilled: Callable[[], int], out: Path,
 ) -> list[dict]:  # fmt: skip
-    """Finds, prints and writes the best configuration of every op, dtype, width and number of rows."""
+    """Finds, prints and writes the best configuration of every op, dtype, width and number of rows; uses it at once."""
     from hpkernels.ops.contrastive import kernels
 
     found = []
@@ -200,6 +201,7 @@ def tune(
         entry = dict(op=op, dtype=kind, d=d, log2_n=n.bit_length() - 1, measured=True, config=config)
         found.append(entry)
         write(out, [entry], torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter")
+        os.environ["HPKERNELS_TUNING"] = str(out)  # the routes are compared with the tiles found before
     return found
 
 

@@ -416,7 +416,7 @@ def _contrastive_column_sum_kernel(
     d = tl.arange(0, BLOCK_D)
     listed = tl.load(starts_ptr) <= capacity
     for column in range(first_column + tl.program_id(0), last_column, tl.num_programs(0)):
-        j = tl.to_tensor(column).to(tl.int64)
+        j = tl.full([], 0, tl.int64) + column
         begin = tl.load(turned_starts_ptr + j) - tl.load(turned_starts_ptr + first_column)
         count = tl.where(listed, tl.load(turned_counts_ptr + j), 0)
         sums = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
