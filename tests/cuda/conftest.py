@@ -1,4 +1,7 @@
-"""hpkernels._cuda for the CPU: the sources of csrc/cuda compiled against tests/cuda_shim, built once per run."""
+"""hpkernels._cuda for the CPU: the sources of csrc/cuda compiled against tests/cuda_shim, built once per run.
+
+The fixtures are the modules hpkernels.ops.<op>.cuda on that library: they take CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import importlib.util
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pybind11
 import pytest
@@ -16,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def search(tmp_path_factory):
-    """The module hpkernels.ops.similarity_search.cuda on the shim: it takes CPU tensors."""
+def shim(tmp_path_factory) -> Iterator[ModuleType]:
+    """The compiled library, in the place of hpkernels._cuda for the session."""
     library = tmp_path_factory.mktemp("cuda_shim") / "_cuda.so"
     includes = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda", pybind11.get_include(), sysconfig.get_path("include"))
     sources = [str(path) for pattern in ("*.cu", "*.cpp") for path in sorted((ROOT / "csrc/cuda").glob(pattern))]
@@ -34,6 +39,17 @@ def search(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "hpkernels._cuda", module)
         patch.setattr(hpkernels, "_cuda", module, raising=False)
-        patch.delitem(sys.modules, "hpkernels.ops.similarity_search.cuda", raising=False)
-        yield importlib.import_module("hpkernels.ops.similarity_search.cuda")
-        sys.modules.pop("hpkernels.ops.similarity_search.cuda", None)
+        yield module
+
+
+def _on_shim(op: str) -> Iterator[ModuleType]:
+    name = f"hpkernels.ops.{op}.cuda"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, name, raising=False)
+        yield importlib.import_module(name)
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def search(shim) -> Iterator[ModuleType]:
+    yield from _on_shim("similarity_search")
