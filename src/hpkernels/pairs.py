@@ -140,4 +140,5 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str | None) -> Ten
         raise TypeError(f"seed: expected an int or a 0-dim int64 tensor, got {seed!r}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    # Filled on the device: a copy from the host would wait for it, and cannot be captured in a CUDA graph.
+    return torch.full((), seed, dtype=torch.int64, device=device)
