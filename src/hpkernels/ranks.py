@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
 _ERRORS = {"TypeError": TypeError, "ValueError": ValueError}
 
 
@@ -37,7 +38,7 @@ class Ranks:
         part = x.detach().movedim(dim, 0).contiguous()
         out = part.new_empty((sum(sizes), *part.shape[1:]))
         if len(set(sizes)) == 1:
-            dist.all_gather_into_tensor(out, part, group=self.group)
+            _all_gather(out, part, group=self.group)
         else:  # not every backend gathers uneven parts
             pieces = out.split(sizes)
             pieces[self.rank].copy_(part)
