@@ -10,6 +10,7 @@ from torch import Tensor
 from hpkernels import dispatch
 from hpkernels._checks import check_choice, check_finite, check_float_tensor, check_positive, check_rate, describe
 from hpkernels.mining import check_rule
+from hpkernels.panels import bits_bytes
 from hpkernels.pairs import as_seed
 
 WEIGHTINGS = ("pairs", "anchors", "separate")
@@ -76,6 +77,7 @@ def check_batch(
         graphs.append(("head_features", head_features, "head_pool", head_pool))
     for graph in graphs:
         check_rule(*graph, positives_per_anchor)
+    bits_bytes(z.device)  # finds a setting that is no number
     if negative_mask is not None and (not isinstance(negative_mask, Tensor) or negative_mask.dtype != torch.bool):
         raise TypeError(f"negative_mask: expected a bool tensor, got {describe(negative_mask)}")
     drawn = negative_mask is None and 0.0 < rate < 1.0

@@ -84,12 +84,28 @@ def hidden_positive_loss(
         weighting: "pairs" (published: every positive pair counts the same), "anchors" (every kept row counts the
             same), "separate" (loss version 2: P over rows with P plus lambda times Q over rows with Q).
         seed: int or 0-dim int64 tensor for the draw; None takes one from torch's default generator of z's device.
-        process_group: not available in this version; must be None.
+        process_group: a torch.distributed.ProcessGroup; see below. None: one process.
         return_stats: also return LossStats.
         backend: see `python -m hpkernels.info`; None chooses.
 
     Returns:
         0-dim fp32 loss (fp64 if z is fp64), or (loss, LossStats). Without any positive pair: 0 with zero gradients.
+
+    **Many processes.** With a process_group every rank passes its own images, any number of them (none, too), and its
+    part of the pools, and the anchors of all ranks meet the patches of all ranks: the loss and LossStats are those of one
+    process on the concatenated batch, the same on every rank, and z.grad is this rank's slice of that one loss's gradient
+    (head_weight.grad: its share). Pass tokens_per_image or z as (B, T, D); negative_mask is over all N patches, the same
+    on every rank; rank 0's seed serves all. Every rank calls backward. DistributedDataParallel averages the gradients
+    of parameters over ranks, where this loss needs their sum:
+
+        (loss * torch.distributed.get_world_size(process_group)).backward()
+
+    A rank holds the unit rows of all ranks and the pairs of its own anchors, bits of n x N. Ranks first exchange shapes
+    and options (which synchronises), so that an error on one of them is raised on all.
+
+    **Memory.** The bits of P and Q take N^2 / 8 bytes each. Beyond 2 GiB on a CPU and 8 GiB on a GPU (environment
+    variable HPKERNELS_BITS_BYTES) they are made for one panel of anchors at a time, in the forward and again in the
+    backward pass: slower, the same loss and gradient to rounding.
 
     Raises:
         TypeError, ValueError: the argument, its value and what was expected; non-finite input on the CPU. On a GPU

@@ -11,9 +11,9 @@ twice.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from hpkernels.ops.contrastive.op import contrastive_grad_rows, contrastive_stat
 from hpkernels.ops.pair_bits.op import count_bits
 from hpkernels.ranks import Ranks
 
+T = TypeVar("T")
 BITS_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}  # bits of all graphs to hold at a time, by the type of device
 PANEL_MULTIPLE = 128  # anchors: whole tiles of every backend
 
@@ -73,16 +74,20 @@ class _Anchors:
     count: int
     kept: list[Tensor] | None = None
 
-    def panels(self) -> Iterator[tuple[slice, int, Tensor, Tensor | None]]:
-        """(which of this rank's anchors, the first one among all ranks', their bits of P, and of Q)."""
-        first = self.ranks.first_row("z")
+    def for_each_panel(self, function: Callable[[slice, int, Tensor, Tensor | None], T]) -> list[T]:
+        """function(which of this rank's anchors, the first one among all ranks', their bits of P, of Q) of each panel."""
         step = max(1, self.rows_at_a_time)
-        for start in range(0, max(1, self.count), step):
-            rows = min(step, self.count - start)
-            bits = self.kept or [rule.rows(first + start, rows) for rule in self.rules]
-            if rows == self.count:
-                self.kept, self.rules = bits, []
-            yield slice(start, start + rows), first + start, bits[0], bits[1] if len(bits) > 1 else None
+        starts = range(0, max(1, self.count), step)
+        return [self._panel(start, min(step, self.count - start), function) for start in starts]
+
+    def _panel(self, start: int, rows: int, function: Callable[[slice, int, Tensor, Tensor | None], T]) -> T:
+        # A call of its own, so that nothing holds a panel's bits when the next one is mined.
+        first_row = self.ranks.first_row("z") + start
+        bits = self.kept or [rule.rows(first_row, rows) for rule in self.rules]
+        if rows == self.count:
+            self.kept, self.rules = bits, []
+        P, Q = (*bits, None)[:2]
+        return function(slice(start, start + rows), first_row, P, Q)
 
 
 class _PanelStatistics(torch.autograd.Function):
@@ -91,8 +96,8 @@ class _PanelStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchors: _Anchors, *x: Tensor):
         every = [anchors.ranks.gather(rows, "z", dim=1) for rows in x]
-        parts = []
-        for _, first_row, P, Q in anchors.panels():
+
+        def of_panel(_, first_row: int, P: Tensor, Q: Tensor | None) -> tuple[Tensor, ...]:
             calls = [
                 contrastive_stats_rows(
                     rows, P, None, Q, None, anchors.negatives, anchors.denominator, anchors.temperature, first_row,
@@ -103,7 +108,9 @@ class _PanelStatistics(torch.autograd.Function):
             tables = [torch.cat(table) for table in zip(*calls)]
             n_pos = count_bits(P, anchors.backend)
             n_ext = torch.zeros_like(n_pos) if Q is None else count_bits(Q, anchors.backend)
-            parts.append((*tables, n_pos.to(tables[0].dtype), n_ext.to(tables[0].dtype)))
+            return *tables, n_pos.to(tables[0].dtype), n_ext.to(tables[0].dtype)
+
+        parts = anchors.for_each_panel(of_panel)
         statistics = [torch.cat(part, -1) for part in zip(*parts)]
         ctx.anchors = anchors
         ctx.save_for_backward(*every, statistics[0])
@@ -117,12 +124,15 @@ class _PanelStatistics(torch.autograd.Function):
         tables = anchors.ranks.gather(torch.stack([lse, grad_lse, grad_pos, grad_ext]), "z", dim=2)
         of_call = tables.split([len(rows) for rows in every], dim=1)
         grads = [rows.new_empty(len(rows), anchors.count, rows.shape[2]) for rows in every]
-        for own, first_row, P, Q in anchors.panels():
+
+        def of_panel(own: slice, first_row: int, P: Tensor, Q: Tensor | None) -> None:
             for rows, table, grad in zip(every, of_call, grads):
                 grad[:, own] = contrastive_grad_rows(
                     rows, P, None, Q, None, anchors.negatives, anchors.denominator, anchors.temperature, first_row,
                     *table.unbind(), anchors.backend,
                 )  # fmt: skip
+
+        anchors.for_each_panel(of_panel)
         return None, *grads
 
 

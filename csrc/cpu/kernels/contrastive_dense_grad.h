@@ -81,8 +81,8 @@ class DenseGrad {
   int64_t scratch_size() const { return E::a_size(kTile, args_.depth) + 2 * kTile * kTile; }
   T* tile_in(T* scratch) const { return scratch + E::a_size(kTile, args_.depth); }
 
-  // Every two panels meet once: in a round no panel plays twice, so a tile may add to both of its panels, and each panel
-  // meets the others in a fixed order.
+  // Every two panels meet once: in a round no panel plays twice, so a tile may add to both of its panels, and each
+  // panel meets the others in a fixed order.
   template <class F>
   void meet_as_in_a_tournament(const T* x, F&& scratch_of) const {
     parallel_for(args_.threads, panels_,

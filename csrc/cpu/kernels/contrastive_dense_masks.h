@@ -94,7 +94,8 @@ inline LaneMask<T> lanes_of(uint32_t word, int64_t lane) {  // lanes lane .. lan
   return expand<T>((word >> lane) & ((1u << kLanes<T>)-1));
 }
 
-// All rows as the columns of tiles: the panel of columns from j0 on starts at packed + j0 * depth, j0 a multiple of kTile.
+// All rows as the columns of tiles: the panel of columns from j0 on starts at packed + j0 * depth, j0 a multiple of
+// kTile.
 template <class T>
 void pack_tile_columns(const ContrastiveArgs<T>& args, const T* x, T* packed) {
   parallel_for(args.threads, (args.rows + kTile - 1) / kTile, [&](int64_t panel, int) {

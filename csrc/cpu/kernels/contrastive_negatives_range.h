@@ -66,8 +66,8 @@ class RangeNegativeGrad {
     if (group.count) f(group);
   }
 
-  // Calls f(columns, their number, weights), kChunk columns at a time, with weights[c * kGroup + r] = G / temperature of
-  // the group's row r and column c.
+  // Calls f(columns, their number, weights), kChunk columns at a time, with weights[c * kGroup + r] = G / temperature
+  // of the group's row r and column c.
   template <class F>
   void for_each_chunk(int64_t s, const Group& group, const Lists& lists, int64_t count, F&& f) const {
     const Coefficients<T> coefficients(args_, factors_ + s * args_.rows, group);
@@ -131,9 +131,8 @@ class RangeNegativeGrad {
           if (count == 0) return;
           const RowPointers<const T> rows(problem_.stream(s), group, depth);
           for_each_chunk(s, group, lists, count, [&](const int32_t* index, int64_t columns, const T* weights) {
-            with_row_count(group.count, [&](auto r) {
-              scatter_rows<r()>(weights, rows.row, depth, index, columns, low, sums);
-            });
+            with_row_count(group.count,
+                           [&](auto r) { scatter_rows<r()>(weights, rows.row, depth, index, columns, low, sums); });
           });
           pending += count;
           if (pending >= kChunk * size) flush();  // a long sum is a sum of short ones
