@@ -52,7 +52,7 @@ LOSS_ERRORS = [
     ({"seed": torch.ones(2, dtype=torch.int64)}, TypeError, "seed: expected an int or a 0-dim int64"),
     ({"seed": 2**64}, ValueError, "seed: expected a 64-bit integer"),
     ({"backend": "metal"}, ValueError, "backend: 'metal' cannot be used here"),
-    ({"process_group": object()}, ValueError, "process_group: expected None"),
+    ({"process_group": object()}, TypeError, "process_group: expected a torch.distributed.ProcessGroup or None, got"),
 ]
 
 

@@ -26,6 +26,7 @@ def op_calls(backend: str, device) -> list[tuple]:
     attention = torch.randn(2, 3, 20, 20, device=device)
     weights, code = torch.rand(2, 20, 9, device=device), torch.randn(2, 20, 6, device=device)
     masks = (P.bits, P.T.bits, Q.bits, None, M.bits)
+    range_masks = (P.bits[7:26], P.T.bits[7:26], Q.bits[7:26], None, M.bits)
     seed = torch.tensor(3, device=device)
     grad = x.clone().requires_grad_()
     return [
@@ -34,11 +35,13 @@ def op_calls(backend: str, device) -> list[tuple]:
         ("topk_groups", search._topk_similarity, (rows, rows, 4, False, groups, groups, backend)),
         ("pairs_above", search._pairs_above, (rows, table[0], None, None, backend)),
         ("pairs_above_keys", search._pairs_above, (rows, table[0], rows[:9], table[1, :9], backend)),
-        ("stats_all", contrastive._contrastive_stats, (grad, P.bits, P.T.bits, Q.bits, None, None, "all", 0.8, backend)),
-        ("stats_dense", contrastive._contrastive_stats, (grad, *masks, "dense", 0.8, backend)),
-        ("stats_sparse", contrastive._contrastive_stats, (grad, *masks, "sparse", 0.8, backend)),
-        ("stats_plain", contrastive._contrastive_stats, (grad, Q.bits, None, None, None, None, "sparse", 0.8, backend)),
-        ("grad", contrastive._contrastive_grad, (x, *masks, "dense", 0.8, table, table, table, table, backend)),
+        ("stats_all", contrastive.contrastive_stats_rows, (grad, P.bits, P.T.bits, Q.bits, None, None, "all", 0.8, 0, backend)),
+        ("stats_dense", contrastive.contrastive_stats_rows, (grad, *masks, "dense", 0.8, 0, backend)),
+        ("stats_sparse", contrastive.contrastive_stats_rows, (grad, *masks, "sparse", 0.8, 0, backend)),
+        ("stats_plain", contrastive.contrastive_stats_rows, (grad, Q.bits, None, None, None, None, "sparse", 0.8, 0, backend)),
+        ("stats_range", contrastive.contrastive_stats_rows, (x, *range_masks, "dense", 0.8, 7, backend)),
+        ("grad", contrastive.contrastive_grad_rows, (x, *masks, "dense", 0.8, 0, table, table, table, table, backend)),
+        ("grad_range", contrastive.contrastive_grad_rows, (x, *range_masks, "sparse", 0.8, 7, table, table, table, table, backend)),
         ("neighbor_weights", local_mix._neighbor_weights, (attention, 4, 5, 28.0, 0.1, 0.9, backend)),
         ("neighbor_mix", local_mix._neighbor_mix, (code.requires_grad_(), weights.requires_grad_(), 4, 5, backend)),
         ("neighbor_mix_code", local_mix._neighbor_mix, (code, weights.detach(), 4, 5, backend)),
@@ -46,7 +49,7 @@ def op_calls(backend: str, device) -> list[tuple]:
         ("random_bits", pair_bits.random_bits, (seed, 10, 150, 0.3, backend)),
         ("count_bits", pair_bits.count_bits, (P.bits, backend)),
         ("transpose_bits", pair_bits.transpose_bits, (M.bits, n, backend)),
-        ("pairs_from_indices", pair_bits.pairs_from_indices, (torch.randint(-1, n, (n, 3), device=device), n, True, backend)),
+        ("pairs_from_indices", pair_bits.pairs_from_indices, (torch.randint(-1, n, (n, 3), device=device), n, True, 5, 20, backend)),
         ("normalize_rows", normalize._normalize_rows, (rows.clone().requires_grad_(), "x", backend)),
         ("normalize_rows_grad", normalize._normalize_rows_grad, (rows, rows, backend)),
         ("check_finite", normalize._check_op, (rows, "x")),

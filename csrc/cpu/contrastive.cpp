@@ -6,6 +6,7 @@
 
 namespace {
 
+using hpk::ContrastiveArgs;
 using hpk::pointer;
 using Masks = hpk::ContrastiveMasks;
 
@@ -22,10 +23,10 @@ Masks masks(uintptr_t positives, uintptr_t positives_t, uintptr_t extra, uintptr
 }
 
 template <class T>
-void stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, const Masks& masks,
+void stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, int64_t first, int64_t count, const Masks& masks,
            const std::string& denominator, double temperature, uintptr_t lse, uintptr_t pos, uintptr_t ext,
            int threads) {
-  const hpk::ContrastiveArgs<T> args{pointer<const T>(x), streams, rows, depth, masks, temperature, threads};
+  const ContrastiveArgs<T> args{pointer<const T>(x), streams, rows, depth, first, count, masks, temperature, threads};
   const hpk::ContrastiveStats<T> out{pointer<T>(lse), pointer<T>(pos), pointer<T>(ext)};
   if (denominator == "sparse") {
     HPK_DISPATCH(contrastive_sparse_stats(args, out));
@@ -35,10 +36,10 @@ void stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, const Mask
 }
 
 template <class T>
-void grad(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, const Masks& masks, const std::string& denominator,
-          double temperature, uintptr_t lse, uintptr_t grad_lse, uintptr_t grad_pos, uintptr_t grad_ext,
-          uintptr_t grad_x, int threads) {
-  const hpk::ContrastiveArgs<T> args{pointer<const T>(x), streams, rows, depth, masks, temperature, threads};
+void grad(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, int64_t first, int64_t count, const Masks& masks,
+          const std::string& denominator, double temperature, uintptr_t lse, uintptr_t grad_lse, uintptr_t grad_pos,
+          uintptr_t grad_ext, uintptr_t grad_x, int threads) {
+  const ContrastiveArgs<T> args{pointer<const T>(x), streams, rows, depth, first, count, masks, temperature, threads};
   const hpk::ContrastiveGrads<T> grads{pointer<const T>(lse), pointer<const T>(grad_lse), pointer<const T>(grad_pos),
                                        pointer<const T>(grad_ext), pointer<T>(grad_x)};
   if (denominator == "sparse") {

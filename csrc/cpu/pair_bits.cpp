@@ -4,15 +4,21 @@
 
 namespace {
 
-// Sets (i, indices[i][n]), and its mirror if `symmetric`; bits start out zero. Negative indices are ignored.
-void set_pairs(const int64_t* indices, int64_t rows, int64_t k, int64_t columns, bool symmetric, uint32_t* bits) {
+// Sets (i, indices[i][n]), and its mirror if `symmetric`, in a mask of the rows first_row .. first_row + mask_rows - 1;
+// bits start out zero. Negative indices are ignored.
+void set_pairs(const int64_t* indices, int64_t rows, int64_t k, int64_t columns, bool symmetric, int64_t first_row,
+               int64_t mask_rows, uint32_t* bits) {
   const int64_t words = hpk::words_for(columns);
+  const auto set = [&](int64_t i, int64_t j) {
+    const int64_t row = i - first_row;
+    if (row >= 0 && row < mask_rows) bits[row * words + (j >> 5)] |= 1u << (j & 31);
+  };
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t n = 0; n < k; ++n) {
       const int64_t j = indices[i * k + n];
       if (j < 0 || (symmetric && j == i)) continue;
-      bits[i * words + (j >> 5)] |= 1u << (j & 31);
-      if (symmetric) bits[j * words + (i >> 5)] |= 1u << (i & 31);
+      set(i, j);
+      if (symmetric) set(j, i);
     }
   }
 }
@@ -42,8 +48,10 @@ HPK_BIND(pair_bits) {
       Release());
   m.def(
       "set_pairs",
-      [](uintptr_t indices, int64_t rows, int64_t k, int64_t columns, bool symmetric, uintptr_t bits) {
-        set_pairs(pointer<int64_t>(indices), rows, k, columns, symmetric, pointer<uint32_t>(bits));
+      [](uintptr_t indices, int64_t rows, int64_t k, int64_t columns, bool symmetric, int64_t first_row,
+         int64_t mask_rows, uintptr_t bits) {
+        set_pairs(pointer<int64_t>(indices), rows, k, columns, symmetric, first_row, mask_rows,
+                  pointer<uint32_t>(bits));
       },
       Release());
 }

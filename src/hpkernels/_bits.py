@@ -39,3 +39,13 @@ def unpack(bits: Tensor, columns: int) -> Tensor:
         return torch.zeros(bits.shape[0], columns, dtype=torch.bool, device=bits.device)
     shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
     return ((bits.contiguous().view(torch.uint8)[..., None] >> shifts) & 1).bool().flatten(1)[:, :columns]
+
+
+def clear_diagonal(bits: Tensor, columns: int, first_row: int = 0) -> Tensor:
+    """Clears the pairs (i, i) of the rows i = first_row + r, in place; returns `bits`."""
+    row = torch.arange(max(0, min(bits.shape[0], columns - first_row)), device=bits.device)
+    column = first_row + row
+    word, bit = (column >> 5)[:, None], torch.bitwise_left_shift(torch.ones_like(column), column & 31).int()[:, None]
+    kept = bits[: len(row)]
+    kept.scatter_(1, word, kept.gather(1, word) & ~bit)
+    return bits

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
+from hpkernels._batch import Batch, check_batch, check_loss_options, check_weight, streams_of, tokens_of
 from hpkernels._bits import pack
-from hpkernels._checks import check_choice, check_float_tensor, check_positive, check_rate, describe
-from hpkernels.mining import mine
+from hpkernels._checks import describe
+from hpkernels.mining import find_rule
 from hpkernels.ops.contrastive.op import contrastive_stats
 from hpkernels.ops.normalize.op import normalize_rows
 from hpkernels.ops.pair_bits import op as pair_bits
-from hpkernels.pairs import PairMask, as_seed
-
-WEIGHTINGS = ("pairs", "anchors", "separate")
+from hpkernels.pairs import PairMask
+from hpkernels.panels import Statistics, panel_rows, panel_statistics
+from hpkernels.ranks import ALONE, Ranks, meet
 
 # Up to this rate, for each image that shares a row of random columns and at most the second figure, the columns are
 # gathered instead of swept. Measured break-even on a CPU: 0.06 for one image, 0.3 for eight (op README).
@@ -83,51 +84,63 @@ def hidden_positive_loss(
         weighting: "pairs" (published: every positive pair counts the same), "anchors" (every kept row counts the
             same), "separate" (loss version 2: P over rows with P plus lambda times Q over rows with Q).
         seed: int or 0-dim int64 tensor for the draw; None takes one from torch's default generator of z's device.
-        process_group: not available in this version; must be None.
+        process_group: a torch.distributed.ProcessGroup; see below. None: one process.
         return_stats: also return LossStats.
         backend: see `python -m hpkernels.info`; None chooses.
 
     Returns:
         0-dim fp32 loss (fp64 if z is fp64), or (loss, LossStats). Without any positive pair: 0 with zero gradients.
 
+    **Many processes.** With a process_group every rank passes its own images, any number of them (none, too), and its
+    part of the pools, and the anchors of all ranks meet the patches of all ranks: the loss and LossStats are those of one
+    process on the concatenated batch, the same on every rank, and z.grad is this rank's slice of that one loss's gradient
+    (head_weight.grad: its share). Pass tokens_per_image or z as (B, T, D); negative_mask is over all N patches, the same
+    on every rank; rank 0's seed serves all. Every rank calls backward. DistributedDataParallel averages the gradients
+    of parameters over ranks, where this loss needs their sum:
+
+        (loss * torch.distributed.get_world_size(process_group)).backward()
+
+    A rank holds the unit rows of all ranks and the pairs of its own anchors, bits of n x N. Ranks first exchange shapes
+    and options (which synchronises), so that an error on one of them is raised on all.
+
+    **Memory.** The bits of P and Q take N^2 / 8 bytes each. Beyond 2 GiB on a CPU and 8 GiB on a GPU (environment
+    variable HPKERNELS_BITS_BYTES) they are made for one panel of anchors at a time, in the forward and again in the
+    backward pass: slower, the same loss and gradient to rounding.
+
     Raises:
         TypeError, ValueError: the argument, its value and what was expected; non-finite input on the CPU. On a GPU
         non-finite input makes the loss NaN (HPKERNELS_CHECK=1 raises instead).
     """
-    if process_group is not None:
-        raise ValueError(f"process_group: expected None (one process) in this version, got {process_group!r}")
-    tokens = _tokens_per_image(z, tokens_per_image)
-    streams = _streams(z, z_local)
-    count = streams[0].shape[0]
-    features = _rows("features", features, count, z)
-    chosen = dispatch.choose(z.device, backend, *streams, features, pool, head_features, head_pool)
-    rate = check_rate("negative_rate", negative_rate)
-    _check_loss_options(temperature, base_temperature, weighting)
 
-    head_features = _check_head(head_features, head_pool, head_weight, pool, count, z)
-    positives = mine("features", features, "pool", pool, positives_per_anchor, chosen)
-    extra = None
-    if head_features is not None:
-        extra = mine("head_features", head_features, "head_pool", head_pool, positives_per_anchor, chosen)
+    def check() -> Batch:
+        return check_batch(
+            z, features, pool, z_local, head_features, head_pool, head_weight, positives_per_anchor, tokens_per_image,
+            temperature, base_temperature, negative_rate, negative_mask, weighting, seed, process_group, backend,
+        )  # fmt: skip
 
-    if negative_mask is not None:
-        negatives, denominator = _explicit_negatives(negative_mask, tokens, count), "dense"
-    elif rate == 1.0:
-        negatives, denominator = None, "all"
-    elif rate == 0.0:
-        negatives, denominator = None, "sparse"
+    batch, ranks = (check(), ALONE) if process_group is None else meet(process_group, check, Batch.describe)
+    chosen, tokens, count = batch.backend, batch.tokens, batch.streams[0].shape[0]
+    total = ranks.total("z", batch.streams[0])
+    rows_at_a_time = panel_rows(count, total, len(batch.graphs), z.device)
+    negatives, denominator = _denominator(batch, negative_mask, total, rows_at_a_time, ranks)
+    temperature, base_temperature = float(temperature), float(base_temperature)
+
+    rules = (find_rule(*graph, positives_per_anchor, chosen, ranks) for graph in batch.graphs)
+    if ranks is ALONE and rows_at_a_time == count:
+        masks = [rule.mask() for rule in rules]
+        statistics = _statistics(_unit(batch.streams, chosen), masks, negatives, denominator, temperature, chosen)
     else:
-        negatives = pair_bits.random_bits(as_seed(seed, z.device), tokens, count, rate, chosen)
-        images = count // tokens
-        denominator = "sparse" if rate <= min(SPARSE_RATE_LIMIT, SPARSE_RATE_PER_IMAGE * images) else "dense"
-
-    x = [normalize_rows(s, name, chosen)[None] for s, name in zip(streams, ("z", "z_local"))]
-    loss, stats = _masked_loss(
-        x, positives, extra, head_weight, negatives, denominator, tokens, temperature, base_temperature, weighting, chosen
-    )
+        rules = list(rules)
+        statistics = panel_statistics(
+            _unit(batch.streams, chosen), rules, rows_at_a_time, negatives, denominator, temperature, chosen, ranks
+        )
+    loss, stats = _average(statistics, head_weight, tokens, total, weighting)
+    loss = loss * (temperature / base_temperature)
     if not z.is_cpu:
-        loss = loss + _poison(*streams, features, pool, head_features, head_pool)
-    return (loss, stats) if return_stats else loss
+        loss = loss + _poison(*batch.streams, *(x for graph in batch.graphs for x in graph[1::2]))
+    if process_group is not None:
+        loss, *stats = ranks.sum(torch.stack([loss, *stats])).unbind()
+    return (loss, LossStats(*stats)) if return_stats else loss
 
 
 def masked_contrastive_loss(
@@ -156,67 +169,86 @@ def masked_contrastive_loss(
     Returns:
         0-dim fp32 loss (fp64 if z is fp64), scaled by temperature / base_temperature.
     """
-    tokens = _tokens_per_image(z, tokens_per_image)
-    (rows,) = _streams(z, None)
+    tokens = tokens_of(z, tokens_per_image)
+    (rows,) = streams_of(z, None)
     count = rows.shape[0]
-    _check_loss_options(temperature, base_temperature, weighting)
+    check_loss_options(temperature, base_temperature, weighting)
     _check_pairs("positives", positives, (count, count), z)
     if extra_positives is not None:
         _check_pairs("extra_positives", extra_positives, (count, count), z)
-    _check_weight("extra_weight", extra_weight, "extra_positives", extra_positives)
+    check_weight("extra_weight", extra_weight, "extra_positives", extra_positives)
     if negatives is not None:
         _check_pairs("negatives", negatives, (None, count), z)
         if count and (negatives.shape[0] == 0 or count % negatives.shape[0]):
             raise ValueError(f"negatives: expected a number of rows that divides N = {count}, got {negatives!r}")
-    positives = positives.off_diagonal()
-    extra_positives = None if extra_positives is None else extra_positives.off_diagonal()
+    masks = [mask.off_diagonal() for mask in (positives, extra_positives) if mask is not None]
     chosen = dispatch.choose(z.device, backend, z)
-    x = [normalize_rows(rows, "z", chosen)[None]]
     bits, denominator = (None, "all") if negatives is None else (negatives.bits, "dense")
-    loss, _ = _masked_loss(
-        x, positives, extra_positives, extra_weight, bits, denominator, tokens, temperature, base_temperature, weighting,
-        chosen,
-    )  # fmt: skip
+    statistics = _statistics(_unit([rows], chosen), masks, bits, denominator, float(temperature), chosen)
+    loss, _ = _average(statistics, extra_weight, tokens, count, weighting)
+    loss = loss * (temperature / base_temperature)
     return loss if z.is_cpu else loss + _poison(rows)
 
 
-def _masked_loss(
-    x: list[Tensor],
-    positives: PairMask,
-    extra: PairMask | None,
-    extra_weight: float | Tensor,
-    negatives: Tensor | None,
-    denominator: str,
-    tokens: int,
-    temperature: float,
-    base_temperature: float,
-    weighting: str,
-    backend: str,
-) -> tuple[Tensor, LossStats]:
-    """The loss of unit rows, one x (1, N, D) a stream: statistics from the kernels, then averages over the (S, N) tables."""
-    masks = (
-        positives.bits, _transpose(positives, backend), None if extra is None else extra.bits,
-        _transpose(extra, backend), negatives,
-    )  # fmt: skip
-    # On a GPU all streams share launches and column lists. On a CPU one call a stream: the backward pass then holds the
-    # gradient of one stream at a time beside the unit rows.
-    calls = x if x[0].is_cpu else [torch.cat(x)]
-    tables = [contrastive_stats(streams, *masks, denominator, float(temperature), backend) for streams in calls]
+def _denominator(
+    batch: Batch, negative_mask: Tensor | None, total: int, rows_at_a_time: int, ranks: Ranks
+) -> tuple[Tensor | None, str]:
+    """The packed random columns or those given, and how to evaluate E: "all", "dense" or "sparse"."""
+    rate, tokens = batch.negative_rate, batch.tokens
+    if negative_mask is not None:
+        if tuple(negative_mask.shape) not in ((tokens, total), (total, total)):
+            expected = f"expected shape {(tokens, total)} or {(total, total)}"
+            raise ValueError(f"negative_mask: {expected}, got {describe(negative_mask)}")
+        return pack(negative_mask), "dense"
+    if rate == 1.0:
+        return None, "all"
+    if rate == 0.0:
+        return None, "sparse"
+    negatives = pair_bits.random_bits(ranks.of_first(batch.seed), tokens, total, rate, batch.backend)
+    images = rows_at_a_time // tokens
+    return negatives, "sparse" if rate <= min(SPARSE_RATE_LIMIT, SPARSE_RATE_PER_IMAGE * images) else "dense"
+
+
+def _unit(streams: list[Tensor], backend: str) -> list[Tensor]:
+    """Unit rows, (S_c, n, D) for each call of the contrastive op.
+
+    On a GPU all streams share launches and column lists. On a CPU one call a stream: the backward pass then holds the
+    gradient of one stream at a time beside the unit rows.
+    """
+    x = [normalize_rows(rows, name, backend)[None] for rows, name in zip(streams, ("z", "z_local"))]
+    return x if x[0].is_cpu else [torch.cat(x)]
+
+
+def _statistics(
+    x: list[Tensor], masks: list[PairMask], negatives: Tensor | None, denominator: str, temperature: float, backend: str
+) -> Statistics:
+    """The statistics of all rows at once; masks: P, or P and Q."""
+    P, Q = (*masks, None)[:2]
+    bits = (P.bits, _transpose(P, backend), None if Q is None else Q.bits, _transpose(Q, backend))
+    tables = [contrastive_stats(rows, *bits, negatives, denominator, temperature, backend) for rows in x]
     lse, pos, ext = (torch.cat(table) for table in zip(*tables))
-    n_pos = pair_bits.count_bits(positives.bits, backend).to(lse.dtype)
-    n_ext = pair_bits.count_bits(extra.bits, backend).to(lse.dtype) if extra is not None else torch.zeros_like(n_pos)
+    n_pos = pair_bits.count_bits(P.bits, backend).to(lse.dtype)
+    n_ext = torch.zeros_like(n_pos) if Q is None else pair_bits.count_bits(Q.bits, backend).to(lse.dtype)
+    return Statistics(lse, pos, ext, n_pos, n_ext)
+
+
+def _average(
+    statistics: Statistics, extra_weight: float | Tensor, tokens: int, total: int, weighting: str
+) -> tuple[Tensor, LossStats]:
+    """The loss before its scale, and LossStats, of the images at hand: as a share of what all `total` rows make."""
+    lse, pos, ext, n_pos, n_ext = statistics
     kept = (n_pos > 0).to(lse.dtype)
     streams, count = lse.shape
-    images = max(1, count // tokens)
+    images, all_images = max(1, count // tokens), max(1, total // tokens)
 
     def per_image(rows: Tensor) -> Tensor:
         return rows.reshape(*rows.shape[:-1], images, -1).sum(-1)
 
     def average(numerator: Tensor, weight: Tensor) -> Tensor:
         """Mean over streams and images of sum(numerator) / sum(weight); an image without weight adds 0."""
-        total = per_image(weight)
-        inverse = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
-        return (per_image(numerator) * inverse).sum() / (streams * images)
+        weight = per_image(weight)
+        inverse = torch.where(weight == 0, 0.0, 1.0 / torch.where(weight == 0, 1.0, weight))
+        return (per_image(numerator) * inverse).sum() / (streams * all_images)
 
     if weighting == "separate":
         loss = average(n_pos * lse - pos, n_pos) + extra_weight * average(n_ext * lse - ext, n_ext)
@@ -226,11 +258,10 @@ def _masked_loss(
         if weighting == "anchors":
             rows, weight = rows / torch.where(weight == 0, 1.0, weight), kept
         loss = average(rows, weight)
-    loss = (loss * (temperature / base_temperature)).to(lse.dtype)
-    rows = max(1, count)
+    rows = max(1, total)
     with torch.no_grad():
         stats = LossStats(n_pos.sum() / rows, kept.sum() / rows, lse.sum() / (rows * streams))
-    return loss, stats
+    return loss.to(lse.dtype), stats
 
 
 def _transpose(mask: PairMask | None, backend: str) -> Tensor | None:
@@ -242,89 +273,6 @@ def _transpose(mask: PairMask | None, backend: str) -> Tensor | None:
 def _poison(*tensors: Tensor | None) -> Tensor:
     """0, or NaN when an input holds NaN or infinity, which comparisons and unused rows would hide. No synchronisation."""
     return sum((t.detach() * 0.0).sum().float() for t in tensors if t is not None)
-
-
-def _tokens_per_image(z: Tensor, tokens_per_image: int | None) -> int:
-    check_float_tensor("z", z, ndim=(2, 3))
-    count = z.shape[0] if z.ndim == 2 else z.shape[0] * z.shape[1]
-    if tokens_per_image is None:
-        return max(1, z.shape[1] if z.ndim == 3 else count)
-    if not isinstance(tokens_per_image, int) or isinstance(tokens_per_image, bool):
-        raise TypeError(f"tokens_per_image: expected an int, got {tokens_per_image!r}")
-    if z.ndim == 3 and tokens_per_image != z.shape[1]:
-        raise ValueError(f"tokens_per_image: expected {z.shape[1]} as in z {tuple(z.shape)}, got {tokens_per_image}")
-    if tokens_per_image < 1 or count % tokens_per_image:
-        raise ValueError(f"tokens_per_image: expected a positive divisor of N = {count}, got {tokens_per_image}")
-    return tokens_per_image
-
-
-def _streams(z: Tensor, z_local: Tensor | None) -> list[Tensor]:
-    """z and z_local as (N, D) rows."""
-    streams = [z]
-    if z_local is not None:
-        check_float_tensor("z_local", z_local, ndim=(2, 3), like=z)
-        if z_local.shape != z.shape:
-            raise ValueError(f"z_local: expected the shape of z {tuple(z.shape)}, got {describe(z_local)}")
-        streams.append(z_local)
-    return [s.flatten(0, 1) if s.ndim == 3 else s for s in streams]
-
-
-def _rows(name: str, x: Tensor, count: int, z: Tensor) -> Tensor:
-    """Per-patch input as (N, C), N as in z."""
-    check_float_tensor(name, x, ndim=(2, 3), like=z)
-    rows = x.flatten(0, 1) if x.ndim == 3 else x
-    if rows.shape[0] != count:
-        raise ValueError(f"{name}: expected {count} rows as in z {tuple(z.shape)}, got {describe(x)}")
-    return rows
-
-
-def _check_head(
-    head_features: Tensor | None,
-    head_pool: Tensor | None,
-    head_weight: float | Tensor,
-    pool: Tensor | None,
-    count: int,
-    z: Tensor,
-) -> Tensor | None:
-    """head_features as (N, H), or None; they need a head_pool exactly when the features have a pool."""
-    _check_weight("head_weight", head_weight, "head_features", head_features)
-    if head_features is None:
-        if head_pool is not None:
-            raise ValueError(f"head_pool: expected only together with head_features, got {describe(head_pool)}")
-        return None
-    if (pool is None) != (head_pool is None):
-        expected = "None, as pool is None" if pool is None else "a pool for head_features, as pool is given"
-        raise ValueError(f"head_pool: expected {expected}, got {describe(head_pool)}")
-    return _rows("head_features", head_features, count, z)
-
-
-def _check_weight(name: str, weight: float | Tensor, pairs_name: str, pairs: object) -> None:
-    if isinstance(weight, Tensor):
-        if weight.ndim != 0:
-            raise ValueError(f"{name}: expected a float or a 0-dim tensor, got {describe(weight)}")
-        if pairs is None:
-            raise ValueError(f"{name}: expected 0.0 without {pairs_name}, got {describe(weight)}")
-        return
-    if isinstance(weight, bool) or not isinstance(weight, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {weight!r}")
-    if pairs is None and weight != 0:
-        raise ValueError(f"{name}: expected 0.0 without {pairs_name}, got {weight}")
-    if not torch.compiler.is_compiling() and not 0.0 <= weight < float("inf"):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {weight}")
-
-
-def _check_loss_options(temperature: float, base_temperature: float, weighting: str) -> None:
-    check_positive("temperature", temperature)
-    check_positive("base_temperature", base_temperature)
-    check_choice("weighting", weighting, WEIGHTINGS)
-
-
-def _explicit_negatives(mask: Tensor, tokens: int, count: int) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"negative_mask: expected a bool tensor, got {describe(mask)}")
-    if tuple(mask.shape) not in ((tokens, count), (count, count)):
-        raise ValueError(f"negative_mask: expected shape {(tokens, count)} or {(count, count)}, got {describe(mask)}")
-    return pack(mask)
 
 
 def _check_pairs(name: str, pairs: object, shape: tuple[int | None, int], z: Tensor) -> None:

@@ -11,7 +11,8 @@ from hpkernels.pairs import PairMask
 class HiddenPositiveLoss(nn.Module):
     """`hpkernels.hidden_positive_loss` with its options fixed. No parameters.
 
-    Call: loss(z, features, pool=None, *, z_local, head_features, head_pool, head_weight, tokens_per_image, seed).
+    Call: loss(z, features, pool=None, *, z_local, head_features, head_pool, head_weight, tokens_per_image,
+    negative_mask, seed, process_group, return_stats).
     """
 
     def __init__(

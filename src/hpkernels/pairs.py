@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels._bits import pack, unpack, words
+from hpkernels._bits import clear_diagonal, pack, unpack, words
 from hpkernels._checks import check_rate, describe
 from hpkernels.ops.pair_bits import op
 
@@ -95,12 +95,7 @@ class PairMask:
 
     def off_diagonal(self) -> PairMask:
         """The mask without pairs (i, i)."""
-        row = torch.arange(min(self.shape), device=self.device)
-        word = (row >> 5)[:, None]
-        kept = self.bits[: len(row)]
-        cleared = kept.gather(1, word) & ~torch.bitwise_left_shift(torch.ones_like(row), row & 31).int()[:, None]
-        bits = torch.cat([kept.scatter(1, word, cleared), self.bits[len(row) :]])
-        return PairMask(bits, self.columns, symmetric=self.symmetric)
+        return PairMask(clear_diagonal(self.bits.clone(), self.columns), self.columns, symmetric=self.symmetric)
 
     def to_dense(self) -> Tensor:
         """bool (N, M): one byte a pair, for small masks."""

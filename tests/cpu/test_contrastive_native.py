@@ -113,34 +113,49 @@ class Problem:
             for dtype in (torch.float64, torch.float32)
         )
 
-    def native_stats(self, denominator, dtype):
+    def native_masks(self, denominator, anchors):
         *masks, negatives = self.masks()
-        negatives = None if denominator == "all" else negatives
-        return native.contrastive_stats(self.x.to(dtype), *masks, negatives, denominator, self.temperature, 0)
+        return [None if mask is None else mask[anchors] for mask in masks] + [None if denominator == "all" else negatives]
 
-    def native_gradient(self, denominator, dtype, lse):
-        *masks, negatives = self.masks()
-        negatives = None if denominator == "all" else negatives
-        grads = self.grads.to(dtype)
-        return native.contrastive_grad(self.x.to(dtype), *masks, negatives, denominator, self.temperature, 0, lse, *grads)
+    def native_stats(self, denominator, dtype, cuts=()):
+        """Of all anchors at once, or of ranges of them that end at `cuts`, one behind the other."""
+        parts = []
+        for anchors in self.ranges(cuts):
+            masks = self.native_masks(denominator, anchors)
+            x = self.x.to(dtype)
+            parts.append(native.contrastive_stats(x, *masks, denominator, self.temperature, anchors.start))
+            assert all(part.shape == (len(x), anchors.stop - anchors.start) for part in parts[-1])
+        return tuple(torch.cat(tables, 1) for tables in zip(*parts))
 
-    def check(self, denominator):
+    def native_gradient(self, denominator, dtype, lse, cuts=()):
+        parts, grads = [], self.grads.to(dtype)
+        for anchors in self.ranges(cuts):
+            masks = self.native_masks(denominator, anchors)
+            x = self.x.to(dtype)
+            parts.append(native.contrastive_grad(x, *masks, denominator, self.temperature, anchors.start, lse, *grads))
+        return torch.cat(parts, 1)
+
+    def ranges(self, cuts):
+        ends = [*cuts, self.x.shape[1]]
+        return [slice(first, end) for first, end in zip([0, *ends], ends)]
+
+    def check(self, denominator, cuts=()):
         (expected, expected_grad), (plain, plain_grad) = self.oracle(denominator)
         scale = expected_grad.abs().max().clamp_min(1e-300)
 
-        stats = self.native_stats(denominator, torch.float64)
+        stats = self.native_stats(denominator, torch.float64, cuts)
         for ours, oracle in zip(stats, expected):
             assert ours.dtype == torch.float64
             assert (ours - oracle).abs().max() <= 1e-12 * (1 + oracle.abs().max())
-        grad = self.native_gradient(denominator, torch.float64, stats[0])
+        grad = self.native_gradient(denominator, torch.float64, stats[0], cuts)
         assert (grad - expected_grad).abs().max() <= 1e-10 * scale
 
-        stats = self.native_stats(denominator, torch.float32)
+        stats = self.native_stats(denominator, torch.float32, cuts)
         for ours, theirs, oracle in zip(stats, plain, expected):
             assert ours.dtype == torch.float32
             floor = 2e-7 * (1 + oracle.abs().max())
             assert (ours - oracle).abs().max() <= 2 * (theirs - oracle).abs().max() + floor
-        grad = self.native_gradient(denominator, torch.float32, stats[0])
+        grad = self.native_gradient(denominator, torch.float32, stats[0], cuts)
         plain_error = (plain_grad - expected_grad).abs().max()
         assert (grad - expected_grad).abs().max() <= 2 * plain_error + 2e-7 * scale
 
@@ -185,11 +200,28 @@ def test_masks(n, options, denominator):
     Problem(n, 24, **options).check(denominator)
 
 
+@every_isa
+@pytest.mark.parametrize("denominator", ["all", "dense", "sparse"])
+@pytest.mark.parametrize("n, depth, cuts, options", [
+    (2, 1, (1,), {}),
+    (65, 520, (0, 33, 64), {}),
+    (129, 16, (1, 128, 128), dict(temperature=0.01)),
+    (195, 20, (64,), dict(negative_rows=65, rate=0.5, symmetric=False, temperature=0.025)),
+    (196, 24, (100,), dict(negative_rows=1)),
+    (196, 24, (30, 130), dict(negative_rows=4, extra=False, symmetric=False, rate=0.05)),
+    (450, 48, (7, 400), dict(negative_rows=450, rate=0.9, density=0.5, streams=1)),
+    (1300, 16, (600,), dict(negative_rows=13, rate=0.3, density=0.03)),
+])  # fmt: skip
+def test_ranges_of_anchors(isa, n, depth, cuts, options, denominator):
+    problem_of(n, depth, **options).check(denominator, cuts)
+
+
 @pytest.mark.parametrize("denominator", ["dense", "sparse"])
 def test_without_negatives_the_denominator_is_p(denominator):
     problem = Problem(100, 20)
     problem.M = None
     problem.check(denominator)
+    problem.check(denominator, cuts=(40,))
 
 
 @pytest.mark.parametrize("temperature", [0.8, 0.01])
@@ -215,30 +247,32 @@ def test_gradient_through_zero_tables_is_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("denominator", ["all", "dense", "sparse"])
 @pytest.mark.parametrize("temperature", [0.8, 0.01])
+@pytest.mark.parametrize("cuts", [(), (300,)])
 @every_isa
-def test_thread_counts_agree_bitwise(isa, temperature, denominator, dtype):
+def test_thread_counts_agree_bitwise(isa, cuts, temperature, denominator, dtype):
     problem = Problem(700, 40, negative_rows=70, temperature=temperature, density=0.02, rate=0.05)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
-        stats = problem.native_stats(denominator, dtype)
-        results.append([*stats, problem.native_gradient(denominator, dtype, stats[0])])
+        stats = problem.native_stats(denominator, dtype, cuts)
+        results.append([*stats, problem.native_gradient(denominator, dtype, stats[0], cuts)])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("denominator", ["all", "dense", "sparse"])
+@pytest.mark.parametrize("cuts", [(), (50,)])
 @every_isa
-def test_unset_memory_is_never_used(isa, denominator, dtype):
+def test_unset_memory_is_never_used(isa, cuts, denominator, dtype):
     """The same bits when all scratch memory starts as NaN."""
     problem = Problem(129, 20, negative_rows=43, symmetric=False, rate=0.05)
     results = []
     for poison in (False, True):
         _cpu.poison_memory(poison)
         try:
-            stats = problem.native_stats(denominator, dtype)
-            results.append([*stats, problem.native_gradient(denominator, dtype, stats[0])])
+            stats = problem.native_stats(denominator, dtype, cuts)
+            results.append([*stats, problem.native_gradient(denominator, dtype, stats[0], cuts)])
         finally:
             _cpu.poison_memory(False)
     assert all(torch.equal(a, b) for a, b in zip(*results))

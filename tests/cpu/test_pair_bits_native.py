@@ -103,11 +103,13 @@ def test_pairs_from_indices(rows, columns, symmetric):
         dense[i, indices[i][indices[i] >= 0]] = True
     if symmetric:
         dense = (dense | dense.T) & ~torch.eye(rows, dtype=torch.bool)
-    assert torch.equal(native.pairs_from_indices(indices, columns, symmetric), from_dense(dense))
+    for first, end in [(0, rows), (0, 0), (rows // 3, rows), (rows - 1, rows), (0, rows // 2)]:
+        bits = native.pairs_from_indices(indices, columns, symmetric, first, end - first)
+        assert torch.equal(bits, from_dense(dense[first:end]))
 
 
 def test_empty():
     assert native.random_bits(torch.tensor(0), 0, 5, 0.5).shape == (0, 4)
     assert native.count_bits(torch.zeros(0, 4, dtype=torch.int32)).shape == (0,)
     assert native.transpose_bits(torch.zeros(0, 4, dtype=torch.int32), 5).shape == (5, 0)
-    assert not native.pairs_from_indices(torch.zeros(3, 0, dtype=torch.int64), 3, True).any()
+    assert not native.pairs_from_indices(torch.zeros(3, 0, dtype=torch.int64), 3, True, 0, 3).any()

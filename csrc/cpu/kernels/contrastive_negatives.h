@@ -3,7 +3,7 @@
 // Work comes in groups of up to eight rows with the same i mod R, which share one row of the negatives mask: a list of
 // columns, with a byte per column that says for which of the rows it counts. A group owns its rows. The column side of
 // the gradient is written by owners of column ranges, in a second phase, from coefficients that the first phase leaves
-// in a bounded buffer.
+// in a bounded buffer. (That takes all rows as anchors; for a range of them see contrastive_negatives_range.h.)
 #pragma once
 
 #include "cpu/kernels/contrastive_problem.h"
@@ -46,8 +46,10 @@ int64_t byte_stride(const ContrastiveArgs<T>& args) {
 // Lists the columns of one row of the negatives that enter the denominators of the group's rows through it: not P, not
 // the rows themselves. bytes[c] has bit r set where column c counts for row r, and a zero at the end. Returns the
 // number of columns.
-int64_t list_negatives(const ContrastiveMasks& masks, int64_t position, const Group& group, int32_t* index,
+template <class T>
+int64_t list_negatives(const ContrastiveArgs<T>& args, int64_t position, const Group& group, int32_t* index,
                        uint8_t* bytes) {
+  const ContrastiveMasks& masks = args.masks;
   int64_t count = 0;
   const uint32_t* shared = masks.negatives + position * masks.words;
   uint32_t row_words[kGroup] = {};
@@ -55,7 +57,8 @@ int64_t list_negatives(const ContrastiveMasks& masks, int64_t position, const Gr
     if (!shared[w]) continue;
     uint32_t left = 0;
     for (int r = 0; r < group.count; ++r) {
-      row_words[r] = without_diagonal(shared[w] & ~masks.positives[group.row[r] * masks.words + w], group.row[r], w);
+      const uint32_t positives = masks.positives[(group.row[r] - args.first) * masks.words + w];
+      row_words[r] = without_diagonal(shared[w] & ~positives, group.row[r], w);
       left |= row_words[r];
     }
     for (; left; left &= left - 1, ++count) {
@@ -173,7 +176,7 @@ void group_products(const Problem<T>& problem, int64_t s, const Group& group, co
   std::fill(dots + count * kGroup, dots + (count + count % 2) * kGroup, T(0));
 }
 
-// Sums over the negatives without P: shift and sum (streams, rows) of every row.
+// Sums over the negatives without P: shift and sum (streams, count) of every anchor.
 template <class T>
 void negative_stats(const Problem<T>& problem, T* shift, T* sum) {
   const ContrastiveArgs<T>& args = problem.args;
@@ -183,14 +186,16 @@ void negative_stats(const Problem<T>& problem, T* shift, T* sum) {
   const Scratch<uint8_t> bytes_of(workers * stride);
   const Scratch<T> dots_of(workers * kChunk * kGroup);
   parallel_for(args.threads, tasks, [&](int64_t task, int worker) {
-    const int64_t position = task / per_position, first = task % per_position * kGroup;
+    const int64_t position = task / per_position, period = args.masks.negative_rows;
     Group group{};
-    for (; group.count < kGroup && first + group.count < problem.rows_per_position(); ++group.count)
-      group.row[group.count] = (first + group.count) * args.masks.negative_rows + position;
+    for (int64_t row = first_at_position(args, position) + task % per_position * kGroup * period;
+         group.count < kGroup && row < args.first + args.count; row += period)
+      group.row[group.count++] = row;
+    if (group.count == 0) return;
     int32_t* const index = indices.get() + worker * stride;
     uint8_t* const bytes = bytes_of.get() + worker * stride;
     T* const dots = dots_of.get() + worker * kChunk * kGroup;
-    const int64_t count = list_negatives(args.masks, position, group, index, bytes);
+    const int64_t count = list_negatives(args, position, group, index, bytes);
     for (int64_t s = 0; s < args.streams; ++s) {
       GroupStats<T> stats(args);
       for (int64_t from = 0; from < count; from += kChunk) {
@@ -199,8 +204,9 @@ void negative_stats(const Problem<T>& problem, T* shift, T* sum) {
         stats.add(args, dots, columns, bytes + from);
       }
       for (int r = 0; r < group.count; ++r) {
-        shift[s * args.rows + group.row[r]] = stats.shift[r];
-        sum[s * args.rows + group.row[r]] = stats.sum[r];
+        const int64_t at = s * args.count + group.row[r] - args.first;
+        shift[at] = stats.shift[r];
+        sum[at] = stats.sum[r];
       }
     }
   });
@@ -320,7 +326,7 @@ class NegativeGrad {
     if (task.group.count == 0) return;
     int32_t* const own = index + task.first;
     uint8_t* bytes = bytes_.get() + worker * byte_stride(args_);
-    task.count = list_negatives(args_.masks, task.position, task.group, own, bytes);
+    task.count = list_negatives(args_, task.position, task.group, own, bytes);
     T* dots = dots_.get() + worker * kChunk * kGroup;
     for (int64_t s = 0; s < args_.streams; ++s) {
       const Coefficients<T> coefficients(args_, factors_ + s * args_.rows, task.group);

@@ -53,13 +53,14 @@ struct Listed {
   bool extra, transposed;
 };
 
-// Lists the pairs of row i in words [begin, end) from index `count` on; returns the new count. W words are tested at a
-// time.
+// Lists the pairs of the n-th anchor in words [begin, end) from index `count` on; returns the new count. W words are
+// tested at a time.
 template <class T>
-int64_t list_row(const ContrastiveMasks& masks, Listed listed, int64_t i, int64_t begin, int64_t end,
+int64_t list_row(const ContrastiveArgs<T>& args, Listed listed, int64_t anchor, int64_t begin, int64_t end,
                  const PairLists<T>& lists, int64_t count) {
   constexpr int W = 4;  // a row is a multiple of four words
-  const int64_t row = i * masks.words;
+  const ContrastiveMasks& masks = args.masks;
+  const int64_t row = anchor * masks.words;
   const uint32_t none[W] = {};
   for (int64_t w0 = begin; w0 < end; w0 += W) {
     const uint32_t *p = masks.positives + row + w0, *q = listed.extra ? masks.extra + row + w0 : none;
@@ -70,7 +71,7 @@ int64_t list_row(const ContrastiveMasks& masks, Listed listed, int64_t i, int64_
       together |= any[k] = p[k] | q[k] | p_t[k] | q_t[k];
     if (!together) continue;
     for (int64_t w = w0; w < w0 + W; ++w)
-      for (uint32_t left = without_diagonal(any[w - w0], i, w); left; left &= left - 1, ++count) {
+      for (uint32_t left = without_diagonal(any[w - w0], args.first + anchor, w); left; left &= left - 1, ++count) {
         const int k = __builtin_ctz(left);
         const int64_t n = w - w0;
         lists.index[count] = static_cast<int32_t>(32 * w + k);
@@ -81,16 +82,17 @@ int64_t list_row(const ContrastiveMasks& masks, Listed listed, int64_t i, int64_
   return count;
 }
 
-// Runs f(stream, row i, place of its pairs in the lists, their number) for the rows of a task. Blocks of columns come
-// in ascending order; within a block all rows of one stream come before the next stream.
+// Runs f(stream, anchor, place of its pairs in the lists, their number) for the anchors of a task, which are counted
+// from the first one. Blocks of columns come in ascending order; within a block all anchors of one stream come before
+// the next stream.
 template <class T, class F>
 void for_each_row_block(const ContrastiveArgs<T>& args, int64_t task, Listed listed, PairLists<T> lists, F&& f) {
-  const int64_t first = task * kTaskRows, rows = std::min(kTaskRows, args.rows - first);
+  const int64_t first = task * kTaskRows, rows = std::min(kTaskRows, args.count - first);
   for (int64_t w = 0; w < args.masks.words; w += kBlockWords) {
     int64_t total = 0;
     for (int64_t r = 0; r < rows; ++r) {
       lists.start[r] = total;
-      total = list_row(args.masks, listed, first + r, w, std::min(args.masks.words, w + kBlockWords), lists, total);
+      total = list_row(args, listed, first + r, w, std::min(args.masks.words, w + kBlockWords), lists, total);
       lists.count[r] = total - lists.start[r];
       std::fill(lists.flags + total, lists.flags + total + kRowSlack, 0);
       total += kRowSlack;
@@ -147,25 +149,25 @@ struct RowStats {
 template <class T>
 void positive_stats(const Problem<T>& problem, const T* shift, const T* sum, const ContrastiveStats<T>& out) {
   const ContrastiveArgs<T>& args = problem.args;
-  const int64_t tasks = (args.rows + kTaskRows - 1) / kTaskRows;
+  const int64_t tasks = (args.count + kTaskRows - 1) / kTaskRows;
   const int64_t workers = worker_count(args.threads, tasks), all_rows = args.streams * kTaskRows;
   const PairScratch<T> scratch(workers);
   const Scratch<RowStats<T>> all_stats(workers * all_rows);
   parallel_for(args.threads, tasks, [&](int64_t task, int worker) {
-    const int64_t first = task * kTaskRows, rows = std::min(kTaskRows, args.rows - first);
+    const int64_t first = task * kTaskRows, rows = std::min(kTaskRows, args.count - first);
     const PairLists<T> lists = scratch.of(worker);
     RowStats<T>* const stats = all_stats.get() + worker * all_rows;
     std::fill(stats, stats + all_rows, RowStats<T>{first_shift(args), 0, 0, 0});
     for_each_row_block(args, task, {args.masks.extra != nullptr, false}, lists,
-                       [&](int64_t s, int64_t i, int64_t at, int64_t count) {
-                         const T* x = problem.stream(s);
-                         row_products(x + i * problem.depth, x, problem.depth, lists.index + at, count, lists.values);
-                         stats[s * kTaskRows + i - first].add(args, lists.values, lists.flags + at, count);
+                       [&](int64_t s, int64_t anchor, int64_t at, int64_t count) {
+                         const T *x = problem.stream(s), *row = x + (args.first + anchor) * problem.depth;
+                         row_products(row, x, problem.depth, lists.index + at, count, lists.values);
+                         stats[s * kTaskRows + anchor - first].add(args, lists.values, lists.flags + at, count);
                        });
     for (int64_t s = 0; s < args.streams; ++s)
       for (int64_t r = 0; r < rows; ++r) {
         const RowStats<T>& row = stats[s * kTaskRows + r];
-        const int64_t i = s * args.rows + first + r;
+        const int64_t i = s * args.count + first + r;
         out.lse[i] = log_of_two_sums(row.shift, row.sum, shift ? shift[i] : T(0), sum ? sum[i] : T(0));
         out.pos[i] = row.pos;
         out.ext[i] = row.ext;
@@ -206,25 +208,26 @@ void pair_coefficients(const ContrastiveArgs<T>& args, const RowFactors<T>* fact
   }
 }
 
-// out (streams, rows, depth) = the part of the gradient that comes from P and Q.
+// out (streams, count, depth) = the part of the gradient that comes from P and Q.
 template <class T>
 void positive_grad(const Problem<T>& problem, const RowFactors<T>* factors, bool use_extra, T* out) {
   const ContrastiveArgs<T>& args = problem.args;
   const ContrastiveMasks& masks = args.masks;
   const Listed listed{use_extra, masks.positives != masks.positives_t || (use_extra && masks.extra != masks.extra_t)};
-  const int64_t tasks = (args.rows + kTaskRows - 1) / kTaskRows;
+  const int64_t tasks = (args.count + kTaskRows - 1) / kTaskRows;
   const PairScratch<T> scratch(worker_count(args.threads, tasks));
   parallel_for(args.threads, tasks, [&](int64_t task, int worker) {
-    const int64_t first = task * kTaskRows, end = std::min(args.rows, first + kTaskRows);
+    const int64_t first = task * kTaskRows, end = std::min(args.count, first + kTaskRows);
     const PairLists<T> lists = scratch.of(worker);
     for (int64_t s = 0; s < args.streams; ++s)
-      std::fill(out + (s * args.rows + first) * problem.depth, out + (s * args.rows + end) * problem.depth, T(0));
-    for_each_row_block(args, task, listed, lists, [&](int64_t s, int64_t i, int64_t at, int64_t count) {
+      std::fill(out + (s * args.count + first) * problem.depth, out + (s * args.count + end) * problem.depth, T(0));
+    for_each_row_block(args, task, listed, lists, [&](int64_t s, int64_t anchor, int64_t at, int64_t count) {
       const T* x = problem.stream(s);
       const int32_t* index = lists.index + at;
+      const int64_t i = args.first + anchor;
       row_products(x + i * problem.depth, x, problem.depth, index, count, lists.values);
       pair_coefficients(args, factors + s * args.rows, i, index, lists.flags + at, count, lists.values);
-      row_mix(lists.values, x, problem.depth, index, count, out + (s * args.rows + i) * problem.depth);
+      row_mix(lists.values, x, problem.depth, index, count, out + (s * args.count + anchor) * problem.depth);
     });
   });
 }

@@ -32,10 +32,16 @@ struct Problem {
   }
 
   const T* stream(int64_t s) const { return x + s * args.rows * depth; }
-  int64_t rows_per_position() const {
-    return args.rows / args.masks.negative_rows;
-  }  // that share a row of the negatives
+  // The most anchors that share a row of the negatives.
+  int64_t rows_per_position() const { return (args.count + args.masks.negative_rows - 1) / args.masks.negative_rows; }
 };
+
+// The first anchor that uses row `position` of the negatives; every negative_rows-th after it does, too.
+template <class T>
+inline int64_t first_at_position(const ContrastiveArgs<T>& args, int64_t position) {
+  const int64_t period = args.masks.negative_rows;
+  return args.first + (position + period - args.first % period) % period;
+}
 
 inline int64_t worker_count(int threads, int64_t tasks) {
   return std::max<int64_t>(1, std::min<int64_t>(threads, tasks));

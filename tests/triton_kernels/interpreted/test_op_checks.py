@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hpkernels as hk
+from hpkernels import panels
 
 sys.path.append(str(Path(__file__).parents[2]))
 
@@ -22,8 +23,13 @@ def test_opcheck(name: str):
     torch.library.opcheck(*CALLS[name])
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("rate", [0.1, 1.0])
-def test_loss_equals_the_reference(rate: float):
+def test_loss_equals_the_reference(rate: float, at_once: bool, monkeypatch):
+    """With the bits of all pairs at once, and by panels of 20 anchors."""
+    if not at_once:
+        monkeypatch.setattr(panels, "PANEL_MULTIPLE", 20)
+        monkeypatch.setenv("HPKERNELS_BITS_BYTES", "1")
     p = loss_inputs(torch.device("cpu"))
     losses, grads = [], []
     for backend in ("triton", "reference"):

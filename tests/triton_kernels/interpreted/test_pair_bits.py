@@ -71,5 +71,8 @@ def test_pairs_from_indices(rows, k, columns, symmetric):
     if symmetric and rows != columns:
         pytest.skip("symmetric pairs are square")
     indices = torch.randint(-1, columns, (rows, k))  # with repeats, self pairs and absent ones
-    expected = reference.pairs_from_indices(indices, columns, symmetric)
-    assert torch.equal(kernels.pairs_from_indices(indices, columns, symmetric), expected)
+    whole = reference.pairs_from_indices(indices, columns, symmetric, 0, rows)
+    for first, end in [(0, rows), (0, 0), (rows // 3, rows), (rows - 1, rows), (0, rows // 2)]:
+        part = (symmetric, first, end - first)
+        assert torch.equal(reference.pairs_from_indices(indices, columns, *part), whole[first:end])
+        assert torch.equal(kernels.pairs_from_indices(indices, columns, *part), whole[first:end])

@@ -25,12 +25,6 @@ class _Masks:
         self.native = _cpu.ContrastiveMasks(*addresses, positives.shape[1], negative_rows)
 
 
-def _require_all_anchors(x: Tensor, positives: Tensor, first_row: int) -> None:
-    if first_row != 0 or positives.shape[0] != x.shape[1]:
-        last = first_row + positives.shape[0]
-        raise ValueError(f"positives: the cpu backend takes all {x.shape[1]} anchors at once, got {first_row}..{last}")
-
-
 def contrastive_stats(
     x: Tensor,
     positives: Tensor,
@@ -42,15 +36,15 @@ def contrastive_stats(
     temperature: float,
     first_row: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row (lse, pos, ext), each (S, N) fp32 (fp64 for fp64), of unit rows x (S, N, D); see op.py."""
-    _require_all_anchors(x, positives, first_row)
+    """(lse, pos, ext), each (S, n) fp32 (fp64 for fp64), of the anchors first_row + r, r < n; see reference.py."""
     x = _working(x)
     streams, rows, depth = x.shape
-    lse, pos, ext = (torch.zeros(streams, rows, dtype=x.dtype) for _ in range(3))
+    count = positives.shape[0]
+    lse, pos, ext = (torch.zeros(streams, count, dtype=x.dtype) for _ in range(3))
     if lse.numel():
         masks = _Masks(positives, positives_t, extra, extra_t, negatives)
         _kernel("contrastive_stats", x.dtype)(
-            x.data_ptr(), streams, rows, depth, masks.native, denominator, temperature,
+            x.data_ptr(), streams, rows, depth, first_row, count, masks.native, denominator, temperature,
             lse.data_ptr(), pos.data_ptr(), ext.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return lse, pos, ext
@@ -71,17 +65,17 @@ def contrastive_grad(
     grad_pos: Tensor,
     grad_ext: Tensor,
 ) -> Tensor:
-    """The gradient (S, N, D) with respect to x, in x's dtype; grads and lse are (S, N); see reference.py."""
+    """The gradient (S, n, D) of the anchors' rows, in x's dtype; lse and the row gradients are (S, N); see reference.py."""
     dtype = x.dtype
-    _require_all_anchors(x, positives, first_row)
     x = _working(x)
     streams, rows, depth = x.shape
     tables = [table.to(x.dtype).contiguous() for table in (lse, grad_lse, grad_pos, grad_ext)]
-    grad_x = torch.empty_like(x)
+    count = positives.shape[0]
+    grad_x = x.new_empty(streams, count, depth)
     if grad_x.numel():
         masks = _Masks(positives, positives_t, extra, extra_t, negatives)
         _kernel("contrastive_grad", x.dtype)(
-            x.data_ptr(), streams, rows, depth, masks.native, denominator, temperature,
+            x.data_ptr(), streams, rows, depth, first_row, count, masks.native, denominator, temperature,
             *(table.data_ptr() for table in tables), grad_x.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return grad_x.to(dtype)

@@ -29,6 +29,8 @@ def contrastive_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row statistics (lse, pos, ext), each (S, N), of unit rows x (S, N, D); differentiable in x.
 
+    All N rows are anchors here; `hpkernels.panels` takes a range of them.
+
     Args:
         x: (S, N, D), S streams that share all masks.
         positives, extra: packed pairs (N, W); `_t` their transposes, None when symmetric. The diagonal is ignored.
@@ -40,13 +42,13 @@ def contrastive_stats(
         return reference.contrastive_stats(
             x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, 0
         )
-    return _contrastive_stats(
-        x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, backend
+    return contrastive_stats_rows(
+        x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, 0, backend
     )
 
 
 @torch.library.custom_op("hpkernels::contrastive_stats", mutates_args=())
-def _contrastive_stats(
+def contrastive_stats_rows(
     x: Tensor,
     positives: Tensor,
     positives_t: Tensor | None,
@@ -55,20 +57,26 @@ def _contrastive_stats(
     negatives: Tensor | None,
     denominator: str,
     temperature: float,
+    first_row: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics (S, n) of the n anchors i = first_row + r; row r of P and Q holds anchor i's pairs with all N rows.
+
+    Differentiable for all anchors at once only: the gradient needs the row gradients of all of them.
+    """
     stats = dispatch.implementation("contrastive", backend).contrastive_stats
-    return stats(x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, 0)
+    return stats(x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, first_row)
 
 
-@_contrastive_stats.register_fake
-def _(x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, backend):
+@contrastive_stats_rows.register_fake
+def _(x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, first_row, backend):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return tuple(torch.empty(x.shape[:2], dtype=dtype, device=x.device) for _ in range(3))
+    shape = (x.shape[0], positives.shape[0])
+    return tuple(torch.empty(shape, dtype=dtype, device=x.device) for _ in range(3))
 
 
 @torch.library.custom_op("hpkernels::contrastive_grad", mutates_args=())
-def _contrastive_grad(
+def contrastive_grad_rows(
     x: Tensor,
     positives: Tensor,
     positives_t: Tensor | None,
@@ -77,35 +85,39 @@ def _contrastive_grad(
     negatives: Tensor | None,
     denominator: str,
     temperature: float,
+    first_row: int,
     lse: Tensor,
     grad_lse: Tensor,
     grad_pos: Tensor,
     grad_ext: Tensor,
     backend: str,
 ) -> Tensor:
+    """The gradient (S, n, D) with respect to the anchors' rows, from lse and the row gradients of all N rows."""
     grad = dispatch.implementation("contrastive", backend).contrastive_grad
     masks = (positives, positives_t, extra, extra_t, negatives)
-    return grad(x, *masks, denominator, temperature, 0, lse, grad_lse, grad_pos, grad_ext)
+    return grad(x, *masks, denominator, temperature, first_row, lse, grad_lse, grad_pos, grad_ext)
 
 
-@_contrastive_grad.register_fake
-def _(x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, lse, *grads_and_backend):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+@contrastive_grad_rows.register_fake
+def _(x, positives, positives_t, extra, extra_t, negatives, denominator, temperature, first_row, *tables_and_backend):
+    return x.new_empty((x.shape[0], positives.shape[0], x.shape[2]))
 
 
-refuse_second_backward(_contrastive_grad)
+refuse_second_backward(contrastive_grad_rows)
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.denominator, ctx.temperature, ctx.backend = inputs
+    *tensors, ctx.denominator, ctx.temperature, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[0])
 
 
 def _backward(ctx, grad_lse, grad_pos, grad_ext):
     *tensors, lse = ctx.saved_tensors
+    if lse.shape[1] != tensors[0].shape[1]:
+        raise RuntimeError("hpkernels: statistics of a range of anchors are differentiated by hpkernels.panels")
     grads = (grad_lse, grad_pos, grad_ext)
-    grad_x = _contrastive_grad(*tensors, ctx.denominator, ctx.temperature, lse, *grads, ctx.backend)
-    return grad_x, *[None] * 8
+    grad_x = contrastive_grad_rows(*tensors, ctx.denominator, ctx.temperature, 0, lse, *grads, ctx.backend)
+    return grad_x, *[None] * 9
 
 
-_contrastive_stats.register_autograd(_backward, setup_context=_setup)
+contrastive_stats_rows.register_autograd(_backward, setup_context=_setup)

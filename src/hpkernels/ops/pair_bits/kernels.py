@@ -90,25 +90,26 @@ def count_bits(bits: Tensor) -> Tensor:
     return out
 
 
-def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool) -> Tensor:
-    """Bits of the pairs (i, indices[i, n]); with `symmetric` also (indices[i, n], i), without the diagonal.
+def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, first_row: int, rows: int) -> Tensor:
+    """Bits of the pairs (i, indices[i, n]) of rows i = first_row .. first_row + rows - 1 of the mask.
 
-    Index -1 is no pair; repeated pairs count once. Sorts the pairs, then writes each word once: the sum of a word's
-    bits is a difference of the running sum of all bit values (exact in wrapping int64), so nothing is accumulated in
-    memory and no order matters.
+    With `symmetric` also (indices[i, n], i), from all rows of `indices`, without the diagonal. Index -1 is no pair;
+    repeated pairs count once. Sorts the pairs, then writes each word once: the sum of a word's bits is a difference of
+    the running sum of all bit values (exact in wrapping int64), so nothing is accumulated in memory and no order
+    matters.
     """
-    n, k = indices.shape
     width = word_count(columns)
     device = indices.device
-    rows = torch.arange(n, device=device)[:, None].expand(n, k)
-    absent = indices < 0
+    dump = rows * width * 32  # past every pair; its word takes what is not to be kept
+    row = torch.arange(indices.shape[0], device=device)[:, None]
+    absent = (indices < 0) | (indices == row) if symmetric else indices < 0
+    own = slice(first_row, first_row + rows)
+    codes = torch.where(absent[own], dump, (row[own] - first_row) * (width * 32) + indices[own]).flatten()
     if symmetric:
-        absent = absent | (indices == rows)
-    dump = n * width * 32  # past every pair; its word takes what is not to be kept
-    codes = torch.where(absent, dump, rows * (width * 32) + indices).flatten()
-    if symmetric:
-        codes = torch.cat([codes, torch.where(absent, dump, indices * (width * 32) + rows).flatten()])
-    out = torch.zeros(n * width + 1, dtype=torch.int32, device=device)
+        named = indices - first_row  # the rows of the mask that the indices name
+        absent = absent | (named < 0) | (named >= rows)
+        codes = torch.cat([codes, torch.where(absent, dump, named * (width * 32) + row).flatten()])
+    out = torch.zeros(rows * width + 1, dtype=torch.int32, device=device)
     if codes.numel():
         codes = codes.sort().values
         words = codes >> 5
@@ -121,5 +122,5 @@ def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool) -> Tensor
         ends = torch.where(last, running, 0)
         before = torch.zeros_like(running)
         before[1:] = ends.cummax(0).values[:-1]
-        out.scatter_(0, torch.where(last, words, n * width), (running - before).to(torch.int32))
-    return out[: n * width].view(n, width)
+        out.scatter_(0, torch.where(last, words, rows * width), (running - before).to(torch.int32))
+    return out[: rows * width].view(rows, width)

@@ -47,14 +47,15 @@ def transpose_bits(bits: Tensor, columns: int) -> Tensor:
     return out
 
 
-def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool) -> Tensor:
-    """The mask of the pairs (i, indices[i, n]), indices (N, k) int64, -1 = no pair: (N, 4 * ceil(columns / 128)) words.
+def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, first_row: int, rows: int) -> Tensor:
+    """The mask of the pairs (i, indices[i, n]), indices (N, k) int64, -1 = no pair: (rows, 4 * ceil(columns / 128)).
 
-    `symmetric` adds (indices[i, n], i) and leaves the diagonal out; it needs columns == N.
+    Of its rows those from first_row on, `rows` of them. `symmetric` adds (indices[i, n], i) and leaves the diagonal
+    out; it needs columns == N.
     """
     indices = indices.contiguous()
-    rows, k = indices.shape
+    total, k = indices.shape
     bits = torch.zeros(rows, _words(columns), dtype=torch.int32)
-    if indices.numel():
-        _cpu.set_pairs(indices.data_ptr(), rows, k, columns, symmetric, bits.data_ptr())
+    if indices.numel() and rows:
+        _cpu.set_pairs(indices.data_ptr(), total, k, columns, symmetric, first_row, rows, bits.data_ptr())
     return bits

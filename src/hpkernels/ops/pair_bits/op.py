@@ -43,11 +43,17 @@ def _(bits, columns, backend):
 
 
 @torch.library.custom_op("hpkernels::pairs_from_indices", mutates_args=())
-def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, backend: str) -> Tensor:
-    """Set (i, indices[i, .]) and, with `symmetric`, the mirrored pairs without the diagonal."""
-    return dispatch.implementation("pair_bits", backend).pairs_from_indices(indices, columns, symmetric)
+def pairs_from_indices(
+    indices: Tensor, columns: int, symmetric: bool, first_row: int, rows: int, backend: str
+) -> Tensor:
+    """Rows first_row .. first_row + rows - 1 of the mask of the pairs (i, indices[i, .]), indices (N, k).
+
+    With `symmetric` also the mirrored pairs, without the diagonal; columns is N then.
+    """
+    pairs = dispatch.implementation("pair_bits", backend).pairs_from_indices
+    return pairs(indices, columns, symmetric, first_row, rows)
 
 
 @pairs_from_indices.register_fake
-def _(indices, columns, symmetric, backend):
-    return indices.new_empty((indices.shape[0], words(columns)), dtype=torch.int32)
+def _(indices, columns, symmetric, first_row, rows, backend):
+    return indices.new_empty((rows, words(columns)), dtype=torch.int32)

@@ -19,14 +19,21 @@ def transpose_bits(bits: Tensor, columns: int) -> Tensor:
     return pack(unpack(bits, columns).T)
 
 
-def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool) -> Tensor:
-    """Set (i, indices[i, .]); with `symmetric` the mirrored pairs too, and no diagonal. Index -1 is skipped."""
-    rows = indices.shape[0]
+def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, first_row: int, rows: int) -> Tensor:
+    """Rows first_row .. first_row + rows - 1 of the mask of the pairs (i, indices[i, .]); index -1 is skipped.
+
+    With `symmetric` the mirrored pairs too, from all rows of `indices`, and no diagonal.
+    """
+    own = indices[first_row : first_row + rows]
     dense = torch.zeros(rows, columns + 1, dtype=torch.bool, device=indices.device)  # last column takes the -1s
-    dense.scatter_(1, torch.where(indices < 0, columns, indices), True)
+    dense.scatter_(1, torch.where(own < 0, columns, own), True)
     dense = dense[:, :columns]
     if symmetric:
-        dense = (dense | dense.T).fill_diagonal_(False)
+        named = indices - first_row  # which of the rows asked for each index names; the last column takes the others
+        named = torch.where((named < 0) | (named >= rows), rows, named)
+        mirror = torch.zeros(columns, rows + 1, dtype=torch.bool, device=indices.device).scatter_(1, named, True)
+        dense = dense | mirror[:, :rows].T
+        dense.diagonal(first_row).fill_(False)
     return pack(dense)
 
 
