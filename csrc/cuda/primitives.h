@@ -14,6 +14,9 @@
 
 namespace hpk::gpu {
 
+constexpr const char* kDeviceType = "cuda";
+constexpr int kCudaVersion = CUDART_VERSION;
+
 struct bf16 {
   uint16_t bits;
 };
@@ -76,6 +79,13 @@ __device__ inline void mma_16816<fp16>(float (&c)[4], const uint32_t (&a)[4], co
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// The newest CUDA version that the driver serves, counted as kCudaVersion; 0 without a driver.
+inline int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version));
+  return version;
 }
 
 // kernel<<<grid, block, shared_bytes, stream>>>(args...) on the current device. Throws std::runtime_error.

@@ -137,6 +137,10 @@ inline int atomicAdd(int* address, int value) {
 
 namespace hpk::gpu {
 
+constexpr const char* kDeviceType = "cpu";
+constexpr int kCudaVersion = 0;
+inline int driver_version() { return 0; }
+
 struct bf16 {
   uint16_t bits;
 };
