@@ -53,3 +53,8 @@ def _on_shim(op: str) -> Iterator[ModuleType]:
 @pytest.fixture(scope="session")
 def search(shim) -> Iterator[ModuleType]:
     yield from _on_shim("similarity_search")
+
+
+@pytest.fixture(scope="session")
+def contrastive(shim) -> Iterator[ModuleType]:
+    yield from _on_shim("contrastive")
