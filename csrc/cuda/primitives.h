@@ -70,6 +70,14 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+__device__ inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ inline float to_float(fp16 x) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+}
+__device__ inline float to_float(float x) { return x; }
+
 // Two adjacent elements, aligned to their size: rounded to nearest even, and read.
 __device__ inline void store_two(bf16* to, float low, float high) {
   uint32_t two;
