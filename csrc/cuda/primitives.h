@@ -14,6 +14,9 @@
 
 namespace hpk::gpu {
 
+constexpr const char* kDeviceType = "cuda";
+constexpr int kCudaVersion = CUDART_VERSION;
+
 struct bf16 {
   uint16_t bits;
 };
@@ -52,6 +55,57 @@ __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
                : "memory");
 }
 
+// The same, each matrix transposed: an operand stored by depth, as b of mma_16816.
+__device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// 2^x within 2 units in the last place; results below 2^-126 are 0.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ inline float to_float(fp16 x) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+}
+__device__ inline float to_float(float x) { return x; }
+
+// Two adjacent elements, aligned to their size: rounded to nearest even, and read.
+__device__ inline void store_two(bf16* to, float low, float high) {
+  uint32_t two;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  *reinterpret_cast<uint32_t*>(to) = two;
+}
+__device__ inline void store_two(fp16* to, float low, float high) {
+  uint32_t two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  *reinterpret_cast<uint32_t*>(to) = two;
+}
+__device__ inline void store_two(float* to, float low, float high) {
+  *reinterpret_cast<float2*>(to) = make_float2(low, high);
+}
+__device__ inline float2 load_two(const bf16* from) {
+  const uint32_t two = *reinterpret_cast<const uint32_t*>(from);
+  return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
+}
+__device__ inline float2 load_two(const fp16* from) {
+  const uint32_t two = *reinterpret_cast<const uint32_t*>(from);
+  float2 value;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+      : "=f"(value.x), "=f"(value.y)
+      : "r"(two));
+  return value;
+}
+__device__ inline float2 load_two(const float* from) { return *reinterpret_cast<const float2*>(from); }
+
 // c += a b in fp32: a is 16 x 16, b 16 x 8, of T = bf16 or fp16.
 template <class T>
 __device__ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -76,6 +130,13 @@ __device__ inline void mma_16816<fp16>(float (&c)[4], const uint32_t (&a)[4], co
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// The newest CUDA version that the driver serves, counted as kCudaVersion; 0 without a driver.
+inline int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version));
+  return version;
 }
 
 // kernel<<<grid, block, shared_bytes, stream>>>(args...) on the current device. Throws std::runtime_error.

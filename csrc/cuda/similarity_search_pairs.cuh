@@ -7,7 +7,6 @@
 namespace hpk::gpu {
 
 constexpr int kPairStages = 3;
-constexpr int kTileWords = kTile / 32;  // words of a tile's row
 
 template <class T>
 struct PairSearch {
@@ -66,9 +65,6 @@ __device__ inline void store_words(const uint32_t (*words)[kTileWords], uint32_t
                                    int64_t first_row, int64_t first_word) {
   const int64_t row = first_row + threadIdx.x;
   if (threadIdx.x >= kTile || row >= rows) return;
-  struct alignas(16) FourWords {
-    uint32_t w[kTileWords];
-  };
   *reinterpret_cast<FourWords*>(bits + row * stride + first_word) =
       *reinterpret_cast<const FourWords*>(words[threadIdx.x]);
 }
@@ -84,8 +80,8 @@ __global__ void __launch_bounds__(kTileThreads) pairs_above_kernel(PairSearch<T>
 
   const Places at;
   Accumulators acc;
-  TileStream<T, kPairStages> products(job.x, job.rows, first_row, job.keys, job.columns, tile.column, 1, job.depth,
-                                      dynamic_shared());
+  TileStream<T, kPairStages> products({job.x, job.rows, first_row}, {job.keys, job.columns, 0}, tile.column, 1,
+                                      job.depth, dynamic_shared());
   products.next(acc, at);
 
   float column_theta[4][2];

@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kTileThreads) max_similarity_kernel(RowSearch<
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const TileRange range = share_of_tiles(job, first_row);
   const Places at;
-  TileStream<T, kRowStages> products(job.queries, job.rows, first_row, job.keys, job.columns, range.first, range.count,
-                                     job.depth, dynamic_shared());
+  TileStream<T, kRowStages> products({job.queries, job.rows, first_row}, {job.keys, job.columns, 0}, range.first,
+                                     range.count, job.depth, dynamic_shared());
   float best[4][2];
 #pragma unroll
   for (int m = 0; m < 4; ++m) best[m][0] = best[m][1] = -INFINITY;
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kTileThreads) best_key_kernel(RowSearch<T> job
   const TileRange range = share_of_tiles(job, first_row);
   const Places at;
   const Choice<T> choice{job};
-  TileStream<T, kRowStages> products(job.queries, job.rows, first_row, job.keys, job.columns, range.first, range.count,
-                                     job.depth, dynamic_shared());
+  TileStream<T, kRowStages> products({job.queries, job.rows, first_row}, {job.keys, job.columns, 0}, range.first,
+                                     range.count, job.depth, dynamic_shared());
   float best[4][2];
   int64_t where[4][2];
 #pragma unroll
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_kernel(RowSearch<T> job, in
   int64_t* own_lists = lists + (blockIdx.x * static_cast<int64_t>(gridDim.y) + blockIdx.y) * kTile * list;
   if (threadIdx.x < kTile) theta[threadIdx.x] = -INFINITY, count[threadIdx.x] = 0;
 
-  TileStream<T, kListStages> products(job.queries, job.rows, first_row, job.keys, job.columns, range.first,
+  TileStream<T, kListStages> products({job.queries, job.rows, first_row}, {job.keys, job.columns, 0}, range.first,
                                       range.count, job.depth, shared);
   for (int64_t tile = range.first; tile < range.first + range.count; ++tile) {
     Accumulators acc;
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kTileThreads) ordered_keys_kernel(RowSearch<T>
   const Places at;
   const Choice<T> choice{job};
   Accumulators acc;
-  TileStream<T, kRowStages> products(job.queries, job.rows, first_tile_row, job.keys, job.columns, blockIdx.x, 1,
+  TileStream<T, kRowStages> products({job.queries, job.rows, first_tile_row}, {job.keys, job.columns, 0}, blockIdx.x, 1,
                                      job.depth, dynamic_shared());
   products.next(acc, at);
 #pragma unroll

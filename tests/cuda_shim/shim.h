@@ -114,6 +114,7 @@ inline void run_block() {
 #define threadIdx (::hpk::shim::block().running->thread)
 #define blockIdx (::hpk::shim::block().index)
 #define gridDim (::hpk::shim::block().grid)
+#define blockDim (::hpk::shim::block().size)
 
 inline void __syncthreads() { hpk::shim::wait(hpk::shim::block().barrier, hpk::shim::block().live); }
 inline void __syncwarp() { hpk::shim::wait_warp(); }
@@ -129,13 +130,68 @@ T __shfl_xor_sync(uint32_t, T value, int mask) {
   return other;
 }
 
+template <class T>
+T __shfl_sync(uint32_t, T value, int from) {
+  auto& warp = hpk::shim::warp();
+  std::memcpy(warp.words[hpk::shim::lane()], &value, sizeof(T));
+  hpk::shim::wait_warp();
+  T other;
+  std::memcpy(&other, warp.words[from % 32], sizeof(T));
+  hpk::shim::wait_warp();
+  return other;
+}
+
+template <class T>
+T __shfl_up_sync(uint32_t mask, T value, int distance) {
+  const int lane = hpk::shim::lane();
+  return __shfl_sync(mask, value, lane < distance ? lane : lane - distance);
+}
+
+inline uint32_t __ballot_sync(uint32_t, bool vote) {
+  auto& warp = hpk::shim::warp();
+  warp.words[hpk::shim::lane()][0] = vote;
+  hpk::shim::wait_warp();
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= warp.words[lane][0] << lane;
+  hpk::shim::wait_warp();
+  return votes;
+}
+
+inline int __popc(uint32_t word) { return __builtin_popcount(word); }
+inline int __ffs(uint32_t word) { return __builtin_ffs(static_cast<int>(word)); }
+
+struct float2 {
+  float x, y;
+};
+
 inline int atomicAdd(int* address, int value) {
   const int before = *address;
   *address += value;
   return before;
 }
 
+inline uint32_t atomicOr(uint32_t* address, uint32_t value) {
+  const uint32_t before = *address;
+  *address |= value;
+  return before;
+}
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 namespace hpk::gpu {
+
+constexpr const char* kDeviceType = "cpu";
+constexpr int kCudaVersion = 0;
+inline int driver_version() { return 0; }
 
 struct bf16 {
   uint16_t bits;
@@ -150,6 +206,8 @@ inline float to_float(bf16 x) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+
+inline float to_float(float x) { return x; }
 
 inline float to_float(fp16 x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
@@ -179,6 +237,53 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
   shim::wait_warp();
 }
 
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
+  auto& warp = shim::warp();
+  const int lane = shim::lane();
+  warp.addresses[lane] = shared_row;
+  shim::wait_warp();
+  for (int q = 0; q < 4; ++q)
+    for (int half = 0; half < 2; ++half)  // rows 2 (lane % 4) + half, column lane / 4
+      std::memcpy(reinterpret_cast<char*>(&r[q]) + 2 * half,
+                  static_cast<const char*>(warp.addresses[8 * q + lane % 4 * 2 + half]) + lane / 4 * 2, 2);
+  shim::wait_warp();
+}
+
+inline float exp2_fast(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+
+inline uint16_t rounded(float x, bf16) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t rounded(float x, fp16) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float size = std::fabs(x);
+  if (x != x) return 0x7fff;
+  if (size >= 65520.0f) return sign | 0x7c00;
+  int exponent = -24;
+  if (size > 0) std::frexp(size, &exponent);  // size = [0.5, 1) 2^exponent: a unit in the last place is 2^(exponent - 11)
+  const int unit = exponent - 11 < -24 ? -24 : exponent - 11;
+  const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));
+  return sign | static_cast<uint16_t>(units + ((unit + 24) << 10));  // 2048 units carry into the exponent
+}
+
+template <class T>
+void store_two(T* to, float low, float high) {
+  to[0].bits = rounded(low, T{}), to[1].bits = rounded(high, T{});
+}
+inline void store_two(float* to, float low, float high) { to[0] = low, to[1] = high; }
+template <class T>
+float2 load_two(const T* from) {
+  return {to_float(from[0]), to_float(from[1])};
+}
+inline float2 load_two(const float* from) { return {from[0], from[1]}; }
+
 // c += a b: a is 16 x 16 (register q: rows + 8 (q % 2), depth + 8 (q / 2)), b 16 x 8 (register q: depth + 8 q).
 template <class T>
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -203,7 +308,7 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 template <class... A, class... B>
 void launch(void (*kernel)(A...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t, B... args) {
   auto& b = shim::block();
-  b.grid = grid;
+  b.grid = grid, b.size = block;
   b.fibres.resize(block.x);
   b.warps.resize((block.x + 31) / 32);
   for (unsigned t = 0; t < block.x; ++t) {
@@ -211,12 +316,13 @@ void launch(void (*kernel)(A...), dim3 grid, dim3 block, size_t shared_bytes, ui
     b.fibres[t].stack.resize(64 << 10);
   }
   b.body = [=] { kernel(args...); };
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      b.index = dim3(x, y);
-      b.shared.assign(shared_bytes, 0xff);  // unset shared memory reads as NaN
-      shim::run_block();
-    }
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        b.index = dim3(x, y, z);
+        b.shared.assign(shared_bytes, 0xff);  // unset shared memory reads as NaN
+        shim::run_block();
+      }
 }
 
 }  // namespace hpk::gpu

@@ -7,7 +7,7 @@ import torch
 
 from hpkernels import tuning
 from hpkernels._bits import pack
-from hpkernels.ops.contrastive import kernels, kernels_dense_grad, kernels_sparse, reference
+from hpkernels.ops.contrastive import common, kernels, kernels_sparse, reference
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ def test_a_range_of_anchors_equals_that_slice_of_the_whole(denominator, tokens, 
 @pytest.mark.parametrize("temperature", [0.5, 0.04])
 def test_routes_of_the_dense_gradient(route, first_row, n, temperature, dtype, units, monkeypatch):
     """Several blocks of the workspace, the first of them beginning before the anchors."""
-    monkeypatch.setattr(kernels_dense_grad, "_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
     x = units(2, 150, 24, dtype=dtype)
     masks = _masks(150, 50, 0.2, symmetric=False, extra=True)
     part = [mask[first_row : first_row + n] for mask in masks[:4]] + [masks[4]]

@@ -7,16 +7,11 @@ which are put together here.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from hpkernels.ops._triton import LOG2E, require_supported
-from hpkernels.ops.contrastive import kernels_dense, kernels_dense_grad, kernels_sparse
-
-_SMALLEST_FIXED_SHIFT = 0.025  # below this temperature exp(-2 / temperature) leaves fp32: the row maximum is the shift
-_HALF_GRADIENT_LARGEST = 16.0  # row gradients are scaled to this for fp16 weights (see contrastive_grad)
+from hpkernels.ops._triton import require_supported
+from hpkernels.ops.contrastive import common, kernels_dense, kernels_dense_grad, kernels_sparse
 
 
 def contrastive_stats(
@@ -39,17 +34,12 @@ def contrastive_stats(
     require_supported(x=x)
     x = x.contiguous()
     route = kernels_sparse if denominator == "sparse" else kernels_dense
-    fixed_shift = temperature >= _SMALLEST_FIXED_SHIFT
+    fixed_shift = common.has_fixed_shift(temperature)
     masks = _contiguous(positives, extra, negatives)
     shape = (x.shape[0], positives.shape[0])
     if 0 in shape:
         return tuple(torch.zeros(shape, dtype=torch.float32, device=x.device) for _ in range(3))
-    totals, shifts, pos, ext = route.stats(x, *masks, denominator == "all", temperature, first_row, fixed_shift)
-    shift = shifts.amax(0)
-    base = torch.where(shift == -torch.inf, 0.0, shift)
-    total = (totals * torch.exp2(shifts - base)).sum(0)
-    lse = torch.where(total == 0, 0.0, torch.log(torch.where(total == 0, 1.0, total)) + base / LOG2E)
-    return lse, pos.sum(0), ext.sum(0)
+    return common.merged(*route.stats(x, *masks, denominator == "all", temperature, first_row, fixed_shift))
 
 
 def contrastive_grad(
@@ -77,17 +67,10 @@ def contrastive_grad(
     x = x.contiguous()
     if x.numel() == 0 or positives.shape[0] == 0:
         return x.new_empty(x.shape[0], positives.shape[0], x.shape[2])
-    gradients = [g.float().contiguous() for g in (grad_lse, grad_pos, grad_ext)]
-    out_scale = torch.full((1,), 1.0 / temperature, dtype=torch.float32, device=x.device)
-    if x.dtype == torch.float16:
-        largest = torch.stack([g.abs().amax() for g in gradients]).amax()
-        usable = (largest > 0) & (largest < math.inf)
-        power = torch.where(usable, torch.floor(torch.log2(_HALF_GRADIENT_LARGEST / largest)), 0.0)
-        gradients = [g * torch.exp2(power) for g in gradients]
-        out_scale = out_scale * torch.exp2(-power)
+    gradients, out_scale = common.scaled_gradients(x.dtype, temperature, (grad_lse, grad_pos, grad_ext))
     route = kernels_sparse if denominator == "sparse" else kernels_dense_grad
     masks = _contiguous(positives, positives_t, extra, extra_t, negatives)
-    lse2 = (lse.float() * LOG2E).contiguous()
+    lse2 = (lse.float() * common.LOG2E).contiguous()
     return route.grad(x, *masks, denominator == "all", temperature, first_row, lse2, *gradients, out_scale)
 
 

@@ -25,10 +25,7 @@ from hpkernels.ops._triton import (
     tile_product,
     turned_bit_tile,
 )
-
-_WORKSPACE_BYTES = 256 << 20
-_SHARED_EXPONENTIAL = 0.05  # from this temperature on exp2(2 c) times a row gradient is an ordinary fp32 number
-_LIBRARY_SUMS_IN_FP32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 8)  # torch.mm(..., out_dtype)
+from hpkernels.ops.contrastive import common
 
 
 @triton.jit
@@ -162,16 +159,6 @@ def _contrastive_weights_kernel(
     tl.store(out_ptr + out_at, weight.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _product(weights: Tensor, x: Tensor) -> Tensor:
-    """weights @ x, summed and returned in fp32."""
-    with torch.autocast(x.device.type, enabled=False):
-        if x.dtype == torch.float32:
-            return torch.mm(weights, x)
-        if x.is_cuda:
-            return torch.mm(weights, x, out_dtype=torch.float32)
-        return torch.mm(weights.float(), x.float())  # CPU tensors, under the interpreter
-
-
 def grad(
     x: Tensor, positives: Tensor, positives_t: Tensor | None, extra: Tensor | None, extra_t: Tensor | None,
     negatives: Tensor | None, everything: bool, temperature: float, first_row: int,
@@ -179,8 +166,7 @@ def grad(
 ) -> Tensor:  # fmt: skip
     """out_scale sum_j (G_ij + G_ji) x_j in x's dtype, (S, n, D); lse2 is the log-sum-exp in base 2."""
     shift = LOG2E / temperature
-    shared = temperature >= _SHARED_EXPONENTIAL
-    factor = grad_lse * torch.exp2(shift - lse2) if shared else grad_lse
+    shared, factor = common.shared_exponential(temperature, lse2, grad_lse)
     masks = [positives if mask is None else mask for mask in (positives, positives_t, extra, extra_t, negatives)]
     choices = dict(
         ALL=everything, SYMMETRIC_POSITIVES=positives_t is None, HAS_EXTRA=extra is not None,
@@ -189,15 +175,8 @@ def grad(
     )  # fmt: skip
     period = x.shape[1] if negatives is None else negatives.shape[0]
     key = (x.dtype, x.shape[2], x.shape[1], x.device)
-    route = _grad_by_workspace if _uses_workspace(*key) else _grad_fused
+    route = _grad_by_workspace if common.uses_workspace(*key, precision(x.dtype) == "ieee") else _grad_fused
     return route(x, masks, [lse2, factor, grad_pos, grad_ext], out_scale, first_row, period, shift, choices, key)
-
-
-def _uses_workspace(dtype: torch.dtype, d: int, n: int, device: torch.device) -> bool:
-    """The table's choice, where the library product has fp32 accuracy (with TF32 allowed it would be plain TF32)."""
-    if tuning.lookup("contrastive_grad", dtype, d, n, device)["route"] != "workspace":
-        return False
-    return precision(dtype) == "ieee" if dtype == torch.float32 else _LIBRARY_SUMS_IN_FP32
 
 
 def _grad_fused(
@@ -224,26 +203,16 @@ def _grad_by_workspace(
 ) -> Tensor:  # fmt: skip
     config = tuning.lookup("contrastive_grad_workspace", *key)
     n = masks[0].shape[0]
-    out = x.new_empty(x.shape[0], n, x.shape[2])
-    unpadded, x = x, padded_rows(x, config["BLOCK_K"])
-    streams, total, d = x.shape
-    width = triton.cdiv(total, 8) * 8  # rows of the workspace start at 16 bytes
-    begin, end = first_row // 32 * 32, first_row + n
-    fitting = _WORKSPACE_BYTES // (width * x.element_size()) // config["BLOCK_M"] * config["BLOCK_M"]
-    rows = min(max(config["BLOCK_M"], fitting), end - begin)
-    workspace = x.new_empty(rows, width)
-    with on_device(x):
-        for s in range(streams):
-            for block_row in range(begin, end, rows):
-                block_rows = min(rows, end - block_row)
-                grid = (triton.cdiv(total, config["BLOCK_N"]), triton.cdiv(block_rows, config["BLOCK_M"]))
-                _contrastive_weights_kernel[grid](
-                    x[s], *masks, *[vector[s] for vector in vectors], workspace,
-                    block_row, block_rows, first_row, n, total, d, period, masks[0].stride(0), width, shift, shift,
-                    **choices, **config,
-                )  # fmt: skip
-                first = max(block_row, first_row)  # the first block may reach before the anchors
-                weights = workspace[first - block_row : block_rows, :total]
-                part = out[s, first - first_row : block_row + block_rows - first_row]
-                part.copy_(_product(weights, unpadded[s]) * out_scale)
-    return out
+    padded = padded_rows(x, config["BLOCK_K"])
+    _, total, d = padded.shape
+
+    def write_weights(s: int, block_row: int, block_rows: int, workspace: Tensor) -> None:
+        grid = (triton.cdiv(total, config["BLOCK_N"]), triton.cdiv(block_rows, config["BLOCK_M"]))
+        with on_device(x):
+            _contrastive_weights_kernel[grid](
+                padded[s], *masks, *[vector[s] for vector in vectors], workspace,
+                block_row, block_rows, first_row, n, total, d, period, masks[0].stride(0), workspace.stride(0),
+                shift, shift, **choices, **config,
+            )  # fmt: skip
+
+    return common.grad_by_workspace(x, first_row, n, out_scale, 32, config["BLOCK_M"], write_weights)

@@ -1,0 +1,234 @@
+// The dense denominator: every 128 x 128 tile of the pairs, of the anchors' rows of tiles against all columns.
+#pragma once
+
+#include "contrastive_masks.cuh"
+
+namespace hpk::gpu {
+
+constexpr int kDenseStages = 2;  // two blocks a multiprocessor also where it has 164 KB
+
+// The mask rows that a lane loads words for: of its rows (lane % 4, h).
+struct HeldRows {
+  int mask_rows[2], negatives_rows[2];
+
+  __device__ HeldRows(const Places& at, const ContrastiveMasks& masks, int64_t first_row, int64_t rows) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = first_row + at.row(at.lane % 4, h), i = row < rows ? row : rows - 1;
+      mask_rows[h] = static_cast<int>(masks.mask_row(i));
+      negatives_rows[h] = static_cast<int>(masks.negatives_row(i));
+    }
+  }
+};
+
+// The sum over the four lanes that hold a row, in all four.
+__device__ inline float over_lanes(float sum) {
+  for (int mask = 1; mask <= 2; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+  return sum;
+}
+__device__ inline float max_over_lanes(float largest) {
+  for (int mask = 1; mask <= 2; mask *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
+  return largest;
+}
+
+// Where the statistics of a share of the columns go: (4, shares, streams, anchors) = totals, shifts, pos and ext.
+struct StatsParts {
+  float* out;
+  float over_temperature;
+
+  __device__ void store(int64_t shares, int64_t share, int64_t streams, int64_t stream, int64_t anchors, int64_t anchor,
+                        const RowStats& row) const {
+    const int64_t at = (share * streams + stream) * anchors + anchor, table = shares * streams * anchors;
+    out[at] = row.denominator.total;
+    out[at + table] = row.denominator.shift;
+    out[at + 2 * table] = row.pos * over_temperature;
+    out[at + 3 * table] = row.ext * over_temperature;
+  }
+};
+
+constexpr int kDenseStatsBytes = kDenseStages * kStageBytes + 4 * kTile * sizeof(RowStats);
+
+// Block (x, y, z): the x-th row of tiles of the anchors, share y of the columns, stream z. first_shift: the shift of
+// all sums, or -inf for the largest logit of the row so far.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 1 : 2)
+    contrastive_stats_kernel(ContrastiveRows<T> rows, ContrastiveMasks masks, float first_shift, StatsParts parts) {
+  const bool fixed_shift = first_shift != -INFINITY;
+  const int64_t first_row = (masks.first_row / kTile + blockIdx.x) * kTile;
+  const int64_t tiles = (rows.rows + kTile - 1) / kTile, share = (tiles + gridDim.y - 1) / gridDim.y;
+  const int64_t begin = share * blockIdx.y < tiles ? share * blockIdx.y : tiles;
+  const int64_t end = begin + share < tiles ? begin + share : tiles;
+  const T* x = rows.x + blockIdx.z * rows.rows * rows.depth;
+
+  const Places at;
+  const HeldRows held(at, masks, first_row, rows.rows);
+  // The sums of a warp's rows: in shared memory, because the products take half of the registers.
+  auto of_warp = reinterpret_cast<RowStats (*)[kTile]>(dynamic_shared() + kDenseStages * kStageBytes);
+  for (int e = threadIdx.x; e < 4 * kTile; e += kTileThreads) of_warp[0][e] = {{0.0f, first_shift}, 0.0f, 0.0f};
+  TileStream<T, kDenseStages> products({x, rows.rows, first_row}, {x, rows.rows, 0}, begin, end - begin, rows.depth,
+                                       dynamic_shared());
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first_column = tile * kTile + at.warp_column * 32;
+    Accumulators acc;
+    products.next(acc, at);
+    RowWords positives, extra, negatives;  // loaded now: held during the products they would cost a spill
+    positives.load(masks.positives, held.mask_rows, masks.stride, first_column / 32);
+    extra.load(masks.extra, held.mask_rows, masks.stride, first_column / 32);
+    negatives.load(masks.negatives, held.negatives_rows, masks.stride, first_column / 32);
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t others = other_columns(first_row + at.row(m, h), first_column, rows.rows);
+        const uint32_t positive = positives.at(m, h, at.lane) & others;
+        const uint32_t also = extra.at(m, h, at.lane) & others;
+        const uint32_t inside = masks.everything ? others : positive | (negatives.at(m, h, at.lane) & others);
+        const int first_bit = at.lane % 4 * 2;
+        RowStats& row = of_warp[at.warp_column][at.row(m, h)];
+        float shift = first_shift;
+        if (!fixed_shift) {
+          float largest = -INFINITY;
+#pragma unroll
+          for (int e = 0; e < 8; ++e)
+            if (inside >> (first_bit + e / 2 * 8 + e % 2) & 1)
+              largest = fmaxf(largest, acc[m][e / 2][2 * h + e % 2] * rows.scale);
+          shift = fmaxf(row.denominator.shift, max_over_lanes(largest));
+        }
+        float total = 0.0f;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const float p = exp2_fast(fmaf(acc[m][e / 2][2 * h + e % 2], rows.scale, -shift));
+          total += inside >> (first_bit + e / 2 * 8 + e % 2) & 1 ? p : 0.0f;
+        }
+        total = over_lanes(total);
+        if (at.lane % 4 == 0) {
+          row.denominator.raise(shift);
+          row.denominator.total += total;
+        }
+        if (__ballot_sync(0xffffffffu, (positive | also) != 0) == 0) continue;  // few pairs are positive
+        float pos = 0.0f, ext = 0.0f;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const float s = acc[m][e / 2][2 * h + e % 2];
+          pos += positive >> (first_bit + e / 2 * 8 + e % 2) & 1 ? s : 0.0f;
+          ext += also >> (first_bit + e / 2 * 8 + e % 2) & 1 ? s : 0.0f;
+        }
+        pos = over_lanes(pos), ext = over_lanes(ext);
+        if (at.lane % 4 == 0) row.pos += pos, row.ext += ext;
+      }
+  }
+  __syncthreads();
+  const int row = threadIdx.x;
+  if (row >= kTile || !masks.is_anchor(first_row + row)) return;
+  RowStats sum = of_warp[0][row];
+  for (int warp = 1; warp < 4; ++warp) sum.add(of_warp[warp][row]);
+  parts.store(gridDim.y, blockIdx.y, gridDim.z, blockIdx.z, masks.anchors, first_row + row - masks.first_row, sum);
+}
+
+// What the weights of a tile need of its rows and columns.
+struct WeightTables {
+  float lse[2][kTile], grad_lse[2][kTile], grad_pos[2][kTile], grad_ext[2][kTile];  // [rows, columns]
+  uint32_t turned[kTile][kTileWords];  // the negatives of the column's row, along the rows of the tile
+
+  // Every thread of the block takes part: 128 have a row, 128 a column.
+  __device__ void load(const ContrastiveMasks& masks, const ContrastiveTables& tables, int64_t first_row,
+                       int64_t first_column, int64_t rows) {
+    const int side = threadIdx.x / kTile, place = threadIdx.x % kTile;
+    const int64_t r = (side ? first_column : first_row) + place, i = r < rows ? r : rows - 1;
+    lse[side][place] = tables.lse[i];
+    grad_lse[side][place] = tables.grad_lse[i];
+    grad_pos[side][place] = tables.grad_pos[i];
+    grad_ext[side][place] = tables.grad_ext[i];
+    if (side == 0) return;
+    const auto words = reinterpret_cast<FourWords*>(turned[place]);
+    *words = FourWords{};
+    if (masks.negatives)
+      *words = *reinterpret_cast<const FourWords*>(masks.negatives + masks.negatives_row(i) * masks.stride +
+                                                   first_row / 32);
+  }
+};
+
+constexpr int kWeightsBytes = kDenseStages * kStageBytes + sizeof(WeightTables);
+
+// out[i - first_row][j] = G_ij + G_ji in x's type for `out_rows` rows i from first_row on, a multiple of 128; 0 on the
+// diagonal and from column `rows` to out_width, a multiple of 16 bytes. Rows that are no anchors hold anything finite.
+// One block, one tile, one stream. With a shared exponential (shift > 0) tables.grad_lse holds grad_lse_i
+// exp2(shift - lse_i), so that one exponential serves both directions.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 1 : 2)
+    contrastive_weights_kernel(ContrastiveRows<T> rows, ContrastiveMasks masks, ContrastiveTables tables, float shift,
+                               int64_t first_row, int64_t out_rows, int64_t out_width, T* out) {
+  const int64_t first_tile_row = first_row + static_cast<int64_t>(blockIdx.y) * kTile;
+  const int64_t first_tile_column = static_cast<int64_t>(blockIdx.x) * kTile;
+  const Places at;
+  const int64_t first_column = first_tile_column + at.warp_column * 32, word = first_column / 32;
+  const bool shared_exponential = shift > 0.0f;
+  auto& of_tile = *reinterpret_cast<WeightTables*>(dynamic_shared() + kDenseStages * kStageBytes);
+  of_tile.load(masks, tables, first_tile_row, first_tile_column, rows.rows);
+
+  Accumulators acc;
+  TileStream<T, kDenseStages> products({rows.x, rows.rows, first_tile_row}, {rows.x, rows.rows, 0}, blockIdx.x, 1,
+                                       rows.depth, dynamic_shared());
+  products.next(acc, at);
+  const HeldRows held(at, masks, first_tile_row, rows.rows);
+  RowWords positives, positives_t, extra, extra_t, negatives;
+  positives.load(masks.positives, held.mask_rows, masks.stride, word);
+  positives_t.load(masks.positives_t ? masks.positives_t : masks.positives, held.mask_rows, masks.stride, word);
+  extra.load(masks.extra, held.mask_rows, masks.stride, word);
+  extra_t.load(masks.extra_t ? masks.extra_t : masks.extra, held.mask_rows, masks.stride, word);
+  negatives.load(masks.negatives, held.negatives_rows, masks.stride, word);
+  __syncthreads();  // the buffers of the products become the tile of weights
+  constexpr int kChunk = 16 / sizeof(T), kWidth = kTile * sizeof(T);
+
+#pragma unroll
+  for (int m = 0; m < 4; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = at.row(m, h);
+      const uint32_t others = other_columns(first_tile_row + row, first_column, rows.rows);
+      const uint32_t p = positives.at(m, h, at.lane), p_t = positives_t.at(m, h, at.lane);
+      const uint32_t q = extra.at(m, h, at.lane), q_t = extra_t.at(m, h, at.lane);
+      const uint32_t inside = p | negatives.at(m, h, at.lane);
+      const bool any = __ballot_sync(0xffffffffu, (p | p_t | q | q_t) != 0) != 0;  // few pairs are positive
+      const float grad_lse_i = of_tile.grad_lse[0][row], lse_i = of_tile.lse[0][row];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        float weight[2];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const int column = at.column(n, b), bit = column % 32;
+          const float z = acc[m][n][2 * h + b] * rows.scale;
+          const bool in = masks.everything || (inside >> bit & 1);
+          const bool in_t = masks.everything || ((p_t >> bit | of_tile.turned[column][row / 32] >> row % 32) & 1);
+          const float row_part = in ? grad_lse_i : 0.0f, column_part = in_t ? of_tile.grad_lse[1][column] : 0.0f;
+          float w;
+          if (shared_exponential) {
+            w = (row_part + column_part) * exp2_fast(z - shift);
+          } else {  // an excluded pair's exponential may be infinite
+            w = (in ? row_part * exp2_fast(z - lse_i) : 0.0f);
+            w += (in_t ? column_part * exp2_fast(z - of_tile.lse[1][column]) : 0.0f);
+          }
+          if (any) {
+            w += p >> bit & 1 ? of_tile.grad_pos[0][row] : 0.0f;
+            w += p_t >> bit & 1 ? of_tile.grad_pos[1][column] : 0.0f;
+            w += q >> bit & 1 ? of_tile.grad_ext[0][row] : 0.0f;
+            w += q_t >> bit & 1 ? of_tile.grad_ext[1][column] : 0.0f;
+          }
+          weight[b] = others >> bit & 1 ? w : 0.0f;
+        }
+        const int column = at.column(n, 0);
+        unsigned char* chunk = tile_chunk(dynamic_shared(), row, column / kChunk, kWidth);
+        store_two(reinterpret_cast<T*>(chunk) + column % kChunk, weight[0], weight[1]);
+      }
+    }
+  __syncthreads();
+  for (int e = threadIdx.x; e < kTile * kTile / kChunk; e += kTileThreads) {
+    const int row = e / (kTile / kChunk), chunk = e % (kTile / kChunk);
+    const int64_t out_row = first_tile_row - first_row + row, column = first_tile_column + chunk * kChunk;
+    if (out_row < out_rows && column < out_width)
+      *reinterpret_cast<FourFloats*>(out + out_row * out_width + column) =
+          *reinterpret_cast<const FourFloats*>(tile_chunk(dynamic_shared(), row, chunk, kWidth));
+  }
+}
+
+}  // namespace hpk::gpu

@@ -1,0 +1,118 @@
+"""What the Triton and the CUDA C++ backend share around their kernels: shifts, scales, merged sums, the workspace route.
+
+Logits are kept in base 2 by both, z_ij = l_ij log2(e), so that an exponential is one exp2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hpkernels import tuning
+
+LOG2E = math.log2(math.e)
+WORKSPACE_BYTES = 256 << 20
+_SMALLEST_FIXED_SHIFT = 0.025  # below this temperature exp(-2 / temperature) leaves fp32: the row maximum is the shift
+_SHARED_EXPONENTIAL = 0.05  # from this temperature on exp2(2 c) times a row gradient is an ordinary fp32 number
+_HALF_GRADIENT_LARGEST = 16.0  # row gradients are scaled to this for fp16 weights
+_LIBRARY_SUMS_IN_FP32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 8)  # torch.mm(..., out_dtype)
+
+
+def has_fixed_shift(temperature: float) -> bool:
+    """Whether the constant 1 / temperature may be the shift of every sum of exponentials of unit rows."""
+    return temperature >= _SMALLEST_FIXED_SHIFT
+
+
+def merged(totals: Tensor, shifts: Tensor, pos: Tensor, ext: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse, pos, ext), each (S, n), of parts (parts, S, n): sums of exponentials totals * 2^shifts, and logit sums.
+
+    A row without any exponential has lse 0.
+    """
+    shift = shifts.amax(0)
+    base = torch.where(shift == -torch.inf, 0.0, shift)
+    total = (totals * torch.exp2(shifts - base)).sum(0)
+    lse = torch.where(total == 0, 0.0, torch.log(torch.where(total == 0, 1.0, total)) + base / LOG2E)
+    return lse, pos.sum(0), ext.sum(0)
+
+
+def scaled_gradients(
+    dtype: torch.dtype, temperature: float, gradients: tuple[Tensor, ...]
+) -> tuple[list[Tensor], Tensor]:
+    """The row gradients in fp32 and the factor (1,) that the result still takes: 1 / temperature.
+
+    For fp16, whose range is short, the gradients are scaled by a power of two, which the factor undoes.
+    """
+    gradients = [g.float().contiguous() for g in gradients]
+    out_scale = torch.full((1,), 1.0 / temperature, dtype=torch.float32, device=gradients[0].device)
+    if dtype == torch.float16:
+        largest = torch.stack([g.abs().amax() for g in gradients]).amax()
+        usable = (largest > 0) & (largest < math.inf)
+        power = torch.where(usable, torch.floor(torch.log2(_HALF_GRADIENT_LARGEST / largest)), 0.0)
+        gradients = [g * torch.exp2(power) for g in gradients]
+        out_scale = out_scale * torch.exp2(-power)
+    return gradients, out_scale
+
+
+def shared_exponential(temperature: float, lse2: Tensor, grad_lse: Tensor) -> tuple[bool, Tensor]:
+    """Whether one exponential exp2(z - shift) serves a pair in both directions, and the factor of a row: it is then
+    grad_lse_i exp2(shift - lse_i), else grad_lse_i."""
+    if temperature < _SHARED_EXPONENTIAL:
+        return False, grad_lse
+    return True, grad_lse * torch.exp2(LOG2E / temperature - lse2)
+
+
+def uses_workspace(dtype: torch.dtype, d: int, n: int, device: torch.device, ieee: bool) -> bool:
+    """The tuning table's choice, where the library product has fp32 accuracy.
+
+    ieee: fp32 products are to be IEEE; with TF32 allowed a library product would be plain TF32.
+    """
+    if tuning.lookup("contrastive_grad", dtype, d, n, device)["route"] != "workspace":
+        return False
+    return ieee if dtype == torch.float32 else _LIBRARY_SUMS_IN_FP32
+
+
+def grad_by_workspace(
+    x: Tensor,
+    first_row: int,
+    n: int,
+    out_scale: Tensor,
+    first_multiple: int,
+    row_multiple: int,
+    write_weights: Callable[[int, int, int, Tensor], None],
+) -> Tensor:
+    """out_scale (G + G^T) x in x's dtype, (S, n, D), for the n anchors from first_row on.
+
+    write_weights(stream, block_row, block_rows, workspace) writes the rows of G + G^T from block_row on, a multiple of
+    first_multiple: block_rows x N of them, in x's dtype, into workspace rows of whole 16-byte chunks. The workspace has
+    at most WORKSPACE_BYTES, more only where fewer than row_multiple rows fit. One library product makes a block's
+    gradient of it, so no sum is carried from block to block.
+    """
+    streams, total, _ = x.shape
+    out = x.new_empty(streams, n, x.shape[2])
+    width = -(-total // 8) * 8
+    begin, end = first_row // first_multiple * first_multiple, first_row + n
+    fitting = WORKSPACE_BYTES // (width * x.element_size()) // row_multiple * row_multiple
+    rows = min(max(row_multiple, fitting), end - begin)
+    workspace = x.new_empty(rows, width)
+    for s in range(streams):
+        for block_row in range(begin, end, rows):
+            block_rows = min(rows, end - block_row)
+            write_weights(s, block_row, block_rows, workspace)
+            first = max(block_row, first_row)  # the first block may reach before the anchors
+            weights = workspace[first - block_row : block_rows, :total]
+            part = out[s, first - first_row : block_row + block_rows - first_row]
+            part.copy_(_product(weights, x[s]) * out_scale)
+    return out
+
+
+def _product(weights: Tensor, x: Tensor) -> Tensor:
+    """weights @ x, summed and returned in fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dtype == torch.float32:
+            return torch.mm(weights, x)
+        if x.is_cuda:
+            return torch.mm(weights, x, out_dtype=torch.float32)
+        return torch.mm(weights.float(), x.float())  # CPU tensors, under the interpreter or on the shim

@@ -1,0 +1,146 @@
+"""Contrastive statistics and their gradient on `hpkernels._cuda`; nothing is synchronised, scratch comes from torch.
+
+fp16 and bf16 run on the matrix units with fp32 sums, fp32 in IEEE arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from hpkernels import _cuda
+from hpkernels.ops.contrastive import common
+
+_SUFFIX = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+_TILE = 128  # rows and columns of a tile, csrc/cuda/tile.cuh
+
+
+class _Masks:
+    """The masks as the kernels take them; keeps contiguous copies alive."""
+
+    def __init__(self, total, positives, positives_t, extra, extra_t, negatives, everything, first_row):
+        masks = (positives, positives_t, extra, extra_t, negatives)
+        self.tensors = [None if mask is None else _aligned(mask.contiguous()) for mask in masks]
+        addresses = [0 if mask is None else mask.data_ptr() for mask in self.tensors]
+        self.period = total if negatives is None else negatives.shape[0]
+        n, stride = positives.shape
+        self.native = _cuda.ContrastiveMasks(*addresses, stride, self.period, first_row, n, everything)
+
+
+def contrastive_stats(
+    x: Tensor,
+    positives: Tensor,
+    positives_t: Tensor | None,
+    extra: Tensor | None,
+    extra_t: Tensor | None,
+    negatives: Tensor | None,
+    denominator: str,
+    temperature: float,
+    first_row: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lse_i = log sum_{j in E_i} exp(l_ij) (0 for an empty E_i), pos_i = sum_j P_ij l_ij, ext_i = sum_j Q_ij l_ij.
+
+    x (S, N, D) of unit rows; results (S, n) fp32 for the n anchors i = first_row + r, whose pairs are row r of the
+    masks. The sums of exponentials come in parts, each with the base-2 shift it was taken with.
+    """
+    _require_supported(x)
+    n = positives.shape[0]
+    shape = (x.shape[0], n)
+    if 0 in shape:
+        return tuple(torch.zeros(shape, dtype=torch.float32, device=x.device) for _ in range(3))
+    x = _padded(x)
+    masks = _Masks(x.shape[1], positives, None, extra, None, negatives, denominator == "all", first_row)
+    scale = common.LOG2E / temperature
+    first_shift = scale if common.has_fixed_shift(temperature) else -torch.inf
+    shares = _shares(x, n)
+    parts = torch.empty(4, shares, *shape, dtype=torch.float32, device=x.device)
+    _launch("contrastive_stats", x, *x.shape, masks.native, scale, first_shift, 1 / temperature, shares,
+            parts.data_ptr())  # fmt: skip
+    return common.merged(*parts)
+
+
+def contrastive_grad(
+    x: Tensor,
+    positives: Tensor,
+    positives_t: Tensor | None,
+    extra: Tensor | None,
+    extra_t: Tensor | None,
+    negatives: Tensor | None,
+    denominator: str,
+    temperature: float,
+    first_row: int,
+    lse: Tensor,
+    grad_lse: Tensor,
+    grad_pos: Tensor,
+    grad_ext: Tensor,
+) -> Tensor:
+    """dL/dx_i = (1/temperature) sum_j (G_ij + G_ji) x_j,  G_ij = grad_lse_i p_ij + grad_pos_i P_ij + grad_ext_i Q_ij.
+
+    p_ij = E_ij exp(l_ij - lse_i). (S, n, D) in x's dtype for the n anchors from first_row on, accumulated in fp32; lse
+    and the row gradients cover all N rows, (S, N). G is rounded to x's dtype for the matrix units; for fp16, whose
+    range is short, the row gradients are first scaled by a power of two, undone in fp32.
+    """
+    _require_supported(x)
+    n = positives.shape[0]
+    if x.numel() == 0 or n == 0:
+        return x.new_empty(x.shape[0], n, x.shape[2])
+    gradients, out_scale = common.scaled_gradients(x.dtype, temperature, (grad_lse, grad_pos, grad_ext))
+    lse2 = (lse.float() * common.LOG2E).contiguous()
+    masks = _Masks(
+        x.shape[1], positives, positives_t, extra, extra_t, negatives, denominator == "all", first_row
+    )
+    return _dense_grad(x, masks, n, temperature, first_row, lse2, gradients, out_scale)
+
+
+def _dense_grad(
+    x: Tensor, masks: _Masks, n: int, temperature: float, first_row: int, lse2: Tensor, gradients: list[Tensor],
+    out_scale: Tensor,
+) -> Tensor:  # fmt: skip
+    """The gradient through blocks of G + G^T, one library product each."""
+    padded = _padded(x)
+    scale = common.LOG2E / temperature
+    shared, factor = common.shared_exponential(temperature, lse2, gradients[0])
+    tables = [lse2, factor, *gradients[1:]]
+
+    def write_weights(s: int, block_row: int, block_rows: int, workspace: Tensor) -> None:
+        of_stream = _cuda.ContrastiveTables(*[table[s].data_ptr() for table in tables])
+        _launch("contrastive_weights", padded[s], *padded.shape[1:], masks.native, scale, scale if shared else 0.0,
+                of_stream, block_row, block_rows, workspace.stride(0), workspace.data_ptr())  # fmt: skip
+
+    return common.grad_by_workspace(x, first_row, n, out_scale, _TILE, _TILE, write_weights)
+
+
+def _require_supported(x: Tensor) -> None:
+    if x.dtype not in _SUFFIX:
+        raise TypeError(
+            f"x: the cuda backend takes float16, bfloat16 or float32, got {x.dtype}; "
+            "backend='reference' takes float64"
+        )
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Contiguous, rows widened with zeros to whole 16-byte chunks: inner products do not change."""
+    missing = -x.shape[-1] % (16 // x.element_size())
+    return _aligned(torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous())
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Begins at 16 bytes; a view may begin between two chunks."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _shares(x: Tensor, n: int) -> int:
+    """Shares of the columns, so that the row panels fill the device twice; depends on shapes and the device only."""
+    streams, total, _ = x.shape
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    panels = max(1, -(-n // _TILE) * streams)
+    return min(max(1, 2 * processors // panels), -(-total // _TILE))
+
+
+def _launch(function: str, x: Tensor, *arguments) -> None:
+    """Calls `function` for x's dtype, x's address first, on x's device and its current stream."""
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        getattr(_cuda, f"{function}_{_SUFFIX[x.dtype]}")(x.data_ptr(), *arguments, stream)
