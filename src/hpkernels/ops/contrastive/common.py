@@ -108,6 +108,27 @@ def grad_by_workspace(
     return out
 
 
+class ColumnWindows:
+    """Windows of columns whose partial sums, one for each (column, row of the negatives), share a bounded workspace.
+
+    The sums of column j are `counts[j]` slots from starts[j] on (starts (N + 1,) int64), in all starts[N]; columns
+    that are no anchors have none. Window w is the columns bounds[w] ... bounds[w + 1] (int32), all anchors together;
+    its slots are at most `rooms`, unless all slots are more than `capacity`: then no window is meant to have any.
+    Made on the device, from counts alone.
+    """
+
+    def __init__(self, counts: Tensor, first_row: int, n: int, period: int, capacity: int, row_bytes: int):
+        self.starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
+        # A window is the columns whose first slot lies in one quota; the last of them reaches at most `period` past it.
+        quota = min(max(period, WORKSPACE_BYTES // row_bytes - period), capacity)
+        self.number = -(-capacity // quota)
+        marks = torch.arange(self.number + 1, device=counts.device) * quota
+        self.bounds = torch.searchsorted(self.starts, marks).clamp(first_row, first_row + n).to(torch.int32)
+        self.bounds[0] = first_row
+        self.bounds[-1] = first_row + n
+        self.rooms = quota + period
+
+
 def _product(weights: Tensor, x: Tensor) -> Tensor:
     """weights @ x, summed and returned in fp32."""
     with torch.autocast(x.device.type, enabled=False):

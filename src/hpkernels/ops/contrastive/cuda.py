@@ -6,6 +6,7 @@ fp16 and bf16 run on the matrix units with fp32 sums, fp32 in IEEE arithmetic.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from hpkernels.ops.contrastive import common
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _TILE = 128  # rows and columns of a tile, csrc/cuda/tile.cuh
+_SLOT_SHARE = (5, 32)  # capacity of the column side as a share of the pairs (row of the negatives, anchor)
+_COLUMN_SHARES = 2  # blocks that share the columns of a row of the negatives
+_SUM_BLOCKS = 4096
 
 
 class _Masks:
@@ -52,12 +56,18 @@ def contrastive_stats(
         return tuple(torch.zeros(shape, dtype=torch.float32, device=x.device) for _ in range(3))
     x = _padded(x)
     masks = _Masks(x.shape[1], positives, None, extra, None, negatives, denominator == "all", first_row)
-    scale = common.LOG2E / temperature
-    first_shift = scale if common.has_fixed_shift(temperature) else -torch.inf
-    shares = _shares(x, n)
+    pairs = _cuda.ContrastivePairs
+    families = [pairs.positives] if negatives is None else [pairs.positives, pairs.negatives]
+    shares = len(families) if denominator == "sparse" else _shares(x, n)
     parts = torch.empty(4, shares, *shape, dtype=torch.float32, device=x.device)
-    _launch("contrastive_stats", x, *x.shape, masks.native, scale, first_shift, 1 / temperature, shares,
-            parts.data_ptr())  # fmt: skip
+    scale = common.LOG2E / temperature
+    scales = (scale, scale if common.has_fixed_shift(temperature) else -torch.inf, 1 / temperature)
+    if denominator == "sparse":
+        for part, family in enumerate(families):
+            _launch("contrastive_listed_stats", x, *x.shape, masks.native, family, *scales, part, shares,
+                    parts.data_ptr())  # fmt: skip
+    else:
+        _launch("contrastive_stats", x, *x.shape, masks.native, *scales, shares, parts.data_ptr())
     return common.merged(*parts)
 
 
@@ -91,25 +101,103 @@ def contrastive_grad(
     masks = _Masks(
         x.shape[1], positives, positives_t, extra, extra_t, negatives, denominator == "all", first_row
     )
-    return _dense_grad(x, masks, n, temperature, first_row, lse2, gradients, out_scale)
+    arguments = (x, masks, n, temperature, first_row, lse2, gradients, out_scale)
+    if denominator == "sparse" and negatives is not None:
+        return _grad_of_lists_and_columns(*arguments)
+    if denominator == "sparse":
+        return _grad_of_lists(*arguments, _cuda.ContrastivePairs.positives)
+    if common.uses_workspace(x.dtype, x.shape[2], x.shape[1], x.device, ieee=not _tf32_accepted()):
+        return _grad_by_workspace(*arguments)
+    return _grad_of_lists(*arguments, _cuda.ContrastivePairs.all)
 
 
-def _dense_grad(
+def _grad_by_workspace(
     x: Tensor, masks: _Masks, n: int, temperature: float, first_row: int, lse2: Tensor, gradients: list[Tensor],
     out_scale: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The gradient through blocks of G + G^T, one library product each."""
+    """The dense gradient through blocks of G + G^T, one library product each."""
     padded = _padded(x)
     scale = common.LOG2E / temperature
     shared, factor = common.shared_exponential(temperature, lse2, gradients[0])
-    tables = [lse2, factor, *gradients[1:]]
 
     def write_weights(s: int, block_row: int, block_rows: int, workspace: Tensor) -> None:
-        of_stream = _cuda.ContrastiveTables(*[table[s].data_ptr() for table in tables])
+        tables = _tables(s, lse2, factor, *gradients[1:])
         _launch("contrastive_weights", padded[s], *padded.shape[1:], masks.native, scale, scale if shared else 0.0,
-                of_stream, block_row, block_rows, workspace.stride(0), workspace.data_ptr())  # fmt: skip
+                tables, block_row, block_rows, workspace.stride(0), workspace.data_ptr())  # fmt: skip
 
     return common.grad_by_workspace(x, first_row, n, out_scale, _TILE, _TILE, write_weights)
+
+
+def _grad_of_lists(
+    x: Tensor, masks: _Masks, n: int, temperature: float, first_row: int, lse2: Tensor, gradients: list[Tensor],
+    out_scale: Tensor, pairs: _cuda.ContrastivePairs,
+) -> Tensor:  # fmt: skip
+    """The gradient of panels of anchors that own their output: over all columns (dense), or over their positives'."""
+    padded = _padded(x)
+    streams, total, d = padded.shape
+    out = x.new_empty(streams, n, d)
+    for s in range(streams):
+        _launch("contrastive_listed_grad", padded[s], total, d, masks.native, pairs, common.LOG2E / temperature,
+                _tables(s, lse2, *gradients), out[s].data_ptr(), 0, False, out_scale.data_ptr(), 0, 0)  # fmt: skip
+    return out[..., : x.shape[2]].contiguous()
+
+
+def _grad_of_lists_and_columns(
+    x: Tensor, masks: _Masks, n: int, temperature: float, first_row: int, lse2: Tensor, gradients: list[Tensor],
+    out_scale: Tensor,
+) -> Tensor:  # fmt: skip
+    """The sparse gradient: both sides of the positives, the negatives' row side, and their column side in windows.
+
+    Stream by stream, to bound the scratch. A column side that has more sums than its capacity is summed by panels of
+    anchors over all columns instead: every launch is made, the device decides which of them work.
+    """
+    padded = _padded(x)
+    streams, total, d = padded.shape
+    pairs = _cuda.ContrastivePairs
+    scale = common.LOG2E / temperature
+    words = -(-masks.period // 32)
+    turned = torch.empty(total, words, dtype=torch.int32, device=x.device)
+    counts = torch.empty(total, dtype=torch.int32, device=x.device)
+    _launch_on(x.device, _cuda.contrastive_turn_negatives, masks.native, total, words, turned.data_ptr(),
+               counts.data_ptr())  # fmt: skip
+    capacity = _column_capacity(masks.period, n)
+    windows = common.ColumnWindows(counts, first_row, n, masks.period, capacity, d * x.element_size())
+    all_slots = windows.starts[total:].data_ptr()
+    workspace = x.new_empty(windows.rooms, d)
+    partial = torch.empty(n, d, dtype=torch.float32, device=x.device)
+    out = x.new_empty(streams, n, d)
+    for s in range(streams):
+        tables = _tables(s, lse2, *gradients)
+        for family, add, slots in (
+            (pairs.positives, False, 0), (pairs.negatives, True, 0), (pairs.named_by_bits, True, all_slots)
+        ):  # fmt: skip
+            _launch("contrastive_listed_grad", padded[s], total, d, masks.native, family, scale, tables,
+                    0, partial.data_ptr(), add, out_scale.data_ptr(), slots, capacity)  # fmt: skip
+        for w in range(windows.number):
+            slots = _cuda.ColumnSlots(
+                turned.data_ptr(), words, windows.starts.data_ptr(), windows.bounds[w:].data_ptr(), total, capacity
+            )
+            _launch("contrastive_column_side", padded[s], total, d, masks.native, scale, tables, slots,
+                    _COLUMN_SHARES, workspace.data_ptr())  # fmt: skip
+            _launch("contrastive_column_sum", workspace, first_row, d, slots, min(n, _SUM_BLOCKS),
+                    partial.data_ptr(), out_scale.data_ptr(), out[s].data_ptr())  # fmt: skip
+    return out[..., : x.shape[2]].contiguous()
+
+
+def _column_capacity(period: int, n: int) -> int:
+    """Sums of the column side that find room: all of them for the rates that are called sparse."""
+    return period * min(n, -(-n * _SLOT_SHARE[0] // _SLOT_SHARE[1]) + 64)
+
+
+def _tables(stream: int, *tables: Tensor) -> _cuda.ContrastiveTables:
+    return _cuda.ContrastiveTables(*[table[stream].data_ptr() for table in tables])
+
+
+def _tf32_accepted() -> bool:
+    """Whether a library product of fp32 operands may be TF32 (torch >= 2.9: reading allow_tf32 too would mix two
+    interfaces)."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def _require_supported(x: Tensor) -> None:
@@ -140,7 +228,12 @@ def _shares(x: Tensor, n: int) -> int:
 
 
 def _launch(function: str, x: Tensor, *arguments) -> None:
-    """Calls `function` for x's dtype, x's address first, on x's device and its current stream."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        getattr(_cuda, f"{function}_{_SUFFIX[x.dtype]}")(x.data_ptr(), *arguments, stream)
+    """Calls `function` for x's dtype, x's address first."""
+    _launch_on(x.device, getattr(_cuda, f"{function}_{_SUFFIX[x.dtype]}"), x.data_ptr(), *arguments)
+
+
+def _launch_on(device: torch.device, function: Callable, *arguments) -> None:
+    """On the device and its current stream."""
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        function(*arguments, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0)

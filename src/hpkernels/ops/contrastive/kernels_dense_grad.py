@@ -10,7 +10,6 @@ Which one is the tuning table's choice. Both accumulate in fp32 and round W to x
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
