@@ -1,17 +1,24 @@
 """Builds hpkernels' native extensions. No torch is needed at build time: they take raw pointers.
 
-Each extension is a folder of C++ sources and a builder: `hpkernels._cpu` is always built; an optional extension joins
-by adding a `NativeExtension` to `extensions()` and a `build_<name>` method.
+Each extension is a folder of C++ sources and a `build_<name>` method: `hpkernels._cpu` is always built,
+`hpkernels._cuda` when a CUDA compiler can be had.
 
 csrc/cpu/*.cpp            compiled once, for the oldest CPU of the architecture: bindings, thread pool, dispatch
 csrc/cpu/kernels/*.cpp    compiled once per instruction set of `KERNELS`, inside the namespace given by -DHPK_ISA
 csrc/cpu/kernels_bf16/    likewise for the instruction sets with bf16 products, `KERNELS_BF16`
+csrc/cuda/*.cu, *.cpp     each compiled once by nvcc, for all targets of HPKERNELS_CUDA_ARCHS
 
-Environment: CXX (the compiler), HPKERNELS_JOBS (parallel compilations, default: all CPUs).
+The CUDA compiler is $CUDA_HOME/bin/nvcc, else nvcc on the PATH, else (Linux) that of NVIDIA's compiler packages, which
+an isolated build fetches as build requirements.
+
+Environment: CXX (the compiler), HPKERNELS_JOBS (parallel compilations, default: all CPUs), HPKERNELS_CUDA (0: build
+without _cuda; 1: fail without a CUDA compiler; auto), HPKERNELS_CUDA_ARCHS (default "80;90a;90-virtual": machine code
+for sm_80 and sm_90a, and PTX for 90, from which drivers compile for what comes after; "90+PTX" means both).
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,10 +38,21 @@ AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 KERNELS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
 KERNELS_BF16 = {"avx512_bf16": AVX512_BF16}
 
+CUDA_ARCHS = "80;90a;90-virtual"
+OLDEST_CUDA_ARCH = 80  # asynchronous copies and bf16 products
+# One release for all parts, and the first of CUDA 13: PTX of a later one needs a later driver.
+CUDA_PACKAGES = [
+    f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
+]
+
 NO_COMPILER = (
     "hpkernels needs a C++17 compiler (GCC 9 or Clang 10, or newer) to build, and {name!r} was not found: install one "
     "with `apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora) or `xcode-select --install` (macOS), "
     "or name yours in the environment variable CXX."
+)
+NO_CUDA_COMPILER = (
+    "no CUDA compiler was found (nvcc in CUDA_HOME or on the PATH; an isolated build on Linux, as `pip install` makes by "
+    "default, fetches one from the package index)"
 )
 
 
@@ -42,13 +60,17 @@ class NativeExtension(Extension):
     """An extension whose sources are found in `folder` by the builder of the same name."""
 
     def __init__(self, name: str, folder: str):
-        sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.cpp"))
-        headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
-        super().__init__(name, sources=sources, depends=headers, language="c++")
         self.folder = ROOT / folder
+        headers = [*_files(ROOT / "csrc/shared", ".h"), *_files(self.folder, ".h", ".cuh")]
+        super().__init__(name, sources=_files(self.folder, ".cpp", ".cu"), depends=headers, language="c++")
 
 
 class BuildNative(build_ext):
+    def run(self):
+        if _cuda_wanted() != "0" and _find_nvcc() is None:
+            print(f"hpkernels: built without hpkernels._cuda: {NO_CUDA_COMPILER}", file=sys.stderr)
+        super().run()
+
     def build_extension(self, ext):
         getattr(self, "build" + ext.name.rpartition(".")[2])(ext)
 
@@ -73,17 +95,42 @@ class BuildNative(build_ext):
                 for source in sorted((ext.folder / subfolder).glob("*.cpp")):
                     flags = [*common, *variants[isa], f"-DHPK_ISA={isa}", f"-DHPK_ISA_{isa.upper()}=1"]
                     jobs.append((source, temp / isa / f"{source.stem}.o", flags))
+        self._compile([(source, output, [*compiler, *flags]) for source, output, flags in jobs], ext)
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
+        self._link(ext, [*compiler, *shared, *(str(output) for _, output, _ in jobs), "-pthread"])
+
+    def build_cuda(self, ext):
+        import pybind11
+
+        nvcc, archs = _find_nvcc(), _cuda_archs()
+        command = [nvcc, *_host_compiler()]
+        includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), *_python_includes())]
+        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *includes, *_code_flags(archs)]
+        flags.append(f'-DHPK_CUDA_ARCHS="{";".join(archs)}"')
+        # Objects for other targets lie elsewhere, so that a change of the targets compiles anew.
+        temp = Path(self.build_temp) / "cuda" / "_".join(archs)
+        sources = [*sorted(ext.folder.glob("*.cu")), *sorted(ext.folder.glob("*.cpp"))]
+        jobs = [(source, temp / f"{source.name}.o", [*command, *flags]) for source in sources]
+        self._compile(jobs, ext)
+        libraries = Path(nvcc).resolve().parents[1] / "lib"  # where the compiler packages have them
+        link = [*command, "-shared", "-cudart", "static", f"-L{libraries}", "-Xlinker", "-s,--exclude-libs=ALL"]
+        self._link(ext, [*link, *(str(output) for _, output, _ in jobs)])
+
+    def _compile(self, jobs, ext):
+        """Runs `command -c source -o output` for those (source, output, command) that are not up to date."""
         newest_header = max(Path(ROOT, path).stat().st_mtime for path in [*ext.depends, "setup.py"])
         stale = [job for job in jobs if self.force or not _is_current(*job[:2], newest_header)]
         with ThreadPoolExecutor(_job_count()) as pool:
-            list(pool.map(lambda job: _compile(compiler, *job), stale))
-        self._link(compiler, ext, [str(output) for _, output, _ in jobs])
+            list(pool.map(lambda job: _compile(*job), stale))
 
-    def _link(self, compiler, ext, objects):
+    def _link(self, ext, command):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
-        _run([*compiler, *shared, *objects, "-pthread", "-o", str(target)])
+        _run([*command, "-o", str(target)])
+
+
+def _files(folder, *suffixes):
+    return sorted(str(path.relative_to(ROOT)) for path in folder.rglob("*") if path.suffix in suffixes)
 
 
 def _find_compiler():
@@ -117,9 +164,9 @@ def _is_current(source, output, newest_header):
     return output.exists() and output.stat().st_mtime > max(source.stat().st_mtime, newest_header)
 
 
-def _compile(compiler, source, output, flags):
+def _compile(source, output, command):
     output.parent.mkdir(parents=True, exist_ok=True)
-    _run([*compiler, *flags, "-c", str(source), "-o", str(output)])
+    _run([*command, "-c", str(source), "-o", str(output)])
 
 
 def _run(command):
@@ -137,8 +184,74 @@ def _job_count():
     return int(text)
 
 
+def _cuda_wanted():
+    text = os.environ.get("HPKERNELS_CUDA", "") or "auto"
+    if text not in ("0", "1", "auto"):
+        raise SystemExit(f"HPKERNELS_CUDA must be 0, 1 or auto, got {text!r}")
+    return text
+
+
+def _find_nvcc():
+    """The CUDA compiler: of CUDA_HOME, of the PATH, or of the compiler packages in this environment; None without."""
+    home = os.environ.get("CUDA_HOME")
+    installed = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+    installed = installed or shutil.which("nvcc")
+    if installed:
+        return installed
+    found = (path for folder in sys.path for path in sorted(Path(folder).glob("nvidia/cu*/bin/nvcc")))
+    return next((str(path) for path in found if (path.parents[1] / "nvvm/bin/cicc").exists()), None)
+
+
+def _host_compiler():
+    compiler = _find_compiler()
+    return ["-ccbin", compiler[0]] if len(compiler) == 1 else []
+
+
+def _cuda_archs():
+    """HPKERNELS_CUDA_ARCHS as names of the compiler: sm_80 is machine code, compute_90 is PTX."""
+    text = os.environ.get("HPKERNELS_CUDA_ARCHS", "") or CUDA_ARCHS
+    archs = []
+    for entry in filter(None, re.split(r"[;, ]+", text)):
+        match = re.fullmatch(r"(\d+)(a?)(-virtual|\+PTX)?", entry)
+        if match is None or int(match[1]) < OLDEST_CUDA_ARCH:
+            raise SystemExit(
+                f"HPKERNELS_CUDA_ARCHS must list targets such as {CUDA_ARCHS!r}, {OLDEST_CUDA_ARCH} or newer, "
+                f"got {entry!r} in {text!r}"
+            )
+        name = match[1] + match[2]
+        archs += [f"sm_{name}"] * (match[3] != "-virtual") + [f"compute_{name}"] * (match[3] is not None)
+    if not archs:
+        raise SystemExit(f"HPKERNELS_CUDA_ARCHS must list targets such as {CUDA_ARCHS!r}, got {text!r}")
+    return list(dict.fromkeys(archs))
+
+
+def _code_flags(archs):
+    pairs = ((f"compute_{arch.partition('_')[2]}", arch) for arch in archs)
+    return [f"-gencode=arch={virtual},code={code}" for virtual, code in pairs]
+
+
 def extensions():
-    return [NativeExtension("hpkernels._cpu", "csrc/cpu")]
+    cpu, cuda = NativeExtension("hpkernels._cpu", "csrc/cpu"), NativeExtension("hpkernels._cuda", "csrc/cuda")
+    if _cuda_wanted() == "0":
+        return [cpu]
+    _cuda_archs()  # a wrong value is an error before anything is compiled
+    if _find_nvcc() is not None:
+        return [cpu, cuda]
+    if _cuda_wanted() == "1" and not _asked_for_requirements():
+        raise SystemExit(f"HPKERNELS_CUDA is 1, but {NO_CUDA_COMPILER}")
+    return [cpu]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})
+def build_requirements():
+    """What an isolated build installs besides pyproject.toml's requirements."""
+    missing = _cuda_wanted() != "0" and _find_nvcc() is None
+    machine = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    return CUDA_PACKAGES if missing and machine and _asked_for_requirements() else []
+
+
+def _asked_for_requirements():
+    """Whether a build front end asks for `build_requirements`; a plain `python setup.py` would fetch them itself."""
+    return "setuptools.build_meta" in sys.modules and sys.argv[1:2] == ["egg_info"]
+
+
+setup(ext_modules=extensions(), setup_requires=build_requirements(), cmdclass={"build_ext": BuildNative})

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LOADERS = ("/lib64/ld-linux-x86-64", "/lib/ld-linux-aarch64")
 BUILD_REQUIREMENTS = ["setuptools", "_distutils_hack", "pybind11", "pip"]
 
 
@@ -45,6 +46,16 @@ def python_without_torch(tmp_path_factory):
     return python
 
 
+@pytest.fixture(scope="module")
+def path_without_nvcc(tmp_path_factory):
+    """A PATH with the host's C++ compiler and its tools, and no CUDA compiler."""
+    folder = tmp_path_factory.mktemp("tools")
+    for name in ("c++", "g++", "as", "ld"):
+        if shutil.which(name):
+            (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
+
+
 def run(python, *arguments, cwd, **environment):
     command = [str(python), *arguments]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HPKERNELS_", "PIP_"))}
@@ -56,7 +67,8 @@ def test_install_without_torch(checkout, python_without_torch, tmp_path):
     assert "No module named 'torch'" in missing.stderr
 
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
-    result = run(python_without_torch, "-m", "pip", "install", *options, str(checkout), cwd=tmp_path)
+    command = ["-m", "pip", "install", *options, str(checkout)]
+    result = run(python_without_torch, *command, cwd=tmp_path, HPKERNELS_CUDA="0")
     assert result.returncode == 0, result.stdout + result.stderr
 
     load = (
@@ -94,3 +106,95 @@ def test_jobs_must_be_a_number(checkout):
     result = run(sys.executable, "setup.py", "build_ext", cwd=checkout, HPKERNELS_JOBS="many")
     assert result.returncode != 0
     assert result.stderr.strip().splitlines()[-1] == "HPKERNELS_JOBS must be a positive integer, got 'many'"
+
+
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        ({"HPKERNELS_CUDA": "yes"}, "HPKERNELS_CUDA must be 0, 1 or auto, got 'yes'"),
+        (
+            {"HPKERNELS_CUDA_ARCHS": "80;hopper"},
+            "HPKERNELS_CUDA_ARCHS must list targets such as '80;90a;90-virtual', 80 or newer, got 'hopper' in '80;hopper'",
+        ),
+        (
+            {"HPKERNELS_CUDA_ARCHS": "75"},
+            "HPKERNELS_CUDA_ARCHS must list targets such as '80;90a;90-virtual', 80 or newer, got '75' in '75'",
+        ),
+    ],
+)
+def test_a_wrong_switch_is_one_sentence(checkout, environment, sentence):
+    result = run(sys.executable, "setup.py", "build_ext", cwd=checkout, **environment)
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1] == sentence
+
+
+def test_without_a_cuda_compiler(checkout, python_without_torch, path_without_nvcc):
+    """Asked for, it is an error; else one line of notice, before the compiler of C++ is looked for."""
+    command = [python_without_torch, "setup.py", "build_ext"]
+    place = {"cwd": checkout, "PATH": path_without_nvcc, "CUDA_HOME": "", "CXX": "no-such-compiler"}
+    demanded = run(*command, **place, HPKERNELS_CUDA="1")
+    assert demanded.returncode != 0
+    last = demanded.stderr.strip().splitlines()[-1]
+    assert last.startswith("HPKERNELS_CUDA is 1, but no CUDA compiler was found (nvcc in CUDA_HOME or on the PATH;")
+    notice = "hpkernels: built without hpkernels._cuda: no CUDA compiler was found"
+    assert notice in run(*command, **place).stderr
+    assert "hpkernels._cuda" not in run(*command, **place, HPKERNELS_CUDA="0").stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler packages are for Linux")
+def test_build_requirements(checkout, python_without_torch, path_without_nvcc, tmp_path):
+    """An isolated build asks for NVIDIA's compiler packages exactly where no nvcc is found and none was refused."""
+    query = "from setuptools import build_meta as b; print(*b.get_requires_for_build_wheel())"
+
+    def asked(**environment):
+        place = {"PATH": path_without_nvcc, "CUDA_HOME": "", **environment}
+        result = run(python_without_torch, "-c", query, cwd=checkout, **place)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip().splitlines()[-1].split()
+
+    for switch in ("", "1", "auto"):
+        assert [name.partition("==")[0] for name in asked(HPKERNELS_CUDA=switch)] == [
+            "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl",
+        ]  # fmt: skip
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    for environment in ({"HPKERNELS_CUDA": "0"}, {"CUDA_HOME": str(tmp_path)}, {"PATH": str(nvcc.parent)}):
+        assert not any(name.startswith("nvidia") for name in asked(**environment))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
+def test_the_cuda_extension(checkout, python_without_torch, tmp_path):
+    """One op's kernels: it imports without a GPU, says what it is for, needs no CUDA library, is compiled once."""
+    small = tmp_path / "checkout"
+    shutil.copytree(checkout, small)
+    for source in (small / "csrc" / "cuda").glob("*.cu"):
+        if source.stem not in ("device", "pair_bits"):
+            source.unlink()
+    shutil.rmtree(small / "csrc" / "cpu")
+    (small / "csrc" / "cpu").mkdir()
+    (small / "csrc" / "cpu" / "none.cpp").touch()
+    command = ["setup.py", "build_ext", "--inplace"]
+    switches = {"HPKERNELS_CUDA": "1", "HPKERNELS_CUDA_ARCHS": "80;90-virtual"}
+    result = run(python_without_torch, *command, cwd=small, **switches)
+    assert result.returncode == 0, result.stderr
+
+    (library,) = (small / "src" / "hpkernels").glob("_cuda.*")
+    needed = subprocess.check_output(["ldd", str(library)], text=True)
+    assert {line.split()[0].partition(".so")[0] for line in needed.splitlines()} <= {
+        "libc", "libm", "libstdc++", "libgcc_s", "libdl", "librt", "libpthread", "linux-vdso", *LOADERS,
+    }  # fmt: skip
+    code = "import _cuda; print(_cuda.device_type, _cuda.archs, _cuda.cuda_version // 1000 >= 11, _cuda.driver_version() >= 0)"
+    loaded = run(python_without_torch, "-c", code, cwd=library.parent)
+    assert loaded.stdout.split() == ["cuda", "sm_80;compute_90", "True", "True"], loaded.stderr
+
+    def objects():
+        return {path: path.stat().st_mtime_ns for path in small.rglob("*.cu.o")}
+
+    before = objects()
+    assert len(before) == 2
+    assert run(python_without_torch, *command, cwd=small, **switches).returncode == 0
+    assert objects() == before
+    (small / "csrc" / "cuda" / "device.cu").touch()
+    assert run(python_without_torch, *command, cwd=small, **switches).returncode == 0
+    assert [path.name for path, time in objects().items() if time != before[path]] == ["device.cu.o"]

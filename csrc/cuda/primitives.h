@@ -14,6 +14,9 @@
 
 namespace hpk::gpu {
 
+constexpr const char* kDeviceType = "cuda";
+constexpr int kCudaVersion = CUDART_VERSION;
+
 struct bf16 {
   uint16_t bits;
 };
@@ -67,6 +70,14 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+__device__ inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ inline float to_float(fp16 x) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+}
+__device__ inline float to_float(float x) { return x; }
+
 // Two adjacent elements, aligned to their size: rounded to nearest even, and read.
 __device__ inline void store_two(bf16* to, float low, float high) {
   uint32_t two;
@@ -119,6 +130,13 @@ __device__ inline void mma_16816<fp16>(float (&c)[4], const uint32_t (&a)[4], co
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// The newest CUDA version that the driver serves, counted as kCudaVersion; 0 without a driver.
+inline int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version));
+  return version;
 }
 
 // kernel<<<grid, block, shared_bytes, stream>>>(args...) on the current device. Throws std::runtime_error.

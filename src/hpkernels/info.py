@@ -20,6 +20,15 @@ OPS = {
 }
 
 
+def _cuda_line() -> str:
+    try:
+        extension = importlib.import_module("hpkernels._cuda")
+    except ImportError:
+        return dispatch.MISSING["cuda"]
+    version = extension.cuda_version
+    return f"built with CUDA {version // 1000}.{version % 1000 // 10} for {extension.archs.replace(';', ', ')}"
+
+
 def _lines() -> list[str]:
     lines = [f"hpkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
     missing = dispatch.why_not("cpu", torch.device("cpu"))
@@ -28,6 +37,7 @@ def _lines() -> list[str]:
         lines.append(f"_cpu: built; instruction set {extension.isa()} of {', '.join(extension.isas())}")
     else:
         lines.append(f"_cpu: {missing}")
+    lines.append(f"_cuda: {_cuda_line()}")
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         lines.append(f"cuda devices: {', '.join(devices)}")

@@ -1,45 +1,72 @@
-"""hpkernels._cuda for the CPU: the sources of csrc/cuda compiled against tests/cuda_shim, built once per run.
+"""hpkernels._cuda for the CPU: the sources of csrc/cuda compiled against tests/cuda_shim, once for all workers of a run.
 
-The fixtures are the modules hpkernels.ops.<op>.cuda on that library: they take CPU tensors.
+The fixtures are the modules hpkernels.ops.<op>.cuda on that library: they take CPU tensors, and so does
+`backend="cuda"`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+# Kernels read and write packed numbers through other types, as the GPU's compiler lets them.
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
+         "-DHPK_CUDA_SHIM"]  # fmt: skip
+
+
+def build_shim(folder: Path) -> Path:
+    """The library, compiled in `folder` unless another process of this run has done so."""
+    library = folder / "_cuda.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            includes = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda", pybind11.get_include(), sysconfig.get_path("include"))
+            compiler = ["g++", *FLAGS, *(f"-I{path}" for path in includes), "-x", "c++"]
+            sources = [path for pattern in ("*.cu", "*.cpp") for path in sorted((ROOT / "csrc/cuda").glob(pattern))]
+            objects = [str(folder / f"{source.name}.o") for source in sources]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                commands = ([*compiler, "-c", str(source), "-o", target] for source, target in zip(sources, objects))
+                list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+            part = folder / "_cuda.part"
+            subprocess.run(["g++", "-shared", *objects, "-o", str(part)], check=True)
+            part.rename(library)
+    return library
 
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory) -> Iterator[ModuleType]:
     """The compiled library, in the place of hpkernels._cuda for the session."""
-    library = tmp_path_factory.mktemp("cuda_shim") / "_cuda.so"
-    includes = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda", pybind11.get_include(), sysconfig.get_path("include"))
-    sources = [str(path) for pattern in ("*.cu", "*.cpp") for path in sorted((ROOT / "csrc/cuda").glob(pattern))]
-    subprocess.run(
-        ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-unknown-pragmas",
-         "-DHPK_CUDA_SHIM", *(f"-I{path}" for path in includes), "-x", "c++", *sources, "-o", str(library)],
-        check=True,
-    )  # fmt: skip
-    spec = importlib.util.spec_from_file_location("hpkernels._cuda", library)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_shim"
+    folder.mkdir(exist_ok=True)
+    spec = importlib.util.spec_from_file_location("hpkernels._cuda", build_shim(folder))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     import hpkernels
+    from hpkernels import dispatch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "hpkernels._cuda", module)
         patch.setattr(hpkernels, "_cuda", module, raising=False)
+        patch.setitem(dispatch.MISSING, "cuda", None)
+        patch.setattr(dispatch, "_cuda_takes", module.device_type)
+        dispatch.implementation.cache_clear()
         yield module
+        dispatch.implementation.cache_clear()
 
 
 def _on_shim(op: str) -> Iterator[ModuleType]:
@@ -58,3 +85,26 @@ def search(shim) -> Iterator[ModuleType]:
 @pytest.fixture(scope="session")
 def contrastive(shim) -> Iterator[ModuleType]:
     yield from _on_shim("contrastive")
+
+
+@pytest.fixture(scope="session")
+def local_mix(shim) -> Iterator[ModuleType]:
+    yield from _on_shim("local_mix")
+
+
+@pytest.fixture(scope="session")
+def pair_bits(shim) -> Iterator[ModuleType]:
+    yield from _on_shim("pair_bits")
+
+
+@pytest.fixture(scope="session")
+def normalize(shim) -> Iterator[ModuleType]:
+    yield from _on_shim("normalize")
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty is filled with NaN or the largest integer: what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

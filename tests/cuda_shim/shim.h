@@ -114,6 +114,7 @@ inline void run_block() {
 #define threadIdx (::hpk::shim::block().running->thread)
 #define blockIdx (::hpk::shim::block().index)
 #define gridDim (::hpk::shim::block().grid)
+#define blockDim (::hpk::shim::block().size)
 
 inline void __syncthreads() { hpk::shim::wait(hpk::shim::block().barrier, hpk::shim::block().live); }
 inline void __syncwarp() { hpk::shim::wait_warp(); }
@@ -169,7 +170,28 @@ inline int atomicAdd(int* address, int value) {
   return before;
 }
 
+inline uint32_t atomicOr(uint32_t* address, uint32_t value) {
+  const uint32_t before = *address;
+  *address |= value;
+  return before;
+}
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 namespace hpk::gpu {
+
+constexpr const char* kDeviceType = "cpu";
+constexpr int kCudaVersion = 0;
+inline int driver_version() { return 0; }
 
 struct bf16 {
   uint16_t bits;
@@ -184,6 +206,8 @@ inline float to_float(bf16 x) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+
+inline float to_float(float x) { return x; }
 
 inline float to_float(fp16 x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
@@ -284,7 +308,7 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 template <class... A, class... B>
 void launch(void (*kernel)(A...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t, B... args) {
   auto& b = shim::block();
-  b.grid = grid;
+  b.grid = grid, b.size = block;
   b.fibres.resize(block.x);
   b.warps.resize((block.x + 31) / 32);
   for (unsigned t = 0; t < block.x; ++t) {
