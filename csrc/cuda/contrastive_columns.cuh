@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kTileThreads)
       __syncthreads();  // the slots of the last panel are read
       if (threadIdx.x < kPanel) memory.slots[threadIdx.x] = slots.slot(columns.at(threadIdx.x), t);
       sums.clear();
-      add_tiles(sums, memory, rows, masks, tables, Pairs::kNamed, columns, columns.count, named, tiles, at);
+      add_tiles(sums, memory, rows, masks, tables, Pairs::kNamed, columns, named, tiles, at);
       sums.for_each_pair(at, [&](int row, int column, float low, float high) {
         if (row < columns.count) store_two(workspace + memory.slots[row] * rows.depth + column, low, high);
       });

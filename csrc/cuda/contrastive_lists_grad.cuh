@@ -182,7 +182,7 @@ __device__ inline float pair_weight(const ContrastiveMasks& masks, const Contras
 template <class T, class A, class B>
 __device__ inline void add_tiles(PanelSums<T>& sums, PanelMemory<T>& memory, const ContrastiveRows<T>& rows,
                                  const ContrastiveMasks& masks, const ContrastiveTables& tables, Pairs pairs,
-                                 const A& a, int a_count, const B& b, int tiles, const PanelPlaces& at) {
+                                 const A& a, const B& b, int tiles, const PanelPlaces& at) {
   TileStream<T, kPanelStages, PanelPlaces, A, B> products(a, b, 0, tiles, rows.depth, memory.stages);
   for (int tile = 0; tile < tiles; ++tile) {
     PanelPlaces::Accumulators acc;
@@ -206,8 +206,8 @@ __device__ inline void add_tiles(PanelSums<T>& sums, PanelMemory<T>& memory, con
       const float2 z = load_two(
           reinterpret_cast<const float*>(tile_chunk(logits, row, column / 4, kPanel * 4)) + column % 4);
       const int i = a.at(row), j = b.at(place), next = b.at(place + 1);
-      const bool first_there = row < a_count && place < b.count && i != j;
-      const bool second_there = row < a_count && place + 1 < b.count && i != next;
+      const bool first_there = row < a.count && place < b.count && i != j;
+      const bool second_there = row < a.count && place + 1 < b.count && i != next;
       sums.set_weights(row, column, first_there ? pair_weight(masks, tables, pairs, i, j, z.x) : 0.0f,
                        second_there ? pair_weight(masks, tables, pairs, i, next, z.y) : 0.0f);
     }
@@ -215,8 +215,8 @@ __device__ inline void add_tiles(PanelSums<T>& sums, PanelMemory<T>& memory, con
   }
 }
 
-// Where the sums of a panel go, rows counted from the first anchor: out = out_scale (partial + sums) in x's type, or
-// partial (+)= sums where out is null. With `slots` only if *slots > above.
+// Where the sums of a panel go, rows counted from the first anchor: out = out_scale sums in x's type or, where out is
+// null, partial = sums or (add) partial += sums. With `slots` nothing is done unless *slots > above.
 template <class T>
 struct PanelTarget {
   T* out;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kTileThreads)
   ListWalk<ColumnsOfPanel<T>> walk(memory.list, {masks, panel, pairs, rows.rows}, 0, (rows.rows + 31) / 32);
   while (const int tiles = walk.next()) {
     const ListedRows<T> columns{rows.x, memory.list.columns, walk.held()};
-    add_tiles(sums, memory, rows, masks, tables, pairs, panel, panel.count, columns, tiles, at);
+    add_tiles(sums, memory, rows, masks, tables, pairs, panel, columns, tiles, at);
   }
 
   const float out_scale = *target.out_scale;

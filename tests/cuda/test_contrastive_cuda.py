@@ -16,12 +16,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DENOMINATORS = (("all", None), ("dense", 0.3), ("sparse", 0.1), ("sparse", None))  # with the rate of the negatives
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """torch.empty is filled with NaN or the largest integer: what a kernel does not write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def _units(streams: int, n: int, d: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -45,7 +40,7 @@ def _masks(n: int, period: int | None, rate: float | None, symmetric: bool, extr
 
 
 def _check(contrastive, x, masks, denominator, temperature, first_row=0, n=None):
-    """Statistics and gradient of the anchors first_row ... + n against the reference in fp64, and against themselves."""
+    """Statistics and gradient of the anchors first_row ... + n against the reference in fp64; twice the same bits."""
     streams, total, _ = x.shape
     rows = slice(first_row, total if n is None else first_row + n)
     part = [None if mask is None else mask[rows] for mask in masks[:4]] + [masks[4]]
@@ -93,7 +88,7 @@ def test_low_temperatures(contrastive, denominator, rate, temperature):
 
 
 def test_lists_of_several_tiles(contrastive):
-    """Several panels, tiles of columns and tiles of rows that share a list, and lists beyond the room of one filling."""
+    """Several panels, tiles of columns, tiles of rows that share a list; lists beyond the room of one filling."""
     n = 4250
     dense = torch.rand(n, n) < 0.02
     masks = [pack(dense), pack(dense.T.contiguous()), None, None, pack(torch.rand(2, n) < 0.999)]

@@ -1,4 +1,4 @@
-"""What the Triton and the CUDA C++ backend share around their kernels: shifts, scales, merged sums, the workspace route.
+"""What the Triton and the CUDA C++ backend share around their kernels: shifts, scales, merged sums, workspaces.
 
 Logits are kept in base 2 by both, z_ij = l_ij log2(e), so that an exponential is one exp2.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import tuning
+from hpkernels.ops._tf32 import tf32_accepted
 
 LOG2E = math.log2(math.e)
 WORKSPACE_BYTES = 256 << 20
@@ -64,14 +65,12 @@ def shared_exponential(temperature: float, lse2: Tensor, grad_lse: Tensor) -> tu
     return True, grad_lse * torch.exp2(LOG2E / temperature - lse2)
 
 
-def uses_workspace(dtype: torch.dtype, d: int, n: int, device: torch.device, ieee: bool) -> bool:
-    """The tuning table's choice, where the library product has fp32 accuracy.
-
-    ieee: fp32 products are to be IEEE; with TF32 allowed a library product would be plain TF32.
-    """
+def uses_workspace(dtype: torch.dtype, d: int, n: int, device: torch.device) -> bool:
+    """The tuning table's choice, where the library product has fp32 accuracy (with TF32 accepted it would be plain
+    TF32)."""
     if tuning.lookup("contrastive_grad", dtype, d, n, device)["route"] != "workspace":
         return False
-    return ieee if dtype == torch.float32 else _LIBRARY_SUMS_IN_FP32
+    return not tf32_accepted() if dtype == torch.float32 else _LIBRARY_SUMS_IN_FP32
 
 
 def grad_by_workspace(

@@ -174,7 +174,7 @@ def grad(
     )  # fmt: skip
     period = x.shape[1] if negatives is None else negatives.shape[0]
     key = (x.dtype, x.shape[2], x.shape[1], x.device)
-    route = _grad_by_workspace if common.uses_workspace(*key, precision(x.dtype) == "ieee") else _grad_fused
+    route = _grad_by_workspace if common.uses_workspace(*key) else _grad_fused
     return route(x, masks, [lse2, factor, grad_pos, grad_ext], out_scale, first_row, period, shift, choices, key)
 
 
