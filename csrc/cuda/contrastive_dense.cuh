@@ -31,21 +31,6 @@ __device__ inline float max_over_lanes(float largest) {
   return largest;
 }
 
-// Where the statistics of a share of the columns go: (4, shares, streams, anchors) = totals, shifts, pos and ext.
-struct StatsParts {
-  float* out;
-  float over_temperature;
-
-  __device__ void store(int64_t shares, int64_t share, int64_t streams, int64_t stream, int64_t anchors, int64_t anchor,
-                        const RowStats& row) const {
-    const int64_t at = (share * streams + stream) * anchors + anchor, table = shares * streams * anchors;
-    out[at] = row.denominator.total;
-    out[at + table] = row.denominator.shift;
-    out[at + 2 * table] = row.pos * over_temperature;
-    out[at + 3 * table] = row.ext * over_temperature;
-  }
-};
-
 constexpr int kDenseStatsBytes = kDenseStages * kStageBytes + 4 * kTile * sizeof(RowStats);
 
 // Block (x, y, z): the x-th row of tiles of the anchors, share y of the columns, stream z. first_shift: the shift of

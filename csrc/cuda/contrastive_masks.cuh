@@ -83,4 +83,19 @@ struct RowStats {
   }
 };
 
+// Where the statistics of a share of the pairs go: (4, shares, streams, anchors) = totals, shifts, pos and ext.
+struct StatsParts {
+  float* out;
+  float over_temperature;
+
+  __device__ void store(int64_t shares, int64_t share, int64_t streams, int64_t stream, int64_t anchors, int64_t anchor,
+                        const RowStats& row) const {
+    const int64_t at = (share * streams + stream) * anchors + anchor, table = shares * streams * anchors;
+    out[at] = row.denominator.total;
+    out[at + table] = row.denominator.shift;
+    out[at + 2 * table] = row.pos * over_temperature;
+    out[at + 3 * table] = row.ext * over_temperature;
+  }
+};
+
 }  // namespace hpk::gpu

@@ -10,7 +10,6 @@ Which one is the tuning table's choice. Both accumulate in fp32 and round W to x
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -175,7 +174,7 @@ def grad(
     )  # fmt: skip
     period = x.shape[1] if negatives is None else negatives.shape[0]
     key = (x.dtype, x.shape[2], x.shape[1], x.device)
-    route = _grad_by_workspace if common.uses_workspace(*key, precision(x.dtype) == "ieee") else _grad_fused
+    route = _grad_by_workspace if common.uses_workspace(*key) else _grad_fused
     return route(x, masks, [lse2, factor, grad_pos, grad_ext], out_scale, first_row, period, shift, choices, key)
 
 
