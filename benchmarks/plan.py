@@ -132,6 +132,7 @@ CASES: dict[str, Case] = {
         repetitions=5,
     ),
 }  # fmt: skip
+QUICK = ("step_rho_0.02", "step_rho_1", "search", "topk", "local_mix", "local_mix_qk", "supcon", "scaling_n")
 STAGES = {  # where one call of ours spends its time, and the case it takes apart
     "stages_rho_0.02": "step_rho_0.02",
     "stages_rho_1": "step_rho_1",
@@ -169,10 +170,13 @@ def names() -> list[str]:
 def build_plan(
     *, device: str, quick: bool = False, cases: list[str] | None = None, peers: list[str] | None = None, images: int | None = None
 ) -> list[Race]:
-    """The races of a run; one of kind "stages" has the library alone. `images` replaces that of one-shape cases."""
+    """The races of a run; one of kind "stages" has the library alone. `images` replaces that of one-shape cases.
+
+    Without `cases` all; with `quick` those of QUICK, which have one of every kind.
+    """
     races = []
     for name in names():
-        if cases is not None and name not in cases:
+        if name not in (cases or ((*QUICK, *STAGES) if quick else names())):
             continue
         case = CASES[STAGES.get(name, name)]
         shapes = case.shapes(device, quick)
