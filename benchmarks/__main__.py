@@ -1,104 +1,140 @@
-"""`python -m benchmarks`: measure, print the README's tables, write a results file.
+"""`python -m benchmarks`: measure, print the tables, write results, plots and the README's tables.
 
-    python -m benchmarks                        everything, about ten minutes on two cores
-    python -m benchmarks --quick                small shapes, to see that it runs
-    python -m benchmarks --case topk --case stages
+    python -m benchmarks                        everything of this device, then plots and README.md (figures to commit)
+    python -m benchmarks --quick                toy shapes, to see that it runs: nothing outside ./benchmark-quick changes
+    python -m benchmarks --case topk --case stages_rho_1 --peers hpkernels,torch.topk
     python -m benchmarks --list
-    python -m benchmarks --readme               rewrite README.md's tables from benchmarks/results, measuring nothing
+    python -m benchmarks --readme               plots and README.md's tables from benchmarks/results, measuring nothing
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from benchmarks import report, runner
-from benchmarks.plan import PART_CASES, STAGES_CASE, Shape, build_plan
+from benchmarks import marks, plots, report, results, runner
+from benchmarks.plan import CASES, PEERS, STAGES, build_plan, ceilings, names
 
-EXTRA_PARTS = {"scaling": "time and memory of a step against N", "stages": "where a step spends its time"}
-GATES = {"scaling": STAGES_CASE, "stages": STAGES_CASE}
+RESULTS = Path(__file__).resolve().parent / "results"
+README = Path(__file__).resolve().parent.parent / "README.md"
+TIME_OUT = "no time left in this run"
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.list:
-        for case, contenders in PART_CASES.items():
-            print(f"{case:14} {report.TITLES[case]}: {', '.join(contenders)}")
-        for part, title in EXTRA_PARTS.items():
-            print(f"{part:14} {title}")
+        _list()
         return 0
     if options.readme:
-        report.rewrite_readme()
+        _publish(RESULTS, README)
         return 0
 
-    images = options.images or (4 if options.quick else 8 if options.device == "cpu" else 64)
+    began = time.monotonic()
     setting = runner.Setting(options.device, options.dtype, options.threads, options.seconds)
-    cases = options.case or [*PART_CASES, *EXTRA_PARTS]
-    results = {
+    races = build_plan(
+        device=options.device, quick=options.quick, cases=options.case, peers=options.peers, images=options.images
+    )
+    if not races:
+        sys.exit(f"--peers: none of {', '.join(options.peers or ())} is measured in these cases; --list names them")
+    versions = runner.versions(setting)
+    head = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": _commit(),
         "command": shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)]),
         "setting": vars(setting) | {"quick": options.quick},
-        "versions": runner.versions(setting),
-        "red_gates": {},
-        "records": [],
+        "versions": versions,
     }
-    for case in sorted({GATES.get(case, case) for case in cases}):
-        reason = _red_gate(case, options.device)
-        if reason:
-            results["red_gates"][case] = reason
-            _say(f"{case}: not measured, {reason}")
-
-    for race in build_plan(images=images, quick=options.quick, cases=cases):
-        if race.case not in results["red_gates"]:
-            results["records"] += runner.run_race(race, setting, _say)
-    if "stages" in cases and STAGES_CASE not in results["red_gates"]:
-        shape = Shape(images, (14, 14) if options.quick else (28, 28))
-        results["density"] = runner.density(shape, setting)
-        results["stages"] = runner.run_stages(STAGES_CASE, shape, setting, 5)
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.device}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(report.render(results))
-    _say(f"wrote {path}")
-    return 1 if results["red_gates"] else 0
+    rows: list[dict] = []
+    gates, measured = runner.Gates(setting), results.Ceilings()
+    complete = True
+    try:
+        for race in [*ceilings(races, options.quick), *races]:
+            if options.budget and time.monotonic() - began > options.budget:
+                found = runner.not_run(race, setting, TIME_OUT)
+            else:
+                found = runner.run(race, setting, gates, measured, _say)
+            for row in found:
+                measured.note(row)
+                rows.append(row | _provenance(head, row["peer"]))
+            paths = results.write(options.out, head | {"rows": rows})  # after every race: an end by a time limit loses little
+    except KeyboardInterrupt:
+        complete = False
+    finally:
+        gates.close()
+    run = head | {"rows": rows}
+    print(report.render(run))
+    if options.device == "cuda":
+        print("\n" + marks.render(run))
+    _say(f"wrote {', '.join(map(str, paths))} after {(time.monotonic() - began) / 60:.0f} minutes")
+    if options.out == RESULTS and options.case is None and options.peers is None and complete:
+        _publish(RESULTS, README)
+    return 1 if any(row["status"] == results.RED for row in rows) else 0
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--list", action="store_true", help="print the cases and end")
-    parser.add_argument("--case", action="append", choices=[*PART_CASES, *EXTRA_PARTS], help="only this one (repeatable)")
-    parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions: no figures to quote")
-    parser.add_argument("--out", type=Path, help="folder of the results file (default: benchmarks/results)")
-    parser.add_argument("--readme", action="store_true", help="rewrite README.md's tables from benchmarks/results and end")
+    parser.add_argument("--list", action="store_true", help="print the cases and the peers and end")
+    parser.add_argument("--case", action="append", choices=names(), help="only this one (repeatable)")
+    parser.add_argument("--peers", type=lambda text: text.split(","), help="only these, by commas")
+    parser.add_argument("--quick", action="store_true", help="toy shapes, few repetitions: no figures to quote")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--readme", action="store_true", help="plots and README.md's tables from benchmarks/results")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, on cuda bfloat16")
-    parser.add_argument("--images", type=int, help="images a step (default: 8, on cuda 64)")
+    parser.add_argument("--images", type=int, help="images of a step, in cases of one shape")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every contender")
-    parser.add_argument("--seconds", type=float, default=60.0, help="a race ends early after this long")
+    parser.add_argument("--seconds", type=float, default=30.0, help="a race ends early after this long")
+    parser.add_argument("--budget", type=float, help="no race starts after this many seconds")
     options = parser.parse_args(arguments)
+    unknown = set(options.peers or ()) - set(PEERS)
+    if unknown:
+        parser.error(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.out is None:
-        options.out = Path("benchmark-quick") if options.quick else report.RESULTS
+        partial = options.case or options.peers or options.images
+        options.out = Path("benchmark-quick" if options.quick else "benchmark-partial") if options.quick or partial else RESULTS
     return options
 
 
-def _red_gate(case: str, device: str) -> str | None:
-    """Why the case's contenders may not be measured, or None."""
-    if case not in PART_CASES or case in report.CEILINGS:
-        return None
-    command = runner.command("benchmarks.checks", case, device)
-    done = subprocess.run(command, cwd=runner.ROOT, capture_output=True, text=True)
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"its correctness gate ended with status {done.returncode}"
+def _list() -> None:
+    for name in names():
+        case = CASES[STAGES.get(name, name)]
+        title = f"the stages of: {case.title}" if name in STAGES else case.title
+        sizes = [" ".join(f"{s.rows:,}" for s in case.shapes(device, False)) for device in ("cpu", "cuda")]
+        print(f"{name:16} {title}; N on a CPU {sizes[0]}, on a GPU {sizes[1]}")
+        if name not in STAGES:
+            print(f"{'':16} by {', '.join(case.peers)}")
+    print()
+    for peer, meaning in PEERS.items():
+        print(f"{peer:24} {meaning}")
+
+
+def _publish(folder: Path, readme: Path) -> None:
+    """The plots into the folder and the tables into the README, from the results of full runs in the folder."""
+    reason = plots.why_not()
+    drawn = [] if reason else plots.draw(folder)
+    _say(f"plots: {reason or ', '.join(map(str, drawn))}")
+    report.rewrite_readme(readme, folder)
+
+
+def _provenance(head: dict, peer: str) -> dict:
+    v, setting = head["versions"], head["setting"]
+    return {
+        "hpkernels": v["hpkernels"],
+        "torch": v["torch"],
+        "triton": v.get("triton"),
+        "peer_version": v["peers"].get(peer),
+        "python": v["python"],
+        "processor": v["gpu"] if setting["device"] == "cuda" else v["cpu"],
+        "threads": setting["threads"],
+        "commit": head["commit"],
+        "date": head["date"],
+    }
 
 
 def _commit() -> str:

@@ -1,12 +1,13 @@
-"""The registry: what is measured, on which inputs, by whom.
+"""The kinds of work: inputs, contenders, and the arithmetic each needs.
 
-A case has contenders: functions of the case's inputs, each one repetition of the same job. Its `flop` (or `nbytes`) is
-the arithmetic the job needs when nothing is done twice, the same number for every contender, so rates compare as
-times do. This module is imported by the worker processes only; importing it imports torch.
+A contender is a function of the inputs, one repetition of the job; each does the same job. `flop` is the arithmetic of
+the job when nothing is done twice, by inner dimension, and `nbytes` its memory traffic: the same numbers for every
+contender, so rates compare as times do. This module is imported by the worker processes only; importing it imports torch.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,79 +16,120 @@ import torch
 from torch import Tensor
 
 import hpkernels
-from benchmarks import published
-from benchmarks.features import Batch, make_attention, make_batch
-from benchmarks.plan import Shape
+from benchmarks import peers, plain, published
+from benchmarks.features import Batch, make_attention, make_batch, make_labels
+from benchmarks.plan import BACKENDS, COPY_NUMBERS, HEAD_CHANNELS, NEIGHBOURS, OURS, STREAMS, Shape
 
 HEAD_WEIGHT = 0.5
-NEIGHBOURS = 16
+TEMPERATURE = 0.1  # of the supervised loss
 PANEL = 392  # rows of one product of the torch.mm peers: a triangle of panels wastes few products, each large enough
 
-Contender = Callable[[Any], object]
+Contender = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
-class Case:
-    title: str
+class Kind:
     inputs: Callable[[Shape, str, torch.dtype], Any]
     contenders: dict[str, Contender]
-    flop: Callable[[Shape], float] | None = None
+    flop: Callable[[Shape], dict[int, float]] | None = None  # {inner dimension of the products: operations}
     nbytes: Callable[[Shape, int], float] | None = None  # the int is the bytes of one number
 
 
-def search_flop(shape: Shape) -> float:
+def ours(job: Callable[[Any, str | None], Any]) -> dict[str, Contender]:
+    """The library by itself, and by each backend asked for by name; job takes the inputs and the `backend` argument."""
+    named = {name: name.removeprefix(peers.PREFIX) for name in BACKENDS}
+    return {name: functools.partial(_with_backend, job, backend) for name, backend in ({OURS[0]: None} | named).items()}
+
+
+def _with_backend(job: Callable[[Any, str | None], Any], backend: str | None, inputs: Any) -> Any:
+    return job(inputs, backend)
+
+
+# ------------------------------------------------------------------ a training step
+
+
+def search_flop(shape: Shape) -> dict[int, float]:
     """Upper triangles of both similarity matrices and both products with the pools."""
-    return (shape.rows**2 + 2 * shape.rows * shape.pool) * (shape.channels + shape.code)
+    pairs = float(shape.rows**2 + 2 * shape.rows * shape.pool)
+    return _sum({shape.channels: pairs * shape.channels}, {shape.code: pairs * shape.code})
 
 
-def step_flop(shape: Shape, rate: float) -> float:
+def step_flop(shape: Shape) -> dict[int, float]:
     """Search, and for two streams the logits of the denominator and the products of their gradient.
 
     Under random columns G is not symmetric (both G x and G^T x are needed); the positives, data-dependent and few,
     are left out. Logits computed again in the backward pass do not count either.
     """
-    products = 4 if rate == 1 else 6
-    return search_flop(shape) + 2 * products * rate * shape.rows**2 * shape.code
+    products = 2 if shape.rate == 1 else 3
+    loss = STREAMS * products * 2.0 * shape.rate * shape.rows**2 * shape.code
+    return _sum(search_flop(shape), {shape.code: loss})
 
 
-def step(batch: Batch, loss: Callable[..., Tensor], rate: float, **options) -> Tensor:
+def _sum(*parts: dict[int, float]) -> dict[int, float]:
+    return {k: sum(part.get(k, 0.0) for part in parts) for part in parts for k in part}
+
+
+@dataclass
+class StepInputs:
+    batch: Batch
+    rate: float
+
+
+def step_inputs(shape: Shape, device: str, dtype: torch.dtype) -> StepInputs:
+    return StepInputs(make_shaped(shape, device, dtype), shape.rate)
+
+
+def make_shaped(shape: Shape, device: str, dtype: torch.dtype, **options) -> Batch:
+    return make_batch(
+        shape.images, shape.grid, channels=shape.channels, code=shape.code, pool=shape.pool, density=shape.density,
+        device=device, dtype=dtype, **options,
+    )  # fmt: skip
+
+
+def step(inputs: StepInputs, loss: Callable[..., Tensor], **options) -> Tensor:
     """Forward and backward of the loss of both streams, search included."""
+    batch = inputs.batch
     batch.z.grad = batch.z_local.grad = None
-    value = loss(
-        batch.z,
-        batch.features,
-        batch.pool,
-        z_local=batch.z_local,
-        head_features=batch.head_features,
-        head_pool=batch.head_pool,
-        head_weight=HEAD_WEIGHT,
-        tokens_per_image=batch.tokens,
-        negative_rate=rate,
-        **options,
-    )
+    value = loss(batch.z, batch.features, batch.pool, z_local=batch.z_local, **_common(inputs), **options)
     value.backward()
     return value.detach()
 
 
-def _step_case(rate: float, peers: dict[str, Contender]) -> Case:
-    ours = {"hpkernels": lambda batch: step(batch, hpkernels.hidden_positive_loss, rate)}
-    twin = {"published": lambda batch: step(batch, published.hidden_positive_loss, rate)}
-    return Case(
-        title=f"step, rho {rate:g}",
-        inputs=step_inputs,
-        contenders=ours | twin | peers,
-        flop=lambda shape: step_flop(shape, rate),
+def _common(inputs: StepInputs) -> dict:
+    batch = inputs.batch
+    return dict(
+        head_features=batch.head_features, head_pool=batch.head_pool, head_weight=HEAD_WEIGHT,
+        tokens_per_image=batch.tokens, negative_rate=inputs.rate,
+    )  # fmt: skip
+
+
+def _step_hpkernels(inputs: StepInputs, backend: str | None) -> Tensor:
+    return step(inputs, hpkernels.hidden_positive_loss, seed=inputs.batch.seed, backend=backend)
+
+
+def _step_published(compiled: bool) -> Contender:
+    return lambda inputs: step(
+        inputs, published.hidden_positive_loss, negative_mask=inputs.batch.mask, compiled=compiled
     )
 
 
-def step_inputs(shape: Shape, device: str, dtype: torch.dtype) -> Batch:
-    return make_batch(
-        shape.images, shape.grid, channels=shape.channels, code=shape.code, pool=shape.pool, device=device, dtype=dtype
-    )
+def _step_chunked(compiled: bool) -> Contender:
+    def run(inputs: StepInputs) -> Tensor:
+        batch = inputs.batch
+        batch.z.grad = batch.z_local.grad = None
+        return plain.hidden_positive_step(
+            [batch.z, batch.z_local], batch.features, batch.pool, negative_mask=batch.mask, compiled=compiled,
+            **_common(inputs),
+        )  # fmt: skip
+
+    return run
+
+
+# ------------------------------------------------------------------ search
 
 
 @dataclass
-class _SearchBatch:
+class SearchInputs:
     batch: Batch
     panel: Tensor = field(init=False)
 
@@ -95,23 +137,18 @@ class _SearchBatch:
         x = self.batch.features
         self.panel = torch.empty(PANEL * max(x.shape[0], self.batch.pool.shape[0]), device=x.device, dtype=x.dtype)
 
-
-def _search_inputs(shape: Shape, device: str, dtype: torch.dtype) -> _SearchBatch:
-    return _SearchBatch(step_inputs(shape, device, dtype))
-
-
-def _search_hpkernels(inputs: _SearchBatch) -> object:
-    batch = inputs.batch
-    return (
-        hpkernels.hidden_positives(batch.features, batch.pool),
-        hpkernels.hidden_positives(batch.head_features, batch.head_pool),
-    )
+    @property
+    def spaces(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.batch.features, self.batch.pool), (self.batch.head_features, self.batch.head_pool)]
 
 
-def _search_products(inputs: _SearchBatch) -> None:
+def _search_inputs(shape: Shape, device: str, dtype: torch.dtype) -> SearchInputs:
+    return SearchInputs(make_shaped(shape, device, dtype))
+
+
+def _search_products(inputs: SearchInputs) -> None:
     """The similarity products alone, panel by panel into one buffer: what any search by library products pays."""
-    batch = inputs.batch
-    for x, pool in ((batch.features, batch.pool), (batch.head_features, batch.head_pool)):
+    for x, pool in inputs.spaces:
         for start in range(0, x.shape[0], PANEL):
             rows = x[start : start + PANEL]
             for keys in (pool, x[start:]):
@@ -119,84 +156,198 @@ def _search_products(inputs: _SearchBatch) -> None:
                 torch.mm(rows, keys.T, out=out)
 
 
+# ------------------------------------------------------------------ local mixing
+
+
 @dataclass
-class _MixInputs:
+class MixInputs:
     code: Tensor
-    attention: Tensor
+    attention: Tensor | tuple[Tensor, Tensor]  # logits, or queries and keys
     grad: Tensor
     grid: tuple[int, int]
 
+    @property
+    def logits(self) -> Tensor:
+        if isinstance(self.attention, Tensor):
+            return self.attention
+        queries, keys = self.attention
+        return queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
 
-def _mix_inputs(shape: Shape, device: str, dtype: torch.dtype) -> _MixInputs:
+
+def _mix_inputs(shape: Shape, device: str, dtype: torch.dtype) -> MixInputs:
     generator = torch.Generator().manual_seed(1)
     size = (shape.images, shape.tokens, shape.code)
     code, grad = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
     attention = make_attention(shape.images, shape.grid, heads=shape.heads, device=device, dtype=dtype)
-    return _MixInputs(code.requires_grad_(), attention, grad, shape.grid)
+    return MixInputs(code.requires_grad_(), attention, grad, shape.grid)
 
 
-def _mix(function: Callable[..., Tensor]) -> Contender:
-    def run(inputs: _MixInputs) -> Tensor:
+def _mix_qk_inputs(shape: Shape, device: str, dtype: torch.dtype) -> MixInputs:
+    inputs = _mix_inputs(shape, device, dtype)
+    generator = torch.Generator().manual_seed(2)
+    size = (shape.images, shape.heads, shape.tokens, HEAD_CHANNELS)
+    inputs.attention = tuple(torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+    return inputs
+
+
+def _mix(function: Callable[[MixInputs], Tensor]) -> Contender:
+    def run(inputs: MixInputs) -> Tensor:
         inputs.code.grad = None
-        mixed = function(inputs.code, inputs.attention, inputs.grid)
+        mixed = function(inputs)
         mixed.backward(inputs.grad)
         return mixed.detach()
 
     return run
 
 
+def _mix_hpkernels(inputs: MixInputs, backend: str | None) -> Tensor:
+    return _mix(lambda m: hpkernels.local_mix(m.code, m.attention, m.grid, backend=backend))(inputs)
+
+
+def _mix_qk_hpkernels(inputs: MixInputs, backend: str | None) -> Tensor:
+    def run(m: MixInputs) -> Tensor:
+        weights = hpkernels.neighbor_weights_qk(*m.attention, m.grid, backend=backend)
+        return hpkernels.neighbor_mix(m.code, weights, m.grid, backend=backend)
+
+    return _mix(run)(inputs)
+
+
+MIX_PEERS: dict[str, Contender] = {
+    "published": _mix(lambda m: published.local_mix(m.code, m.logits, m.grid)),
+    "torch": _mix(lambda m: plain.local_mix(m.code, m.logits, m.grid)),
+}
+
+
 def _mix_bytes(shape: Shape, size: int) -> float:
     """Attention read once; code read and mixed code written; the same again for their gradients."""
-    return size * (shape.images * shape.heads * shape.tokens**2 + 4 * shape.rows * shape.code)
+    return float(size * (shape.images * shape.heads * shape.tokens**2 + 4 * shape.rows * shape.code))
+
+
+# ------------------------------------------------------------------ supervised contrastive loss
+
+
+@dataclass
+class SupconInputs:
+    z: Tensor
+    labels: Tensor
+
+
+def _supcon_inputs(shape: Shape, device: str, dtype: torch.dtype) -> SupconInputs:
+    return SupconInputs(make_shaped(shape, device, dtype).z, make_labels(shape.images, shape.grid, device=device))
+
+
+def _supcon(loss: Callable[[Tensor, Tensor, float], Tensor]) -> Contender:
+    def run(inputs: SupconInputs) -> Tensor:
+        inputs.z.grad = None
+        value = loss(inputs.z, inputs.labels, TEMPERATURE)
+        value.backward()
+        return value.detach()
+
+    return run
+
+
+def _supcon_hpkernels(inputs: SupconInputs, backend: str | None) -> Tensor:
+    """"anchors": every anchor with a positive counts the same. Equal temperatures: no published scale on top."""
+
+    def loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        return hpkernels.masked_contrastive_loss(
+            z, hpkernels.PairMask.from_labels(labels), temperature=temperature, base_temperature=temperature,
+            weighting="anchors", backend=backend,
+        )  # fmt: skip
+
+    return _supcon(loss)(inputs)
+
+
+def _supcon_plain(chunked: bool, compiled: bool) -> Contender:
+    def run(inputs: SupconInputs) -> Tensor:
+        inputs.z.grad = None
+        return plain.supcon_step(inputs.z, inputs.labels, TEMPERATURE, chunked=chunked, compiled=compiled)
+
+    return run
+
+
+# ------------------------------------------------------------------ top-k and the ceilings
 
 
 def _topk_inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    queries = step_inputs(shape, device, dtype).features
-    other = make_batch(
-        shape.images, shape.grid, channels=shape.channels, code=8, pool=1, seed=1, device=device, dtype=dtype
-    )
-    return queries, other.features
+    return tuple(
+        make_batch(shape.images, shape.grid, channels=shape.channels, code=8, pool=1, seed=seed, device=device, dtype=dtype).features
+        for seed in range(2)
+    )  # fmt: skip
+
+
+def _pairs_flop(shape: Shape) -> dict[int, float]:
+    return {shape.channels: 2.0 * shape.rows**2 * shape.channels}
+
+
+def _product_inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Random rows and columns (zeros run faster than data), and the room for their product."""
+    generator = torch.Generator().manual_seed(4)
+    a, b = (torch.randn(shape.rows, shape.channels, generator=generator).to(device, dtype) for _ in range(2))
+    return [a, b.T, torch.empty(shape.rows, shape.rows, device=device, dtype=dtype)]
 
 
 def _copy_inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    source = torch.ones(1 << 26, device=device, dtype=dtype)
+    source = torch.ones(COPY_NUMBERS, device=device, dtype=dtype)
     return source, torch.empty_like(source)
 
 
-CASES: dict[str, Case] = {
-    "step_rho_0.02": _step_case(0.02, {}),
-    "step_rho_1": _step_case(1.0, {}),
-    "search": Case(
-        title="both searches and pools",
+KINDS: dict[str, Kind] = {
+    "step": Kind(
+        inputs=step_inputs,
+        contenders=ours(_step_hpkernels) | {
+            "published": _step_published(compiled=False),
+            "published-compiled": _step_published(compiled=True),
+            "chunked": _step_chunked(compiled=False),
+            "chunked-compiled": _step_chunked(compiled=True),
+        },
+        flop=step_flop,
+    ),
+    "search": Kind(
         inputs=_search_inputs,
-        contenders={"hpkernels": _search_hpkernels, "torch.mm": _search_products},
+        contenders=ours(lambda s, backend: [hpkernels.hidden_positives(*space, backend=backend) for space in s.spaces]) | {
+            "torch.mm": _search_products,
+            "chunked": lambda s: [plain.hidden_positives(*space) for space in s.spaces],
+        },
         flop=search_flop,
     ),
-    "local_mix": Case(
-        title="local_mix",
-        inputs=_mix_inputs,
-        contenders={"hpkernels": _mix(hpkernels.local_mix), "published": _mix(published.local_mix)},
-        nbytes=_mix_bytes,
-    ),
-    "topk": Case(
-        title=f"topk_similarity, k {NEIGHBOURS}",
+    "topk": Kind(
         inputs=_topk_inputs,
-        contenders={
-            "hpkernels": lambda qk: hpkernels.topk_similarity(*qk, NEIGHBOURS),
-            "torch.topk": lambda qk: torch.topk(qk[0] @ qk[1].T, NEIGHBOURS),
+        contenders=ours(lambda qk, backend: hpkernels.topk_similarity(*qk, NEIGHBOURS, backend=backend)) | {
+            "torch.mm": lambda qk: qk[0] @ qk[1].T,
+            "torch.topk": lambda qk: tuple(torch.topk(qk[0] @ qk[1].T, NEIGHBOURS)),
+            "chunked": lambda qk: plain.topk(*qk, NEIGHBOURS),
+            "faiss": lambda qk: peers.faiss_topk(*qk, NEIGHBOURS),
+            "keops": lambda qk: peers.keops_topk(*(x.float() for x in qk), NEIGHBOURS),
         },
-        flop=lambda shape: 2.0 * shape.rows**2 * shape.channels,
+        flop=_pairs_flop,
     ),
-    "product": Case(  # the ceiling of the rates: a library product of the search's own inner dimension
-        title="torch.mm, N x C by C x N",
-        inputs=_topk_inputs,
-        contenders={"torch.mm": lambda qk: torch.mm(qk[0], qk[1].T)},
-        flop=lambda shape: 2.0 * shape.rows**2 * shape.channels,
+    "local_mix": Kind(inputs=_mix_inputs, contenders=ours(_mix_hpkernels) | MIX_PEERS, nbytes=_mix_bytes),
+    "local_mix_qk": Kind(  # the products of the attention are part of this job
+        inputs=_mix_qk_inputs,
+        contenders=ours(_mix_qk_hpkernels) | MIX_PEERS,
+        flop=lambda shape: {HEAD_CHANNELS: 2.0 * shape.rows * shape.tokens * shape.heads * HEAD_CHANNELS},
     ),
-    "copy": Case(
-        title="copy of 2^26 numbers",
+    "supcon": Kind(
+        inputs=_supcon_inputs,
+        contenders=ours(_supcon_hpkernels) | {
+            "torch": _supcon_plain(chunked=False, compiled=False),
+            "torch-compiled": _supcon_plain(chunked=False, compiled=True),
+            "chunked": _supcon_plain(chunked=True, compiled=False),
+            "chunked-compiled": _supcon_plain(chunked=True, compiled=True),
+            "pytorch-metric-learning": _supcon(peers.metric_learning_supcon),
+            "cut-cross-entropy": _supcon(peers.cut_cross_entropy_supcon),
+            "inf-cl": _supcon(peers.inf_cl_supcon),
+            "keops": _supcon(peers.keops_supcon),
+        },
+        flop=lambda shape: {shape.code: 2 * 2.0 * shape.rows**2 * shape.code},  # logits; the product of G + G^T
+    ),
+    "product": Kind(
+        inputs=_product_inputs, contenders={"torch.mm": lambda abc: torch.mm(abc[0], abc[1], out=abc[2])}, flop=_pairs_flop
+    ),
+    "copy": Kind(
         inputs=_copy_inputs,
         contenders={"torch": lambda tensors: tensors[1].copy_(tensors[0])},
-        nbytes=lambda shape, size: 2.0 * size * (1 << 26),
+        nbytes=lambda shape, size: 2.0 * size * COPY_NUMBERS,
     ),
-}
+}  # fmt: skip

@@ -1,13 +1,23 @@
-"""What `python -m benchmarks` runs: shapes, repetitions and the parts of the report. Imports no torch."""
+"""The registry of cases and peers: what is measured, at which sizes on which device, by whom. Imports no torch.
+
+A case is a kind of work (benchmarks/cases.py has the code of each) at one or several shapes. On a GPU the shapes are those of
+training; on a CPU the same work with fewer images (`cpu` beside `cuda` below), and with `--quick` a toy.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+NEIGHBOURS = 16  # k of top-k
+STREAMS = 2  # z and z_local
+COPY_NUMBERS = 1 << 26  # of the copy that gives the ceiling of byte rates
+PRODUCT_ROWS = 16384  # at most, of the square product that gives the ceiling of arithmetic rates
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one training step."""
+    """Sizes of one training step: N = images * T patches, features of width C, codes of width D."""
 
     images: int
     grid: tuple[int, int] = (28, 28)
@@ -15,6 +25,8 @@ class Shape:
     code: int = 512
     pool: int = 2048
     heads: int = 6
+    rate: float = 0.02  # rho
+    density: float = 0.002  # of P and Q
 
     @property
     def tokens(self) -> int:
@@ -25,51 +37,176 @@ class Shape:
         return self.images * self.tokens
 
     def as_dict(self) -> dict:
-        return asdict(self) | {"rows": self.rows}
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> Shape:
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+
+
+OURS = ("hpkernels",)
+BACKENDS = ("hpkernels-triton", "hpkernels-cuda")  # one backend asked for by name; a GPU has two to compare
+PEERS = {
+    "hpkernels": "the library as called by a user, backend chosen by itself",
+    "hpkernels-triton": "the same with backend='triton'",
+    "hpkernels-cuda": "the same with backend='cuda'",
+    "published": "the published algorithm in plain torch, image by image (published.py)",
+    "published-compiled": "its image loop body under torch.compile",
+    "chunked": "plain torch in linear memory: blocks of rows, each backward at once (plain.py)",
+    "chunked-compiled": "its block under torch.compile",
+    "torch": "plain torch, whole tables at once",
+    "torch-compiled": "the same under torch.compile",
+    "torch.mm": "the library products of the job alone, nothing else",
+    "torch.topk": "torch.topk(q @ k.T, k)",
+    "pytorch-metric-learning": "losses.SupConLoss",
+    "cut-cross-entropy": "its log-sum-exp; the positives by class sums",
+    "inf-cl": "its log-sum-exp; the positives by class sums",
+    "keops": "LazyTensor: its log-sum-exp, or argKmin",
+    "faiss": "IndexFlatIP of faiss-cpu",
+}
+
+STEP = (*OURS, *BACKENDS, "published", "chunked")
+STEP_COMPILED = (*OURS, *BACKENDS, "published", "published-compiled", "chunked", "chunked-compiled")
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    title: str
+    peers: tuple[str, ...]
+    cpu: tuple[Shape, ...]
+    cuda: tuple[Shape, ...]
+    quick: tuple[Shape, ...] = ()
+    repetitions: int = 9
+    up_to: dict[str, int] = field(default_factory=dict)  # rows beyond which a peer is left out on a CPU, for its time
+
+    def shapes(self, device: str, quick: bool) -> tuple[Shape, ...]:
+        return self.quick if quick else self.cuda if device == "cuda" else self.cpu
+
+
+def _case(kind: str, title: str, peers: tuple[str, ...], images: tuple[int, int] = (8, 64), repetitions=9, **sizes) -> Case:
+    """A case at one shape; images on a CPU and on a GPU."""
+    quick_grid = tuple(side // 2 for side in sizes.get("grid", (28, 28)))
+    shapes = [Shape(count, **sizes) for count in images]
+    return Case(
+        kind, title, peers, (shapes[0],), (shapes[1],), (Shape(2, **(sizes | {"grid": quick_grid})),), repetitions
+    )
+
+
+CASES: dict[str, Case] = {
+    "step_rho_0.02": _case("step", "loss step, rho 0.02", STEP_COMPILED, repetitions=5),
+    "step_rho_1": _case("step", "loss step, rho 1", STEP_COMPILED, repetitions=5, rate=1.0),
+    "search": _case("search", "its two searches alone", (*OURS, *BACKENDS, "torch.mm", "chunked")),
+    "topk": _case(
+        "topk", f"topk_similarity, k {NEIGHBOURS}",
+        (*OURS, *BACKENDS, "torch.mm", "torch.topk", "chunked", "faiss", "keops"), repetitions=5,
+    ),
+    "local_mix": _case("local_mix", "local_mix, forward + backward", (*OURS, *BACKENDS, "published", "torch"), repetitions=5),
+    "local_mix_qk": _case(
+        "local_mix_qk", "the same from queries and keys", (*OURS, *BACKENDS, "published", "torch"), repetitions=5
+    ),
+    "supcon": _case(
+        "supcon", "supervised contrastive loss, forward + backward",
+        (*OURS, *BACKENDS, "torch", "torch-compiled", "chunked", "chunked-compiled", "pytorch-metric-learning",
+         "cut-cross-entropy", "inf-cl", "keops"), (4, 64), 5,
+    ),
+    "step_s16": _case("step", "loss step, ViT-S/16 (T 196)", STEP, (32, 64), 5, grid=(14, 14)),
+    "step_b8": _case("step", "loss step, ViT-B/8 (C 768)", STEP, (8, 64), 5, channels=768),
+    "step_dinov2": _case("step", "loss step, DINOv2's grid (T 1,024)", STEP, (6, 64), 5, grid=(32, 32)),
+    "step_p0.1": _case("step", "loss step, 0.1 % positives", (*OURS, *BACKENDS, "chunked"), density=0.001),
+    "step_p0.3": _case("step", "loss step, 0.3 % positives", (*OURS, *BACKENDS, "chunked"), density=0.003),
+    "step_p1": _case("step", "loss step, 1 % positives", (*OURS, *BACKENDS, "chunked"), density=0.01),
+    "scaling_n": Case(
+        "step", "loss step, rho 0.02, against N", (*OURS, *BACKENDS, "published", "chunked"),
+        cpu=tuple(Shape(b) for b in (2, 4, 8, 16, 32, 64, 128)),
+        cuda=tuple(Shape(b) for b in (4, 8, 16, 32, 64, 128, 256)),
+        quick=tuple(Shape(b, (14, 14)) for b in (1, 4)),
+        repetitions=3,
+        up_to={"published": 12544, "chunked": 12544},
+    ),
+    "scaling_d": Case(
+        "step", "loss step, rho 1, against D", (*OURS, *BACKENDS, "chunked"),
+        cpu=tuple(Shape(4, code=d, rate=1.0) for d in (64, 128, 256, 512, 1024)),
+        cuda=tuple(Shape(32, code=d, rate=1.0) for d in (64, 128, 256, 512, 1024)),
+        quick=tuple(Shape(1, (14, 14), code=d, rate=1.0) for d in (64, 1024)),
+        repetitions=5,
+    ),
+}  # fmt: skip
+QUICK = ("step_rho_0.02", "step_rho_1", "search", "topk", "local_mix", "local_mix_qk", "supcon", "scaling_n")
+STAGES = {  # where one call of ours spends its time, and the case it takes apart
+    "stages_rho_0.02": "step_rho_0.02",
+    "stages_rho_1": "step_rho_1",
+}
+CEILING_TITLES = {"product": "one library product", "copy": f"one copy of 2^{COPY_NUMBERS.bit_length() - 1} numbers"}
+HEAD_CHANNELS = 64  # of an attention head
+INNER: dict[str, Callable[[Shape], tuple[int, ...]]] = {  # inner dimensions of a kind's products
+    "step": lambda shape: (shape.channels, shape.code),
+    "stages": lambda shape: (shape.channels, shape.code),
+    "search": lambda shape: (shape.channels, shape.code),
+    "topk": lambda shape: (shape.channels,),
+    "supcon": lambda shape: (shape.code,),
+    "local_mix_qk": lambda shape: (HEAD_CHANNELS,),
+}
 
 
 @dataclass(frozen=True)
 class Race:
-    """One case at one shape: the contenders take turns, repetition by repetition."""
+    """One case at one shape: the peers take turns, repetition by repetition."""
 
     case: str
-    contenders: tuple[str, ...]
+    kind: str
+    peers: tuple[str, ...]
     shape: Shape
     repetitions: int
-    part: str = "speed"  # "speed" or "scaling": the table it belongs to
     memory: bool = True
 
 
-PART_CASES = {
-    "step_rho_0.02": ("hpkernels", "published"),
-    "step_rho_1": ("hpkernels", "published"),
-    "search": ("hpkernels", "torch.mm"),
-    "local_mix": ("hpkernels", "published"),
-    "topk": ("hpkernels", "torch.topk"),
-    "product": ("torch.mm",),
-    "copy": ("torch",),
-}
-CEILINGS = ("product", "copy")
-SCALING_CASE = "step_rho_0.02"
-STAGES_CASE = "step_rho_0.02"
-# The published step keeps four N x N tables: at 32 images over 10 GB and minutes a repetition, so it stops at 16.
-SCALING_IMAGES = {"hpkernels": (2, 4, 8, 16, 32), "published": (2, 4, 8, 16)}
+def names() -> list[str]:
+    """What `--case` takes, in the order of a run: what the marks need comes first, should time run out."""
+    by_step = {step: stages for stages, step in STAGES.items()}
+    return [name for case in CASES for name in (case, by_step.get(case)) if name]
 
 
-def build_plan(*, images: int, quick: bool, cases: list[str] | None) -> list[Race]:
-    """The races of a run. `cases` picks from PART_CASES, "scaling" and "stages"; None takes all."""
-    grid = (14, 14) if quick else (28, 28)
-    shape = Shape(images, grid)
+def build_plan(
+    *, device: str, quick: bool = False, cases: list[str] | None = None, peers: list[str] | None = None, images: int | None = None
+) -> list[Race]:
+    """The races of a run; one of kind "stages" has the library alone. `images` replaces that of one-shape cases.
+
+    Without `cases` all; with `quick` those of QUICK, which have one of every kind.
+    """
     races = []
-    for case, contenders in PART_CASES.items():
-        if cases is None or case in cases:
-            repetitions = 3 if quick else 5 if "published" in contenders else 9
-            races.append(Race(case, contenders, shape, repetitions, memory=case not in CEILINGS))
-    done = {(race.case, race.shape) for race in races}
-    if cases is None or "scaling" in cases:
-        for count in SCALING_IMAGES["hpkernels"][: 3 if quick else None]:
-            scaled = Shape(max(1, count * images // 8), grid)
-            contenders = tuple(name for name, counts in SCALING_IMAGES.items() if count in counts)
-            if (SCALING_CASE, scaled) not in done:  # the table takes the figures of the speed part for that shape
-                races.append(Race(SCALING_CASE, contenders, scaled, 3, part="scaling"))
+    for name in names():
+        if name not in (cases or ((*QUICK, *STAGES) if quick else names())):
+            continue
+        case = CASES[STAGES.get(name, name)]
+        shapes = case.shapes(device, quick)
+        for shape in shapes:
+            if images and len(shapes) == 1:
+                shape = replace(shape, images=images)
+            if any((race.kind, race.shape) == (case.kind, shape) for race in races if name not in STAGES):
+                continue  # a scaling shape that is measured already; plots and tables find it by its sizes
+            wanted = OURS + BACKENDS if name in STAGES else case.peers
+            chosen = tuple(p for p in wanted if _wanted(p, case, shape, device, quick, peers))
+            if chosen:
+                kind = "stages" if name in STAGES else case.kind
+                repetitions = 2 if quick else case.repetitions
+                races.append(Race(name, kind, chosen, shape, repetitions, memory=not (quick and races)))
     return races
+
+
+def ceilings(races: list[Race], quick: bool) -> list[Race]:
+    """The copy, and a product at every inner dimension of the races: what the machine gives, against which rates are held."""
+    repetitions = 2 if quick else 5
+    rows = max((race.shape.rows for race in races if not race.case.startswith("scaling")), default=6272)
+    widths = sorted({k for race in races for k in INNER.get(race.kind, lambda shape: ())(race.shape)})
+    shapes = [Shape(1, (1, min(rows, PRODUCT_ROWS)), channels=k) for k in widths]
+    products = [Race("product", "product", ("torch.mm",), shape, repetitions, memory=False) for shape in shapes]
+    return [Race("copy", "copy", ("torch",), Shape(1), repetitions, memory=False), *products]
+
+
+def _wanted(peer: str, case: Case, shape: Shape, device: str, quick: bool, peers: list[str] | None) -> bool:
+    if peers is not None:
+        return peer in peers
+    if quick and (peer.endswith("-compiled") or peer == "keops"):
+        return False  # their compilers take longer than all the rest
+    return device != "cpu" or not (peer in BACKENDS or shape.rows > case.up_to.get(peer, shape.rows))

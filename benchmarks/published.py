@@ -11,6 +11,9 @@ published code would give NaN (an image without any positive, a row with an empt
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,16 +34,17 @@ def hidden_positive_loss(
     negative_rate: float = 0.02,
     negative_mask: Tensor | None = None,
     reweight: bool = True,
+    compiled: bool = False,
 ) -> Tensor:
     """The loss of both streams; arguments as in `hpkernels.hidden_positive_loss`, all of one floating dtype.
 
-    `reweight=True` is its weighting "pairs", False is "anchors". negative_mask: bool (T, N); None draws one.
+    `reweight=True` is its weighting "pairs", False is "anchors". negative_mask: bool (T, N); None draws one on the
+    device of z. `compiled` puts the body of the image loop under torch.compile.
     """
     n, tokens, dtype, device = z.shape[0], tokens_per_image, z.dtype, z.device
     streams = [F.normalize(z, dim=1), F.normalize(z_local, dim=1)]
     with torch.no_grad():
-        f, f_best = _with_thresholds(features, pool)
-        s, s_best = _with_thresholds(head_features, head_pool)
+        searches = [_with_thresholds(features, pool), _with_thresholds(head_features, head_pool)]
         if negative_mask is None:
             negative_mask = torch.rand(tokens, n, device=device) < negative_rate
         negatives = negative_mask.to(dtype)
@@ -48,23 +52,36 @@ def hidden_positive_loss(
         others[:, :tokens].fill_diagonal_(0)
 
     total = torch.zeros((), dtype=dtype, device=device)
+    body = _compiled(_image_loss) if compiled else _image_loss
     for start in range(0, n, tokens):
         rows = slice(start, start + tokens)
-        with torch.no_grad():
-            positives = _mask(f, f_best, rows) * others
-            denominator = torch.logical_or(positives, negatives).to(dtype) * others
-            head_positives = _mask(s, s_best, rows) * others
-            kept = positives.sum(1).nonzero().squeeze(1)
-            weight = positives[kept] + head_weight * head_positives[kept]
-            weight_sum = weight.sum(1)
-        for x in streams:
-            log_prob = _log_prob(x[rows], x, denominator, temperature)
-            loss = -(temperature / base_temperature) * (weight * log_prob[kept]).sum(1) / weight_sum
-            if reweight:
-                loss = loss * (weight_sum / weight_sum.mean())
-            total = total + loss.mean()
+        own = [(x[rows], best[rows]) for x, best in searches]
+        loss = body([x[rows] for x in streams], streams, own, searches, negatives, others, head_weight, temperature, reweight)
+        total = total + loss
         others = others.roll(tokens, 1)
-    return total * tokens / (len(streams) * n)
+    return total * (temperature / base_temperature) * tokens / (len(streams) * n)
+
+
+def _image_loss(
+    own_streams, streams, own_searches, searches, negatives, others, head_weight, temperature, reweight
+) -> Tensor:
+    """The loss of one image's rows, summed over the streams."""
+    with torch.no_grad():
+        positives, head_positives = (
+            _mask(*own, *whole) * others for own, whole in zip(own_searches, searches)
+        )  # fmt: skip
+        denominator = torch.logical_or(positives, negatives).to(others.dtype) * others
+        kept = positives.sum(1).nonzero().squeeze(1)
+        weight = positives[kept] + head_weight * head_positives[kept]
+        weight_sum = weight.sum(1)
+    total = torch.zeros((), dtype=others.dtype, device=others.device)
+    for own, x in zip(own_streams, streams):
+        log_prob = _log_prob(own, x, denominator, temperature)
+        loss = -(weight * log_prob[kept]).sum(1) / weight_sum
+        if reweight:
+            loss = loss * (weight_sum / weight_sum.mean())
+        total = total + loss.mean()
+    return total
 
 
 def local_mix(
@@ -99,11 +116,11 @@ def _with_thresholds(x: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
     return x, (x @ F.normalize(pool, dim=1).T).amax(1)
 
 
-def _mask(x: Tensor, best: Tensor, rows: slice) -> Tensor:
-    """[s_ij > R_i or s_ij > R_j] for the given rows and all columns, as floating point."""
-    similarity = x[rows] @ x.T
-    own = best[rows, None].repeat(1, x.shape[0])
-    return torch.logical_or((similarity > own).to(x.dtype), (similarity > best).to(x.dtype)).to(x.dtype)
+def _mask(own: Tensor, own_best: Tensor, x: Tensor, best: Tensor) -> Tensor:
+    """[s_ij > R_i or s_ij > R_j] for an image's own rows and all columns, as floating point."""
+    similarity = own @ x.T
+    row = own_best[:, None].repeat(1, x.shape[0])
+    return torch.logical_or((similarity > row).to(x.dtype), (similarity > best).to(x.dtype)).to(x.dtype)
 
 
 def _log_prob(anchors: Tensor, x: Tensor, denominator: Tensor, temperature: float) -> Tensor:
@@ -117,3 +134,8 @@ def _neighbours(grid: tuple[int, int], device: torch.device) -> Tensor:
     y, x = (c.flatten() for c in torch.meshgrid(*(torch.arange(s, device=device) for s in grid), indexing="ij"))
     near = ((y[:, None] - y).abs() <= 1) & ((x[:, None] - x).abs() <= 1)
     return near.float()
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function)

@@ -1,190 +1,175 @@
-"""Tables from a results file, and the block of README.md that holds them. Nothing here measures; nothing is typed in."""
+"""Tables from a results file, and the block of README.md that holds the short ones. Nothing here measures; nothing is typed in."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
-from benchmarks.plan import CEILINGS, PART_CASES, SCALING_CASE
+from benchmarks import marks, plots, stages
+from benchmarks import results as tidy
+from benchmarks.plan import CASES, CEILING_TITLES, OURS, STAGES
 
-RESULTS = Path(__file__).resolve().parent / "results"
-README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-TITLES = {
-    "step_rho_0.02": "loss step, rho 0.02",
-    "step_rho_1": "loss step, rho 1",
-    "search": "its two searches alone",
-    "local_mix": "local_mix, forward + backward",
-    "topk": "topk_similarity, k 16",
-    "product": "one product, N x C x N",
-    "copy": "one copy",
-}
-STAGE_TITLES = {
-    "check_finite": "check for NaN and infinity",
-    "normalize_rows": "normalise rows",
-    "normalize_rows_grad": "gradient of normalise",
-    "max_similarity": "best match in the pool",
-    "pairs_above": "pairs above the thresholds",
-    "random_bits": "random columns",
-    "count_bits": "positives per row",
-    "contrastive_stats": "statistics",
-    "contrastive_grad": "gradient",
-}
+DEVICES = ("cpu", "cuda")
+SCALING, SCALING_D = "scaling_n", "scaling_d"
+TITLES = {name: case.title for name, case in CASES.items()} | CEILING_TITLES
 
 
-def render(results: dict) -> str:
-    """All tables of one results file, in Markdown."""
-    parts = [_heading(results), _speed_table(results), _scaling_table(results), _stage_table(results)]
+def render(run: dict) -> str:
+    """All tables of one run, in Markdown: one row for each case, peer and size."""
+    stage_tables = [_stage_table(run, case, peer) for case in STAGES for peer in _stage_peers(run, case)]
+    parts = [_heading(run), _full_table(run), _scaling_table(run, SCALING), _scaling_table(run, SCALING_D), *stage_tables]
     return "\n\n".join(part for part in parts if part)
 
 
-def rewrite_readme(readme: Path = README, folder: Path = RESULTS) -> None:
-    """Put the tables of folder/cpu.json and folder/cuda.json between the markers of the README."""
+def summary(run: dict, folder: Path, readme: Path) -> str:
+    """The short tables and the plots of one run, for the README."""
+    device = run["setting"]["device"]
+    images = [file for file in plots.files(folder, device) if file.is_file()]
+    links = " ".join(f"![{file.stem.replace('_', ', ')} of a step against N]({_relative(file, readme)})" for file in images)
+    stage_table = _stage_table(run, next(iter(STAGES)), OURS[0])
+    full = f"Every peer and size: `{_relative(folder / device, readme)}.md`, `.csv`, `.json`."
+    parts = [_heading(run), _short_table(run), links, stage_table, marks.render(run) if device == "cuda" else "", full]
+    return "\n\n".join(part for part in parts if part)
+
+
+def rewrite_readme(readme: Path, folder: Path) -> None:
+    """Put the short tables of folder/cpu.json and folder/cuda.json between the README's markers, the long ones beside them.
+
+    Results of an older format are passed over; without any of this format the README stays as it is.
+    """
     text = readme.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{readme}: expected the lines {BEGIN} and {END}")
-    blocks = [render(json.loads(path.read_text())) for device in ("cpu", "cuda") if (path := folder / f"{device}.json").is_file()]
+    runs = {device: run for device in DEVICES if (run := tidy.load(folder / f"{device}.json"))}
+    if not runs:
+        return
+    for device, run in runs.items():
+        (folder / f"{device}.md").write_text(render(run) + "\n")
     head, rest = text.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
+    blocks = [summary(run, folder, readme) for run in runs.values()]
     readme.write_text("\n\n".join([head + BEGIN, *blocks, END]) + tail)
 
 
-def _heading(results: dict) -> str:
-    v, s = results["versions"], results["setting"]
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def _heading(run: dict) -> str:
+    v, s = run["versions"], run["setting"]
     if s["device"] == "cuda":
         where = f"{v['gpu']}, {s['dtype']}, CUDA {v['cuda']}, Triton {v['triton']}"
     else:
         isa = f" (kernels: {v['cpu_isa']})" if "cpu_isa" in v else ""
         where = f"{v['cpu']}, {s['threads']} threads, {s['dtype']}{isa}"
-    lines = [f"{where}; torch {v['torch']}; commit {results['commit']}, {results['date']}; `{results['command']}`."]
-    speed = next((r for r in results["records"] if r["part"] == "speed" and r["case"] not in CEILINGS), None)
-    if speed:
-        shape = speed["shape"]
+    lines = [f"{where}; torch {v['torch']}; commit {run['commit']}, {run['date']}; `{run['command']}`."]
+    step = next((row for case in CASES if (row := tidy.find(run, case, OURS[0])) and row["kind"] == "step"), None)
+    if step:
         lines.append(
-            f"{shape['images']} images of {shape['grid'][0]} x {shape['grid'][1]} patches (N = {shape['rows']:,}), "
-            f"C {shape['channels']}, D {shape['code']}, pools of {shape['pool']:,}; a step is the search and the forward and "
-            "backward pass of both streams."
+            f"Unless a row says otherwise {step['N'] // step['T']} images of {step['T']} patches (N = {step['N']:,}), C {step['C']}, "
+            f"D {step['D']}, pools of {step['pool']:,}; a step is the search and the forward and backward pass of both streams."
         )
-    if results.get("density"):
-        d = results["density"]
-        lines.append(f"P is {d['P']:.2%} and Q {d['Q']:.2%} dense.")
+    if step and "density_p" in step:
+        lines.append(f"P is {step['density_p']:.2%} and Q {step['density_q']:.2%} dense.")
     return " ".join(lines)
 
 
-def _speed_table(results: dict) -> str:
-    rows = []
-    for case in PART_CASES:
-        records = [r for r in results["records"] if r["case"] == case and r["part"] == "speed"]
-        if case in results.get("red_gates", {}):
-            rows.append([TITLES[case], "", f"not measured: {results['red_gates'][case]}", "", "", ""])
-        ours = next((r for r in records if r["contender"] == "hpkernels" and "p50" in r), None)
-        for r in records:
-            against = ours and "p50" in r and r is not ours
-            faster = f"{r['p50'] / ours['p50']:.1f}x" if against else ""
-            memory = _ratio_of_memory(r, ours) if against else _memory(r)
-            rows.append([TITLES[case], r["contender"], _time(r), memory, _rate(r), faster])
-    if not rows:
+def _rows(run: dict, case: str) -> list[dict]:
+    return [row for row in run["rows"] if row["case"] == case]
+
+
+def _short_table(run: dict) -> str:
+    """A row a case: ours, and how many times as long and as much memory the others take."""
+    table = []
+    for case in CASES:
+        ours = tidy.find(run, case, OURS[0])
+        if case in (SCALING, SCALING_D):
+            continue
+        if ours is None:
+            reason = next((row["reason"] for row in _rows(run, case) if row["status"] != tidy.SKIPPED), None)
+            table += [[TITLES[case], f"no figures: {reason}", "", "", ""]] if reason else []
+            continue
+        others = [row for row in _rows(run, case) if row is not ours and row["status"] == tidy.OK]
+        table.append([TITLES[case], _time(ours), _memory(ours), _share(ours), "; ".join(_against(row, ours) for row in others)])
+    header = ["job", "hpkernels: p50 (p20 - p80)", "peak extra memory", "of the ceiling", "others: times its time, times its memory"]
+    return markdown(header, table) if table else ""
+
+
+def _against(row: dict, ours: dict) -> str:
+    memory = f", {row['peak_bytes'] / ours['peak_bytes']:.1f}x" if row.get("peak_bytes") and ours.get("peak_bytes") else ""
+    return f"{row['peer']} {row['p50_ms'] / ours['p50_ms']:.1f}x{memory}"
+
+
+def _full_table(run: dict) -> str:
+    table = []
+    for case in (*CASES, *CEILING_TITLES):
+        if case in (SCALING, SCALING_D):
+            continue
+        for row in _rows(run, case):
+            sizes = ", ".join(f"{name} {row[name]:,}" for name in ("N", "C", "D") if name in row)
+            if row["status"] == tidy.OK:
+                table.append([TITLES[case], sizes, row["peer"], _time(row), _memory(row), _rate(row), _share(row)])
+            else:
+                table.append([TITLES[case], sizes, row["peer"], f"{row['status']}: {row['reason']}", "", "", ""])
+    header = ["job", "sizes", "by", "time, p50 (p20 - p80)", "peak extra memory", "rate", "of the ceiling"]
+    return markdown(header, table) if table else ""
+
+
+def _scaling_table(run: dict, case: str) -> str:
+    """A row a size, a column a peer: time and peak extra memory."""
+    if case == SCALING:
+        times, sizes = plots.series(run, "p50_ms"), plots.series(run, "peak_bytes")
+        title, axis = "How a step at rho 0.02 grows with N:", "N"
+    else:
+        rows = [row for row in _rows(run, case) if row["status"] == tidy.OK]
+        times = {peer: [(r["D"], r["p50_ms"]) for r in rows if r["peer"] == peer] for peer in dict.fromkeys(r["peer"] for r in rows)}
+        sizes = {peer: [(r["D"], r["peak_bytes"]) for r in rows if r["peer"] == peer and "peak_bytes" in r] for peer in times}
+        title, axis = f"How a step at rho 1, N = {rows[0]['N']:,}, grows with D:" if rows else "", "D"
+    if not times or not any(row["case"] == case for row in run["rows"]):
         return ""
-    header = ["job", "by", "time, p50 (p20 - p80)", "peak extra memory", "rate", "hpkernels is faster"]
-    return "\n".join([_table(header, rows), *_search_line(results)])
+    values = sorted({n for points in times.values() for n, _ in points})
+    table = []
+    for n in values:
+        cells = [f"{n:,}"]
+        for peer, points in times.items():
+            time, size = dict(points).get(n), dict(sizes.get(peer, [])).get(n)
+            cells.append("" if time is None else f"{_milliseconds(time)} ms, {_size(size)}" if size else f"{_milliseconds(time)} ms")
+        table.append(cells)
+    return f"{title}\n\n{markdown([axis, *times], table)}"
 
 
-def _search_line(results: dict) -> list[str]:
-    step = _find(results, "step_rho_0.02", "hpkernels")
-    products = _find(results, "search", "torch.mm")
-    if not step or not products:
-        return []
-    ratio = step["p50"] / products["p50"]
-    return ["", f"The whole step at rho 0.02 takes {ratio:.2f} times what `torch.mm` takes for the products of its search alone."]
+def _stage_peers(run: dict, case: str) -> list[str]:
+    return list(dict.fromkeys(row["peer"] for row in _rows(run, case) if row["status"] == tidy.OK))
 
 
-def _scaling_table(results: dict) -> str:
-    records = [r for r in results["records"] if r["case"] == SCALING_CASE]
-    if not any(r["part"] == "scaling" for r in records):
+def _stage_table(run: dict, case: str, peer: str) -> str:
+    found = {row["stage"]: row for row in _rows(run, case) if row["peer"] == peer and row["status"] == tidy.OK}
+    if stages.WHOLE not in found:
         return ""
-    rows = []
-    for n in sorted({r["shape"]["rows"] for r in records}):
-        by = {r["contender"]: r for r in records if r["shape"]["rows"] == n}
-        ours, theirs = by.get("hpkernels", {}), by.get("published", {})
-        rows.append([f"{n:,}", _time(ours), _memory(ours), _size(_bits_bytes(ours)), _time(theirs), _memory(theirs)])
-    header = ["N", "time", "peak extra memory", "of it bits", "published: time", "peak extra memory"]
-    return "How a step at rho 0.02 grows:\n\n" + _table(header, rows)
+    whole = found[stages.WHOLE]
+    table = []
+    for stage, row in found.items():
+        flop = f"{row['flop'] / 1e9:,.1f}" if "flop" in row else ""
+        size = f"{row['bytes'] / 2**20:,.1f}" if "bytes" in row else ""
+        share = f"{row['p50_ms'] / whole['p50_ms']:.0%}"
+        table.append([stage, _milliseconds(row["p50_ms"]), share, flop, size, _share(row)])
+    title = f"Where a step of {peer} at rho {whole['rho']:g}, N = {whole['N']:,}, spends its time:"
+    return f"{title}\n\n" + markdown(["stage", "ms", "share", "GFLOP", "MiB", "of the ceiling"], table)
 
 
-def _stage_table(results: dict) -> str:
-    stages = results.get("stages")
-    if not stages:
-        return ""
-    shape, seconds = stages["shape"], dict(stages["seconds"])
-    whole = seconds.pop("step")
-    ceiling = _find(results, "product", "torch.mm")
-    rows = []
-    order = {name: place for place, name in enumerate(STAGE_TITLES)}
-    for stage, value in sorted(seconds.items(), key=lambda item: order.get(item[0].split("/")[0], len(order))):
-        name, _, width = stage.partition("/")
-        flop = _stage_flop(name, int(width or 0), shape)
-        rate = flop / value / 1e9
-        share = f"{rate / ceiling['gflops']:.0%}" if flop and ceiling else ""
-        title = STAGE_TITLES.get(name, name) + (f", width {width}" if width else "")
-        rows.append(
-            [title, _milliseconds(value), f"{value / whole:.0%}", f"{flop / 1e9:.1f}" if flop else "",
-             f"{rate:.0f}" if flop else "", share]
-        )  # fmt: skip
-    rest = whole - sum(seconds.values())
-    rows.append(["everything else", _milliseconds(rest), f"{rest / whole:.0%}", "", "", ""])
-    rows.append(["whole step", _milliseconds(whole), "100%", "", "", ""])
-    header = ["stage", "ms", "share", "GFLOP", "GFLOP/s", "of torch.mm's rate"]
-    return f"Where a step at rho 0.02, N = {shape['rows']:,}, spends its time:\n\n" + _table(header, rows)
-
-
-def _stage_flop(name: str, width: int, shape: dict) -> float:
-    n, rate = shape["rows"], 0.02
-    return {
-        "max_similarity": 2.0 * n * shape["pool"] * width,
-        "pairs_above": 1.0 * n * n * width,
-        "contrastive_stats": 4.0 * rate * n * n * shape["code"],
-        "contrastive_grad": 8.0 * rate * n * n * shape["code"],
-    }.get(name, 0.0)
-
-
-def _find(results: dict, case: str, contender: str) -> dict | None:
-    for r in results["records"]:
-        if (r["case"], r["contender"], r["part"]) == (case, contender, "speed") and "p50" in r:
-            return r
-    return None
-
-
-def _bits_bytes(record: dict) -> int | None:
-    """P, Q and the random columns, packed in rows of whole 128-bit groups."""
-    if not record:
-        return None
-    shape = record["shape"]
-    row = 16 * -(-shape["rows"] // 128)
-    return (2 * shape["rows"] + shape["grid"][0] * shape["grid"][1]) * row
-
-
-def _time(record: dict) -> str:
-    if "error" in record:
-        return record["error"]
-    if "p50" not in record:
-        return "not run"
-    p50, p20, p80 = (_milliseconds(record[key]) for key in ("p50", "p20", "p80"))
+def _time(row: dict) -> str:
+    p50, p20, p80 = (_milliseconds(row[f"p{q}_ms"]) for q in (50, 20, 80))
     return f"{p50} ms ({p20} - {p80})"
 
 
-def _milliseconds(seconds: float) -> str:
-    value = seconds * 1e3
+def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
 
 
-def _memory(record: dict) -> str:
-    return _size(record.get("peak_bytes"))
-
-
-def _ratio_of_memory(record: dict, ours: dict) -> str:
-    if "peak_bytes" not in record or not ours.get("peak_bytes"):
-        return _memory(record)
-    return f"{_memory(record)} ({record['peak_bytes'] / ours['peak_bytes']:.1f}x)"
+def _memory(row: dict) -> str:
+    return _size(row.get("peak_bytes"))
 
 
 def _size(size: int | None) -> str:
@@ -193,12 +178,15 @@ def _size(size: int | None) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _rate(record: dict) -> str:
-    if "gflops" in record:
-        return f"{record['gflops']:,.0f} GFLOP/s"
-    return f"{record['gbs']:,.1f} GB/s" if "gbs" in record else ""
+def _rate(row: dict) -> str:
+    if "tflops" in row:
+        return f"{row['tflops']:.1f} TFLOP/s" if row["tflops"] >= 1 else f"{row['tflops'] * 1e3:,.0f} GFLOP/s"
+    return f"{row['gbs']:,.1f} GB/s" if "gbs" in row else ""
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines)
+def _share(row: dict) -> str:
+    return f"{row['percent_of_ceiling']:.0f} % ({row['ceiling']})" if "ceiling" in row else ""
+
+
+def _relative(path: Path, readme: Path) -> str:
+    return Path(os.path.relpath(path, readme.parent)).as_posix()

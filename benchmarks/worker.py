@@ -1,57 +1,66 @@
 """One contender in a process of its own: takes one JSON request a line, answers one JSON line.
 
-Requests: {"do": "prepare", "case", "contender", "shape", "device", "dtype", "threads"}, then any of {"do": "run"},
-{"do": "memory"}, {"do": "stages", "repetitions"}; {"do": "density", "shape", "device"} and {"do": "versions"} at any
-time. The runner ends the process by closing its input.
+Requests: {"do": "prepare", "kind", "peer", "shape", "device", "dtype", "threads"}, then any of {"do": "run"},
+{"do": "memory"}, {"do": "stages", "repetitions"}; {"do": "gate", ...}, {"do": "density", ...} and {"do": "versions"} at
+any time. The runner ends the process by closing its input.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import platform
 import resource
 import sys
 import time
-from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import hpkernels
-from benchmarks.cases import CASES, Case, step_inputs
-from benchmarks.features import density
+from benchmarks import checks, peers, stages
+from benchmarks.cases import KINDS, Kind, make_shaped
+from benchmarks.features import density, one_positive_pool
 from benchmarks.plan import Shape
 
 FLUSH_BYTES = 1 << 29  # more than any GPU's last-level cache
+WARM_PRODUCTS, WARM_SIDE = 50, 4096  # about 10 ms of a large GPU at full load
 
 
 class Worker:
-    case: Case
-    contender: str
+    kind: Kind
     shape: Shape
     device: str
 
-    def prepare(self, case: str, contender: str, shape: dict, device: str, dtype: str, threads: int) -> dict:
+    def prepare(self, kind: str, peer: str, shape: dict, device: str, dtype: str, threads: int) -> dict:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        self.case, self.contender, self.device = CASES[case], contender, device
-        self.dtype = getattr(torch, dtype)
-        self.shape = _shape(shape)
-        self.job = self.case.contenders[contender]
-        self.inputs = self.case.inputs(self.shape, device, self.dtype)
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+        self.kind, self.device, self.dtype = KINDS["step" if kind == "stages" else kind], device, getattr(torch, dtype)
+        self.shape, self.job = Shape.from_dict(shape), self.kind.contenders[peer]
+        self.compiled = peer.endswith("-compiled")
+        self.inputs = self.kind.inputs(self.shape, device, self.dtype)
+        if device == "cuda":
+            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+            self.load = torch.randn(WARM_SIDE, WARM_SIDE, device=device, dtype=torch.bfloat16)
         return {
-            "flop": self.case.flop(self.shape) if self.case.flop else None,
-            "nbytes": self.case.nbytes(self.shape, self.dtype.itemsize) if self.case.nbytes else None,
+            "flop": self.kind.flop(self.shape) if self.kind.flop else None,
+            "bytes": self.kind.nbytes(self.shape, self.dtype.itemsize) if self.kind.nbytes else None,
         }
 
     def run(self) -> dict:
-        """One repetition: seconds, and the page faults it took."""
+        """One repetition: seconds, and the page faults it took.
+
+        On a GPU the chip is first put under load, as others had their turn before and it may have slowed down, then
+        its last-level cache is overwritten.
+        """
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         if self.device == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(WARM_PRODUCTS):
+                torch.mm(self.load, self.load)
             self.flush.zero_()
             begin.record()
             self.job(self.inputs)
@@ -65,12 +74,14 @@ class Worker:
         return {"seconds": seconds, "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults}
 
     def memory(self) -> dict:
-        """Rise of the peak over what the inputs hold, in one repetition; libraries are warmed on a small shape first.
+        """Rise of the peak over what the inputs hold, in one repetition, the libraries warm.
 
-        The results (gradients, bits) count as extra memory. On the CPU: resident bytes of this process.
+        The results (gradients, bits) count as extra memory. On the CPU: resident bytes of this process. Warmed on a
+        small shape; what is compiled for its shape, on inputs of the same shape.
         """
-        small = Shape(2, (5, 5), self.shape.channels, self.shape.code, 64, self.shape.heads)
-        self.job(self.case.inputs(small, self.device, self.dtype))
+        shape = self.shape if self.compiled else replace(self.shape, images=2, grid=(5, 5), pool=64)
+        self.job(self.kind.inputs(shape, self.device, self.dtype))
+        gc.collect()
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -84,29 +95,25 @@ class Worker:
         return {"peak_bytes": max(0, _peak_bytes() - before)}
 
     def stages(self, repetitions: int) -> dict:
-        """Seconds of each hpkernels op in a repetition (median over repetitions), and of a whole repetition.
+        """Seconds of each stage of a step and of the whole, by benchmarks.stages."""
+        batch = self.inputs.batch
+        pools = {
+            False: (batch.pool, batch.head_pool),
+            True: (one_positive_pool(batch.features), one_positive_pool(batch.head_features)),
+        }
 
-        Read from torch's profiler: the ops called by the step, told apart by the width of their first input.
-        """
-        from torch.profiler import ProfilerActivity, profile
+        def prepare(few: bool) -> None:
+            batch.pool, batch.head_pool = pools[few]
 
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device == "cuda")
-        samples = defaultdict(list)
-        for _ in range(repetitions):
-            with profile(activities=activities, record_shapes=True) as trace:
-                seconds = self.run()["seconds"]
-            samples["step"].append(seconds)
-            spent = defaultdict(float)
-            for event in trace.events():
-                if event.name.startswith("hpkernels::") and not _inside_op(event):
-                    on_device = event.device_time_total if self.device == "cuda" else event.cpu_time_total
-                    spent[_stage(event)] += on_device / 1e6
-            for stage, value in spent.items():
-                samples[stage].append(value)
-        return {"stages": {stage: sorted(values)[len(values) // 2] for stage, values in samples.items()}}
+        return stages.measure(lambda: self.run()["seconds"], self.device, prepare, repetitions)
 
-    def density(self, shape: dict, device: str) -> dict:
-        return density(step_inputs(_shape(shape), device, torch.float32))
+    def gate(self, kind: str, peer: str, device: str, dtype: str, rate: float) -> dict:
+        torch.set_num_threads(1)
+        return checks.gate(kind, peer, device, getattr(torch, dtype), rate)
+
+    def density(self, shape: dict, device: str, panels: int) -> dict:
+        """Shares of the pairs and of the tiles that are positives, from the inputs of a step."""
+        return density(make_shaped(Shape.from_dict(shape), device, torch.float32), panels)
 
     def versions(self) -> dict:
         """What ran: never the machine's name."""
@@ -121,6 +128,7 @@ class Worker:
             "cpu": _cpu_model(),
             "cpus": os.cpu_count(),
             "backend": dispatch.choose(torch.device("cpu")),
+            "peers": {peer: peers.version(peer) for peer in peers.PACKAGES},
         }
         if found["backend"] == "cpu":
             from hpkernels import _cpu
@@ -136,26 +144,6 @@ class Worker:
                 "gpu_backend": dispatch.choose(device),
             }
         return found
-
-
-def _shape(fields: dict) -> Shape:
-    return Shape(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name != "rows"})
-
-
-def _inside_op(event) -> bool:
-    parent = event.cpu_parent
-    while parent is not None:
-        if parent.name.startswith("hpkernels::"):
-            return True
-        parent = parent.cpu_parent
-    return False
-
-
-def _stage(event) -> str:
-    name = event.name.removeprefix("hpkernels::")
-    if name in ("max_similarity", "pairs_above"):
-        return f"{name}/{event.input_shapes[0][-1]}"
-    return name
 
 
 def _trim_heap() -> None:

@@ -1,0 +1,130 @@
+"""Other libraries at the jobs of benchmarks/cases.py, imported only where one is measured, and why one is not.
+
+The contrastive libraries compute the log-sum-exp of all pairs and its gradient in linear memory, for one positive a
+row. The supervised loss needs two things more, both in O(N D) plain torch: the row itself leaves the denominator by
+log(1 - exp(s_ii - lse)), and the mean over the positives comes from sums of the rows of each class.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpkernels import dispatch
+
+PREFIX = "hpkernels-"  # + backend
+
+
+@dataclass(frozen=True)
+class Package:
+    module: str
+    distribution: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    limits: str  # why not other devices or dtypes
+
+
+HALVES = (torch.bfloat16, torch.float16)
+ANY = (torch.float32, *HALVES)
+PACKAGES = {
+    "pytorch-metric-learning": Package("pytorch_metric_learning", "pytorch-metric-learning", ("cpu", "cuda"), ANY, ""),
+    "cut-cross-entropy": Package(
+        "cut_cross_entropy", "cut-cross-entropy", ("cuda",), HALVES, "its Triton kernels take bf16 and fp16 tensors on a GPU"
+    ),
+    "inf-cl": Package("inf_cl", "inf-cl", ("cuda",), HALVES, "its Triton kernels need a GPU and multiply in TF32, not in fp32"),
+    "keops": Package("pykeops", "pykeops", ("cpu", "cuda"), ANY, ""),
+    "faiss": Package("faiss", "faiss-cpu", ("cpu",), (torch.float32,), "faiss-cpu takes fp32 on a CPU"),
+}
+
+
+def why_not(peer: str, device: str, dtype: torch.dtype) -> str | None:
+    """The reason a peer cannot be measured here, or None."""
+    if peer.startswith(PREFIX):
+        return dispatch.why_not(peer.removeprefix(PREFIX), torch.device(device))
+    package = PACKAGES.get(peer)
+    if package is None:
+        return None
+    if device not in package.devices or dtype not in package.dtypes:
+        return f"not on {device} in {str(dtype).removeprefix('torch.')}: {package.limits}"
+    if importlib.util.find_spec(package.module) is None:
+        return f"{package.distribution} is not installed (pip install '.[bench]')"
+    return None
+
+
+def version(peer: str) -> str | None:
+    """Version of the peer's package; None for those that are this package or plain torch."""
+    try:
+        return importlib.metadata.version(PACKAGES[peer].distribution) if peer in PACKAGES else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def metric_learning_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Its mean leaves out rows of loss 0, which are the rows without a positive."""
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return SupConLoss(temperature=temperature)(z, labels)
+
+
+def cut_cross_entropy_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Without its gradient filter, which drops small probabilities."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    x = F.normalize(z, dim=1)
+    scaled = x / temperature
+    itself = torch.arange(len(x), device=x.device)
+    above_self = linear_cross_entropy(scaled, x, itself, reduction="none", filter_eps=None).float()
+    return _supcon(x, scaled, above_self, labels)
+
+
+def inf_cl_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    x = F.normalize(z, dim=1)
+    head = next(width for width in (256, 128, 64, 32, 16) if x.shape[1] % width == 0)
+    return _supcon(x, x / temperature, cal_flash_loss(x, x, scale=1 / temperature, head_dim=head), labels)
+
+
+def keops_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    from pykeops.torch import LazyTensor
+
+    x = F.normalize(z, dim=1).float()
+    scaled = x / temperature
+    lse = (LazyTensor(scaled[:, None, :]) | LazyTensor(x[None, :, :])).logsumexp(1).squeeze(1)
+    return _supcon(x, scaled, lse - (scaled * x).sum(1), labels)
+
+
+def keops_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of -<q, key>; values recomputed for the k found."""
+    from pykeops.torch import LazyTensor
+
+    distance = -(LazyTensor(queries[:, None, :]) | LazyTensor(keys[None, :, :]))
+    indices = distance.argKmin(k, dim=1)
+    return torch.stack([(queries * keys[column]).sum(1) for column in indices.T], 1), indices
+
+
+def faiss_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatIP(keys.shape[1])
+    index.add(keys.numpy())
+    values, indices = index.search(queries.numpy(), k)
+    return torch.from_numpy(values), torch.from_numpy(indices)
+
+
+def _supcon(x: Tensor, scaled: Tensor, above_self: Tensor, labels: Tensor) -> Tensor:
+    """The loss from above_self_i = log sum_j exp(s_ij) - s_ii over all j, of rows x and scaled = x / temperature."""
+    x, scaled = x.float(), scaled.float()
+    own = (scaled * x).sum(1)
+    lse = own + above_self + torch.log1p(-torch.exp(-above_self))
+    classes = int(labels.max()) + 1
+    sums = torch.zeros(classes, x.shape[1], device=x.device).index_add(0, labels, x)
+    counts = torch.bincount(labels)[labels] - 1
+    positives = ((scaled * sums[labels]).sum(1) - own) / counts.clamp_min(1)
+    return torch.where(counts > 0, lse - positives, 0.0).sum() / (counts > 0).sum()
