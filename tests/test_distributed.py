@@ -267,3 +267,22 @@ def test_gradients_under_data_parallel(ranks):
     hk.hidden_positive_loss(z, everything["features"], positives_per_anchor=3, seed=3).backward()
     for own in saved:
         torch.testing.assert_close(own["data_parallel"], model.weight.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_compiled_step_breaks_its_graph_at_the_exchanges(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        part = inputs([3])[0]
+
+        def step(z):
+            return hk.hidden_positive_loss(z, part["features"], part["pool"], seed=3, process_group=dist.group.WORLD)
+
+        grads = []
+        for call in (step, torch.compile(step, backend="aot_eager")):
+            z = part["z"].clone().requires_grad_()
+            call(z).backward()
+            grads.append(z.grad)
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=0)
+    finally:
+        dist.destroy_process_group()

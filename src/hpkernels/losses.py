@@ -125,15 +125,13 @@ def hidden_positive_loss(
     negatives, denominator = _denominator(batch, negative_mask, total, rows_at_a_time, ranks)
     temperature, base_temperature = float(temperature), float(base_temperature)
 
-    rules = (find_rule(*graph, positives_per_anchor, chosen, ranks) for graph in batch.graphs)
     if ranks is ALONE and rows_at_a_time == count:
-        masks = [rule.mask() for rule in rules]
+        masks = [find_rule(*graph, positives_per_anchor, chosen).mask() for graph in batch.graphs]
         statistics = _statistics(_unit(batch.streams, chosen), masks, negatives, denominator, temperature, chosen)
     else:
-        rules = list(rules)
-        statistics = panel_statistics(
-            _unit(batch.streams, chosen), rules, rows_at_a_time, negatives, denominator, temperature, chosen, ranks
-        )
+        rules = [find_rule(*graph, positives_per_anchor, chosen, ranks) for graph in batch.graphs]
+        x = _unit(batch.streams, chosen)
+        statistics = panel_statistics(x, rules, rows_at_a_time, negatives, denominator, temperature, chosen, ranks)
     loss, stats = _average(statistics, head_weight, tokens, total, weighting)
     loss = loss * (temperature / base_temperature)
     if not z.is_cpu:

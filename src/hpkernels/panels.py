@@ -158,4 +158,7 @@ def panel_statistics(
     """
     count = x[0].shape[1]
     anchors = _Anchors(rules, rows_at_a_time, negatives, denominator, temperature, backend, ranks, count)
-    return Statistics(*_PanelStatistics.apply(anchors, *x))
+    apply = _PanelStatistics.apply
+    if ranks.group is not None and torch.compiler.is_compiling():  # a compiled graph cannot hold the exchanges
+        apply = torch.compiler.disable(apply)
+    return Statistics(*apply(anchors, *x))
