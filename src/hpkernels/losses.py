@@ -92,11 +92,12 @@ def hidden_positive_loss(
         0-dim fp32 loss (fp64 if z is fp64), or (loss, LossStats). Without any positive pair: 0 with zero gradients.
 
     **Many processes.** With a process_group every rank passes its own images, any number of them (none, too), and its
-    part of the pools, and the anchors of all ranks meet the patches of all ranks: the loss and LossStats are those of one
-    process on the concatenated batch, the same on every rank, and z.grad is this rank's slice of that one loss's gradient
-    (head_weight.grad: its share). Pass tokens_per_image or z as (B, T, D); negative_mask is over all N patches, the same
-    on every rank; rank 0's seed serves all. Every rank calls backward. DistributedDataParallel averages the gradients
-    of parameters over ranks, where this loss needs their sum:
+    part of the pools (at least one row), and the anchors of all ranks meet the patches of all ranks: the loss and
+    LossStats are those of one process on the concatenated batch, the same on every rank, and z.grad is this rank's
+    slice of that one loss's gradient (head_weight.grad: its share). Pass tokens_per_image or z as (B, T, D);
+    negative_mask is over all N patches, the same on every rank, as is a head_weight that is a tensor; rank 0's seed
+    serves all. Every rank calls backward, once. DistributedDataParallel averages the gradients of parameters over
+    ranks, where this loss needs their sum:
 
         (loss * torch.distributed.get_world_size(process_group)).backward()
 
