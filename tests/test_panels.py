@@ -1,4 +1,4 @@
-"""Beyond one batch: the loss by panels of anchors equals the loss with all bits at once, in the memory of the panels."""
+"""Beyond one batch: the loss by panels of anchors equals the loss with all bits at once, in the memory of a panel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def problem(n=260, dtype=torch.float64, device="cpu") -> dict[str, torch.Tensor]
 
 def run(p, backend, *, k=None, streams=2, head=True, **options):
     leaves = {name: p[name].clone().requires_grad_() for name in ("z", "z_local")[:streams]}
-    arguments = dict(leaves, features=p["features"], tokens_per_image=TOKENS, seed=1, backend=backend, return_stats=True)
+    arguments = leaves | {"features": p["features"], "tokens_per_image": TOKENS, "seed": 1, "backend": backend}
+    arguments["return_stats"] = True
     if k is None:
         arguments |= {"pool": p["pool"]} | ({"head_pool": p["head_pool"]} if head else {})
     else:

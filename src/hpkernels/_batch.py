@@ -10,8 +10,8 @@ from torch import Tensor
 from hpkernels import dispatch
 from hpkernels._checks import check_choice, check_finite, check_float_tensor, check_positive, check_rate, describe
 from hpkernels.mining import check_rule
-from hpkernels.panels import bits_bytes
 from hpkernels.pairs import as_seed
+from hpkernels.panels import bits_bytes
 
 WEIGHTINGS = ("pairs", "anchors", "separate")
 
@@ -29,7 +29,7 @@ class Batch:
     options: dict[str, object] = field(default_factory=dict)  # what all ranks of a process group must agree on
 
     def describe(self) -> tuple[dict[str, int], dict[str, object]]:
-        """(rows by name, options by name) for `ranks.meet`. Looks for non-finite numbers, as no rank may find them later."""
+        """(rows by name, options by name) for `ranks.meet`. Looks for non-finite numbers: later is too late."""
         sizes, options = {}, dict(self.options)
         streams = dict(zip(("z", "z_local"), self.streams))
         inputs = streams | {name: x for graph in self.graphs for name, x in zip(graph[::2], graph[1::2])}

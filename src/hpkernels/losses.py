@@ -92,11 +92,12 @@ def hidden_positive_loss(
         0-dim fp32 loss (fp64 if z is fp64), or (loss, LossStats). Without any positive pair: 0 with zero gradients.
 
     **Many processes.** With a process_group every rank passes its own images, any number of them (none, too), and its
-    part of the pools, and the anchors of all ranks meet the patches of all ranks: the loss and LossStats are those of one
-    process on the concatenated batch, the same on every rank, and z.grad is this rank's slice of that one loss's gradient
-    (head_weight.grad: its share). Pass tokens_per_image or z as (B, T, D); negative_mask is over all N patches, the same
-    on every rank; rank 0's seed serves all. Every rank calls backward. DistributedDataParallel averages the gradients
-    of parameters over ranks, where this loss needs their sum:
+    part of the pools (at least one row), and the anchors of all ranks meet the patches of all ranks: the loss and
+    LossStats are those of one process on the concatenated batch, the same on every rank, and z.grad is this rank's
+    slice of that one loss's gradient (head_weight.grad: its share). Pass tokens_per_image or z as (B, T, D);
+    negative_mask is over all N patches, the same on every rank, as is a head_weight that is a tensor; rank 0's seed
+    serves all. Every rank calls backward, once. DistributedDataParallel averages the gradients of parameters over
+    ranks, where this loss needs their sum:
 
         (loss * torch.distributed.get_world_size(process_group)).backward()
 
@@ -125,15 +126,13 @@ def hidden_positive_loss(
     negatives, denominator = _denominator(batch, negative_mask, total, rows_at_a_time, ranks)
     temperature, base_temperature = float(temperature), float(base_temperature)
 
-    rules = (find_rule(*graph, positives_per_anchor, chosen, ranks) for graph in batch.graphs)
     if ranks is ALONE and rows_at_a_time == count:
-        masks = [rule.mask() for rule in rules]
+        masks = [find_rule(*graph, positives_per_anchor, chosen).mask() for graph in batch.graphs]
         statistics = _statistics(_unit(batch.streams, chosen), masks, negatives, denominator, temperature, chosen)
     else:
-        rules = list(rules)
-        statistics = panel_statistics(
-            _unit(batch.streams, chosen), rules, rows_at_a_time, negatives, denominator, temperature, chosen, ranks
-        )
+        rules = [find_rule(*graph, positives_per_anchor, chosen, ranks) for graph in batch.graphs]
+        x = _unit(batch.streams, chosen)
+        statistics = panel_statistics(x, rules, rows_at_a_time, negatives, denominator, temperature, chosen, ranks)
     loss, stats = _average(statistics, head_weight, tokens, total, weighting)
     loss = loss * (temperature / base_temperature)
     if not z.is_cpu:

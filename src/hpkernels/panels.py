@@ -2,10 +2,10 @@
 
 Anchors i of a range need every row x_j, but only their own rows of the pairs P and Q. In the forward pass the ranks'
 rows are gathered once; then one panel of anchors after another is mined, reduced to three numbers a row, and forgotten.
-The gradient dL/dx_i = (1/temperature) sum_j (G_ij + G_ji) x_j knows the other anchors by four numbers each, lse_j and the
-incoming gradients of the three statistics: those are gathered, the panels are mined again, and each gives its own rows
-of the gradient in full. So no gradient of D numbers a row is ever sent or reduced. A single panel is kept, not mined
-twice.
+The gradient dL/dx_i = (1/temperature) sum_j (G_ij + G_ji) x_j knows the other anchors by four numbers each, lse_j and
+the incoming gradients of the three statistics: those are gathered, the panels are mined again, and each gives its own
+rows of the gradient in full. So no gradient of D numbers a row is ever sent or reduced. A single panel is kept, not
+mined twice.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Anchors:
     kept: list[Tensor] | None = None
 
     def for_each_panel(self, function: Callable[[slice, int, Tensor, Tensor | None], T]) -> list[T]:
-        """function(which of this rank's anchors, the first one among all ranks', their bits of P, of Q) of each panel."""
+        """function(which of this rank's anchors, the first among all ranks', their bits of P, of Q) of each panel."""
         step = max(1, self.rows_at_a_time)
         starts = range(0, max(1, self.count), step)
         return [self._panel(start, min(step, self.count - start), function) for start in starts]
@@ -158,4 +158,7 @@ def panel_statistics(
     """
     count = x[0].shape[1]
     anchors = _Anchors(rules, rows_at_a_time, negatives, denominator, temperature, backend, ranks, count)
-    return Statistics(*_PanelStatistics.apply(anchors, *x))
+    apply = _PanelStatistics.apply
+    if ranks.group is not None and torch.compiler.is_compiling():  # a compiled graph cannot hold the exchanges
+        apply = torch.compiler.disable(apply)
+    return Statistics(*apply(anchors, *x))

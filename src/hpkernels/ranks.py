@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
+# Its name since torch 2.14, and before; neither where torch was built without distributed.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _ERRORS = {"TypeError": TypeError, "ValueError": ValueError}
 
 

@@ -65,7 +65,7 @@ def contrastive_grad(
     grad_pos: Tensor,
     grad_ext: Tensor,
 ) -> Tensor:
-    """The gradient (S, n, D) of the anchors' rows, in x's dtype; lse and the row gradients are (S, N); see reference.py."""
+    """The gradient (S, n, D) of the anchors' rows, in x's dtype; lse and row gradients are (S, N); see reference.py."""
     dtype = x.dtype
     x = _working(x)
     streams, rows, depth = x.shape

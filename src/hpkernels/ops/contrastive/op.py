@@ -60,7 +60,7 @@ def contrastive_stats_rows(
     first_row: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics (S, n) of the n anchors i = first_row + r; row r of P and Q holds anchor i's pairs with all N rows.
+    """The statistics (S, n) of the n anchors i = first_row + r; row r of P and Q holds its pairs with all N rows.
 
     Differentiable for all anchors at once only: the gradient needs the row gradients of all of them.
     """
