@@ -22,8 +22,8 @@ _ROW_NUMBERS, _WARP_NUMBERS = 4096, 1024  # logits that a program, and a warp, h
 _LONGEST_ROW = 32 * _WARP_NUMBERS  # of as many warps as a program can have
 _MIX_TOKENS, _MIX_CHANNELS, _MIX_WARPS = 32, 64, 4
 
-# From queries and keys: rows of a program with all their logits in registers, steps of the product.
-_PANEL_ROWS, _PANEL_COLUMNS = 16, 1024
+# From queries and keys: a program holds all logits of up to _PANEL_ROWS rows, _PANEL_NUMBERS of them.
+_PANEL_ROWS, _PANEL_COLUMNS, _PANEL_NUMBERS = 32, 1024, 16384
 _PANEL_STEPS = {"half": 32, "single": 16}
 # Longer rows: tiles of logits into a workspace of at most _WORKSPACE_BYTES.
 _LOGIT_TILES = {
@@ -81,6 +81,7 @@ def _store_weights(
 
     The two quantiles come from exact order statistics, found bit by bit: the largest key v with at most `rank` keys
     below it is the statistic of that rank. Both counts of a step share one sum, 16 bits each: rows are short enough.
+    From here on a row is its keys, from which its logits come back bit by bit: two copies of it would not fit.
     """
     keys = tl.where(valid, _ordered(a), 0xFFFFFFFF)
     low_key = tl.zeros([BLOCK_R], tl.uint32)
@@ -94,10 +95,11 @@ def _store_weights(
         high_key = tl.where((counts >> 16).to(tl.int32) <= high_rank, high_try, high_key)
     low = _quantile(keys, valid, low_key, low_rank, low_fraction, T)
     high = _quantile(keys, valid, high_key, high_rank, high_fraction, T)
+    a = tl.where(valid, _unordered(keys), 0.0)
     c = tl.minimum(tl.maximum(a, low[:, None]), high[:, None])
     total = tl.sum(tl.where(valid, tl.exp(c - high[:, None]), 0.0), 1)
     # A NaN logit must not end as a finite weight, and the comparisons above would let it.
-    poison = tl.sum(tl.where(valid, a, 0.0) * 0.0, 1)
+    poison = tl.sum(a * 0.0, 1)
     lse = high + tl.log(total) + poison
 
     y, x = token // width, token % width
@@ -247,11 +249,12 @@ def neighbor_weights_qk(
     with on_device(queries):
         if tokens <= _PANEL_COLUMNS:
             block_t = max(64, triton.next_power_of_2(tokens))
-            _neighbor_weights_panel_kernel[(batch * triton.cdiv(tokens, _PANEL_ROWS),)](
+            block_r = min(_PANEL_ROWS, _PANEL_NUMBERS // block_t)
+            _neighbor_weights_panel_kernel[(batch * triton.cdiv(tokens, block_r),)](
                 queries, keys, out, tokens, queries.shape[2], height, width,
                 *queries.stride()[:2], *keys.stride()[:2], scale / heads, *numbers,
-                BLOCK_R=_PANEL_ROWS, BLOCK_T=block_t, BLOCK_K=_PANEL_STEPS[dtype_class(queries.dtype)],
-                PRECISION=precision(queries.dtype), num_warps=4 if block_t < 512 else 8, num_stages=2,
+                BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_K=_PANEL_STEPS[dtype_class(queries.dtype)],
+                PRECISION=precision(queries.dtype), num_warps=4 if block_t <= 256 else 8, num_stages=2,
             )  # fmt: skip
         else:
             _through_workspace(queries, keys, out, scale / heads, height, width, numbers)
@@ -264,7 +267,8 @@ def _all_heads(*operands: Tensor) -> list[Tensor]:
     if len({x.dtype for x in rows}) > 1:
         rows = same_dtype(*rows)
     rows = [x if x.stride(2) == 1 else x.contiguous() for x in rows]
-    step = max(_LOGIT_TILES[dtype_class(rows[0].dtype)]["BLOCK_K"], _PANEL_STEPS[dtype_class(rows[0].dtype)])
+    kind = dtype_class(rows[0].dtype)
+    step = max(_LOGIT_TILES[kind]["BLOCK_K"], _PANEL_STEPS[kind])
     return [padded_rows(x, step) for x in rows]
 
 
