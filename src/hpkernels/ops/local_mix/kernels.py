@@ -24,7 +24,7 @@ _MIX_TOKENS, _MIX_CHANNELS, _MIX_WARPS = 32, 64, 4
 
 # From queries and keys: a program holds all logits of up to _PANEL_ROWS rows, _PANEL_NUMBERS of them.
 _PANEL_ROWS, _PANEL_COLUMNS, _PANEL_NUMBERS = 32, 1024, 16384
-_PANEL_STEPS = {"half": 32, "single": 16}
+_PANEL_STEPS = {"half": 32, "single": 16}  # halved for the longest rows: 64 KiB of shared memory are enough
 # Longer rows: tiles of logits into a workspace of at most _WORKSPACE_BYTES.
 _LOGIT_TILES = {
     "half": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
@@ -60,11 +60,14 @@ def _unordered(keys):
 
 
 @triton.jit
-def _quantile(keys, valid, statistic, rank, fraction, T):
-    """Linear interpolation between order statistics rank and rank + 1, given the key of the first."""
-    count = tl.sum((valid & (keys <= statistic[:, None])).to(tl.int32), 1)
-    above = tl.where(valid & (keys > statistic[:, None]), keys ^ 0x80000000, 0x7FFFFFFF)
+def _quantile(keys, statistic, rank, fraction, T):
+    """Linear interpolation between order statistics rank and rank + 1, given the key of the first.
+
+    keys past the row's end are the largest there is, so they are neither counted nor the least above.
+    """
+    count = tl.sum((keys <= statistic[:, None]).to(tl.int32), 1)
     # The minimum is taken over signed numbers of the same order.
+    above = tl.where(keys > statistic[:, None], keys, 0xFFFFFFFF) ^ 0x80000000
     least_above = tl.min(above.to(tl.int32, bitcast=True), 1).to(tl.uint32, bitcast=True) ^ 0x80000000
     following = tl.where((count > rank + 1) | (rank + 1 >= T), statistic, least_above)
     a, b = _unordered(statistic), _unordered(following)
@@ -93,8 +96,8 @@ def _store_weights(
         counts = tl.sum(below, 1)
         low_key = tl.where((counts & 0xFFFF).to(tl.int32) <= low_rank, low_try, low_key)
         high_key = tl.where((counts >> 16).to(tl.int32) <= high_rank, high_try, high_key)
-    low = _quantile(keys, valid, low_key, low_rank, low_fraction, T)
-    high = _quantile(keys, valid, high_key, high_rank, high_fraction, T)
+    low = _quantile(keys, low_key, low_rank, low_fraction, T)
+    high = _quantile(keys, high_key, high_rank, high_fraction, T)
     a = tl.where(valid, _unordered(keys), 0.0)
     c = tl.minimum(tl.maximum(a, low[:, None]), high[:, None])
     total = tl.sum(tl.where(valid, tl.exp(c - high[:, None]), 0.0), 1)
@@ -250,11 +253,12 @@ def neighbor_weights_qk(
         if tokens <= _PANEL_COLUMNS:
             block_t = max(64, triton.next_power_of_2(tokens))
             block_r = min(_PANEL_ROWS, _PANEL_NUMBERS // block_t)
+            step = _PANEL_STEPS[dtype_class(queries.dtype)] // (2 if block_t == _PANEL_COLUMNS else 1)
             _neighbor_weights_panel_kernel[(batch * triton.cdiv(tokens, block_r),)](
                 queries, keys, out, tokens, queries.shape[2], height, width,
                 *queries.stride()[:2], *keys.stride()[:2], scale / heads, *numbers,
-                BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_K=_PANEL_STEPS[dtype_class(queries.dtype)],
-                PRECISION=precision(queries.dtype), num_warps=4 if block_t <= 256 else 8, num_stages=2,
+                BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_K=step, PRECISION=precision(queries.dtype),
+                num_warps=4 if block_t <= 256 else 8, num_stages=2,
             )  # fmt: skip
         else:
             _through_workspace(queries, keys, out, scale / heads, height, width, numbers)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpkernels import tuning
 from hpkernels.ops._triton import (
     decode_keys,
     dtype_class,
@@ -40,8 +41,8 @@ _TOPK_TILES = {
     ("single", 128): dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
     ("single", 256): dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
 }
-_SMALLEST_LIST, _LARGEST_LIST = 16, 256  # places of a list of the k best
-_KEY_BYTES = 256 << 20  # bound of the int64 keys alive at a time when k is above _LARGEST_LIST
+_SMALLEST_LIST = 16  # places of a list of the k best; the tuning tables say how many it may have
+_KEY_BYTES = 256 << 20  # bound of the int64 keys alive at a time when k is longer than a list
 _GROUP = 8
 
 
@@ -213,7 +214,7 @@ def topk_similarity(
         return queries.new_empty((n, k), dtype=torch.float32), queries.new_empty((n, k), dtype=torch.int64)
     has_groups = query_groups is not None
     groups = (query_groups.contiguous(), key_groups.contiguous()) if has_groups else (queries, keys)
-    if k > _LARGEST_LIST:
+    if k > tuning.lookup("topk_similarity", queries.dtype, c, n, queries.device)["longest_list"]:
         return _topk_unfused(queries, keys, k, exclude_self, has_groups, groups)
     kind = dtype_class(queries.dtype)
     config = next(tile for (name, longest), tile in _TOPK_TILES.items() if name == kind and k <= longest)
