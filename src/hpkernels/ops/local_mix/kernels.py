@@ -37,9 +37,10 @@ _WORKSPACE_BYTES = 256 << 20
 def _head_mean(base_ptr, offsets, mask, heads, stride_head):
     """Mean over the heads of logits at `offsets`, in fp32, always in the order of the heads."""
     total = tl.zeros(offsets.shape, tl.float32)
-    for head in range(heads):
-        logits = tl.load(base_ptr + head * stride_head + offsets, mask=mask, other=0.0).to(tl.float32)
+    for _ in range(heads):
+        logits = tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         total += tl.maximum(logits, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        base_ptr += stride_head  # added head by head: head * stride_head may leave int32
     return total / heads
 
 
