@@ -151,6 +151,30 @@ def test_all_pairs_positive_and_the_diagonal(contrastive, denominator):
     _check(contrastive, _units(1, n, 16), masks, denominator, 0.5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("denominator", ["dense", "sparse"])
+def test_errors_are_at_most_twice_those_of_torch(contrastive, denominator, dtype):
+    """Plain torch on the same operands: G in fp32 and, for 16-bit x, rounded to x's dtype for the product."""
+    n, temperature = 260, 0.1
+    x, masks = _units(1, n, 64, dtype), _masks(n, 4, 0.2, True, True)
+    tables = [torch.randn(1, n) for _ in range(3)]
+    arguments = (*masks, denominator, temperature, 0)
+    exact = reference.contrastive_stats(x.double(), *arguments)
+    plain = reference.contrastive_stats(x.float(), *arguments)
+    stats = contrastive.contrastive_stats(x, *arguments)
+    for ours, torch_s, oracle in zip(stats, plain, exact, strict=True):
+        assert (ours - oracle).norm() <= 2 * (torch_s - oracle).norm()
+    oracle = reference.contrastive_grad(x.double(), *arguments, exact[0], *[t.double() for t in tables])
+    identity = torch.eye(n)[None]
+    pairs = reference.contrastive_grad(x.float(), *arguments, exact[0].float(), *tables)
+    if dtype != torch.float32:
+        G = _coefficients(x.float(), arguments, exact[0].float(), tables).to(dtype)
+        pairs = (G.float() @ x.float() / temperature).to(dtype)
+    assert identity.shape[1] == n
+    ours = contrastive.contrastive_grad(x, *arguments, exact[0].float(), *tables)
+    assert (ours - oracle).norm() <= 2 * (pairs - oracle).norm()
+
+
 def _before_guard_page(x: torch.Tensor | None) -> torch.Tensor | None:
     """A copy that ends where a page begins that nobody may touch: reading past it ends the process."""
     if x is None:
