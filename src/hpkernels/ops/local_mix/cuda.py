@@ -18,8 +18,8 @@ def neighbor_weights(
 ) -> Tensor:
     """Weights (B, T, 9) fp32 of the 3 x 3 neighbours of each token; attention (B, heads, T, T) or (B, T, T)."""
     require_supported(attention=attention)
-    attention = (attention[:, None] if attention.ndim == 3 else attention).contiguous()
     _check_tokens("attention", height * width)
+    attention = (attention[:, None] if attention.ndim == 3 else attention).contiguous()
     out = torch.empty(attention.shape[0], height * width, 9, dtype=torch.float32, device=attention.device)
     _weights(attention, height, width, sigma, low_quantile, high_quantile, out)
     return out
