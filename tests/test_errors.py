@@ -13,6 +13,7 @@ import hpkernels as hk
 from hpkernels import dispatch
 
 Z, F, POOL = torch.randn(12, 6), torch.randn(12, 5), torch.randn(4, 5)
+HEADS = torch.randn(2, 3, 16, 8)  # queries or keys
 LOSS_ERRORS = [
     ({"z": "text"}, TypeError, "z: expected a torch.Tensor, got str"),
     ({"z": Z.int()}, TypeError, "z: expected float16"),
@@ -89,6 +90,17 @@ SEARCH_ERRORS = [
         "low_quantile: expected at most high_quantile",
     ),
     (lambda: hk.neighbor_weights(torch.full((1, 4, 4), torch.nan), (2, 2)), ValueError, "attention: expected logits"),
+    (lambda: hk.local_mix(torch.randn(2, 16, 3), (HEADS,), (4, 4)), ValueError, "attention: expected logits or a pair"),
+    (lambda: hk.local_mix(torch.randn(2, 16, 3), (HEADS, HEADS), (4, 4), sigma=-1), ValueError, "sigma: expected"),
+    (lambda: hk.neighbor_weights_qk(HEADS[0], HEADS, (4, 4)), ValueError, "queries: expected 4 dimensions"),
+    (lambda: hk.neighbor_weights_qk(HEADS.int(), HEADS, (4, 4)), TypeError, "queries: expected float16"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS, (4, 5)), ValueError, r"queries: expected \(B, heads, 20, d\) for grid"),
+    (lambda: hk.neighbor_weights_qk(HEADS[:, :0], HEADS[:, :0], (4, 4)), ValueError, "queries: expected at least one head"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS[:, :1], (4, 4)), ValueError, "keys: expected the shape of queries"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS.to("meta"), (4, 4)), ValueError, "keys: expected a tensor on cpu"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS, (4, 4), scale=0), ValueError, "scale: expected a finite number > 0, got 0"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS / 0, (4, 4)), ValueError, "keys: expected finite numbers"),
+    (lambda: hk.neighbor_weights_qk(HEADS * torch.nan, HEADS, (4, 4)), ValueError, "queries: expected finite numbers"),
     (lambda: hk.neighbor_mix(torch.randn(2, 16, 3), torch.randn(2, 16, 8), (4, 4)), ValueError, "weights: expected"),
     (lambda: hk.PairMask.random(2.0, (3, 3), 1), ValueError, "rate: expected a number in"),
     (lambda: hk.PairMask.from_dense(Z), TypeError, "dense: expected a bool tensor"),
@@ -189,3 +201,45 @@ def test_info_says_what_runs_and_why_not():
     for folder in ("similarity_search", "contrastive", "local_mix", "pair_bits", "normalize"):
         assert f"  {folder} (" in result.stdout
     assert "triton: no: it takes GPU tensors" in result.stdout
+    assert "cuda: no: it takes cuda tensors, not cpu tensors" in result.stdout and "\n_cuda: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    "archs, built, driver, capability, problem",
+    [
+        (["sm_80", "sm_90a", "compute_90"], 13000, 13000, (9, 0), None),
+        (["sm_80", "sm_90a", "compute_90"], 13000, 13020, (8, 9), None),  # sm_80 code runs on all of 8.x
+        (["sm_80", "sm_90a", "compute_90"], 13000, 13000, (10, 0), None),  # from PTX
+        (["sm_80"], 12080, 12020, (8, 6), None),  # any driver of the major version
+        (["sm_80", "compute_90"], 13000, 12080, (8, 0), "the driver serves CUDA up to 12.8, and the extension was built with 13.0"),
+        (["sm_80", "compute_90"], 13010, 13000, (12, 0), "for sm_120 it holds PTX of CUDA 13.1 alone, and the driver serves CUDA up to 13.0"),
+        (["sm_80", "sm_90a", "compute_90"], 13000, 13000, (7, 5), "it was built for sm_80, sm_90a, compute_90, and this GPU is sm_75"),
+        (["sm_90a"], 13000, 13000, (10, 3), "it was built for sm_90a, and this GPU is sm_103"),
+        (["sm_86"], 13000, 13000, (8, 0), "it was built for sm_86, and this GPU is sm_80"),
+        (["compute_90a"], 13000, 13000, (10, 0), "it was built for compute_90a, and this GPU is sm_100"),
+        (["sm_80"], 13000, 0, (8, 0), "there is no NVIDIA driver"),
+    ],
+)  # fmt: skip
+def test_which_gpus_the_cuda_extension_runs_on(archs, built, driver, capability, problem):
+    found = dispatch.cuda_problem(archs, built, driver, capability)
+    assert found is None if problem is None else found.startswith(problem)
+
+
+def test_cuda_stands_in_where_triton_is_missing(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setitem(dispatch.MISSING, "cuda", None)
+    monkeypatch.setattr(dispatch, "_cuda_problem", lambda device: None)
+    assert dispatch.choose(gpu) == "triton" and dispatch.choose(gpu, "cuda") == "cuda"
+    monkeypatch.setitem(dispatch.MISSING, "triton", "the triton package is not installed")
+    assert dispatch.choose(gpu) == "cuda" and dispatch.choose(gpu, None, Z.double()) == "reference"
+    monkeypatch.setattr(dispatch, "_cuda_problem", lambda device: "there is no NVIDIA driver")
+    assert dispatch.choose(gpu) == "reference"
+    with pytest.raises(ValueError, match="^backend: 'cuda' cannot be used here: there is no NVIDIA driver"):
+        dispatch.choose(gpu, "cuda")
+
+
+def test_a_missing_cuda_extension_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(dispatch.MISSING, "cuda", dispatch._missing("_nowhere", "reinstall with a CUDA compiler"))
+    reason = dispatch.why_not("cuda", torch.device("cuda"))
+    assert reason == "the extension hpkernels._nowhere was not built: reinstall with a CUDA compiler"
+    assert dispatch.why_not("cuda", torch.device("cpu")) == "it takes cuda tensors, not cpu tensors"

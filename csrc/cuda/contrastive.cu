@@ -42,8 +42,8 @@ void bind(py::module_& m, const std::string& suffix) {
            const ContrastiveTables& tables, int64_t first_row, int64_t out_rows, int64_t out_width, uintptr_t out,
            uintptr_t stream) {
           const ContrastiveRows<T> job{pointer<const T>(x), rows, depth, scale};
-          const dim3 grid(tiles_between(0, rows, kTile), tiles_between(0, out_rows, kTile));
-          launch(contrastive_weights_kernel<T>, grid, dim3(kTileThreads), kWeightsBytes, stream, job, masks,
+          const unsigned tiles = tiles_between(0, rows, kTile) * tiles_between(0, out_rows, kTile);
+          launch(contrastive_weights_kernel<T>, dim3(tiles), dim3(kTileThreads), kWeightsBytes, stream, job, masks,
                  tables, shift, first_row, out_rows, out_width, pointer<T>(out));
         });
   // The same for a family of lists: part `part` of `shares`.
@@ -63,11 +63,11 @@ void bind(py::module_& m, const std::string& suffix) {
            const ContrastiveTables& tables, uintptr_t out, uintptr_t partial, bool add, uintptr_t out_scale,
            uintptr_t slots, int64_t above, uintptr_t stream) {
           const ContrastiveRows<T> job{pointer<const T>(x), rows, depth, scale};
-          const PanelTarget<T> target{pointer<T>(out),        pointer<float>(partial),       add,
-                                      pointer<const float>(out_scale), pointer<const int64_t>(slots), above};
+          const PanelTarget<T> target{pointer<T>(out),   pointer<float>(partial),
+                                      add,               pointer<const float>(out_scale),
+                                      pointer<const int64_t>(slots), above};
           launch(contrastive_listed_grad_kernel<T>, panels_of_lists(masks, pairs, pieces<T>(depth)),
-                 dim3(kTileThreads), sizeof(PanelMemory<T>), stream, job, masks, tables, pairs,
-                 target);
+                 dim3(kTileThreads), sizeof(PanelMemory<T>), stream, job, masks, tables, pairs, target);
         });
   m.def(("contrastive_column_side_" + suffix).c_str(),
         [](uintptr_t x, int64_t rows, int64_t depth, const ContrastiveMasks& masks, float scale,

@@ -1,6 +1,7 @@
 // The dense denominator: every 128 x 128 tile of the pairs, of the anchors' rows of tiles against all columns.
 #pragma once
 
+#include "../shared/tile_order.h"
 #include "contrastive_masks.cuh"
 
 namespace hpk::gpu {
@@ -143,8 +144,9 @@ template <class T>
 __global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 1 : 2)
     contrastive_weights_kernel(ContrastiveRows<T> rows, ContrastiveMasks masks, ContrastiveTables tables, float shift,
                                int64_t first_row, int64_t out_rows, int64_t out_width, T* out) {
-  const int64_t first_tile_row = first_row + static_cast<int64_t>(blockIdx.y) * kTile;
-  const int64_t first_tile_column = static_cast<int64_t>(blockIdx.x) * kTile;
+  const TilePlace tile =
+      rectangle_tile(blockIdx.x, (out_rows + kTile - 1) / kTile, (rows.rows + kTile - 1) / kTile);
+  const int64_t first_tile_row = first_row + tile.row * kTile, first_tile_column = tile.column * kTile;
   const Places at;
   const int64_t first_column = first_tile_column + at.warp_column * 32, word = first_column / 32;
   const bool shared_exponential = shift > 0.0f;
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 1 : 2
   of_tile.load(masks, tables, first_tile_row, first_tile_column, rows.rows);
 
   Accumulators acc;
-  TileStream<T, kDenseStages> products({rows.x, rows.rows, first_tile_row}, {rows.x, rows.rows, 0}, blockIdx.x, 1,
+  TileStream<T, kDenseStages> products({rows.x, rows.rows, first_tile_row}, {rows.x, rows.rows, 0}, tile.column, 1,
                                        rows.depth, dynamic_shared());
   products.next(acc, at);
   const HeldRows held(at, masks, first_tile_row, rows.rows);

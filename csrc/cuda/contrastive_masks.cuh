@@ -7,8 +7,8 @@
 
 namespace hpk::gpu {
 
-// Bits of the anchors i = first_row + r, r < anchors, against all columns j; rows of `stride` words. Null: no such mask,
-// or for a transpose (`_t`): symmetric. The negatives have `period` rows; row i uses row i mod period.
+// Bits of the anchors i = first_row + r, r < anchors, against all columns j; rows of `stride` words. Null: there is no
+// such mask or, for a transpose (`_t`), it is symmetric. The negatives have `period` rows; row i uses row i mod period.
 struct ContrastiveMasks {
   const uint32_t *positives, *positives_t, *extra, *extra_t, *negatives;
   int64_t stride, period, first_row, anchors;

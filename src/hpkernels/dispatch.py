@@ -44,10 +44,13 @@ MISSING = {
 _cuda_takes = "cuda"
 
 
-@torch.compiler.assume_constant_result
 def _cuda_problem(device: str) -> str | None:
     """Why `hpkernels._cuda` cannot run on this device, or None when it can."""
     return _cuda_problem_of(device)
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler with us.
+_cuda_problem._dynamo_marked_constant = True
 
 
 @functools.lru_cache(maxsize=None)

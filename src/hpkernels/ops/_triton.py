@@ -55,10 +55,11 @@ def padded_rows(x: Tensor, multiple: int) -> Tensor:
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot for fp32 operands: IEEE products, or three TF32 products where the user accepts TF32.
 
-    Never plain TF32: comparisons of similarities would not be those of fp32. 16-bit operands ignore it.
+    Never plain TF32: comparisons of similarities would not be those of fp32. 16-bit operands ignore it, and AMD GPUs
+    know no other.
     """
-    if dtype != torch.float32:
-        return "tf32"
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
     return "tf32x3" if tf32_accepted() else "ieee"
 
 

@@ -92,7 +92,7 @@ def _contrastive_grad_kernel(
     first_anchor = first_row // 32 * 32 + tl.program_id(0) * BLOCK_M
     rows = first_anchor + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    stream = tl.program_id(2)
+    stream = tl.program_id(2).to(tl.int64)
     x_ptr += stream.to(tl.int64) * N * D
     lse_ptr += stream * N
     factor_ptr += stream * N
