@@ -3,14 +3,21 @@
 #
 #   benchmarks/gpu_check.sh OUT [--device cpu] [step ...]
 #
-# Steps (default: all, in this order): machine, build, info, tests, speed, float32, quick. `quick` is not in the default.
+# Steps (default: all, in this order): machine, build, info, gpu, tune, speed, marks, tests, float32, compiled.
+#   gpu       tests/gpu: every op, loss and shipped configuration on both backends against fp64, 30 bitwise repeats,
+#             graph capture, streams, no synchronisation, large offsets
+#   tune      OUT/tuning.json: the tables of this GPU at the size of the marks; speed and float32 use it
+#   speed     OUT/cuda.json and .csv: all cases, both backends and every peer that needs no compiler
+#   marks     the table of marks from OUT/cuda.json
+#   tests     the operator tests on this device
+#   float32   OUT/float32/cuda.json; compiled: OUT/compiled/cuda.json, what torch.compile makes of the plain-torch peers
 # Each step has a time limit, writes OUT/<step>.log, and its failure does not stop the next one; the whole ends within
-# 20 minutes. `speed` leaves OUT/cuda.json, `float32` OUT/float32/cuda.json; copy the first to benchmarks/results/.
-# Needs python with torch, triton, numpy, pytest, pybind11 and setuptools, and a C++ compiler. PYTHON names the
-# interpreter. --device cpu is a dry run of the script itself.
+# 20 minutes. Copy OUT/cuda.json, .csv and tuning.json (as src/hpkernels/tuning/<family>.json) to commit them, then
+# python -m benchmarks --readme. Needs python with torch, triton, numpy, pytest, pybind11 and setuptools, and a C++
+# compiler; the CUDA backend is built where nvcc is. PYTHON names the interpreter. --device cpu is a dry run.
 set -u
 
-usage() { sed -n '2,12p' "$0" | cut -c3-; exit 2; }
+usage() { sed -n '2,18p' "$0" | cut -c3-; exit 2; }
 
 [ $# -ge 1 ] || usage
 out=$1
@@ -21,7 +28,7 @@ if [ "${1:-}" = "--device" ]; then
     shift 2
 fi
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(machine build info tests speed float32)
+[ ${#steps[@]} -gt 0 ] || steps=(machine build info gpu tune speed marks tests float32 compiled)
 
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -42,32 +49,66 @@ step_machine() {
     fi
 }
 
-step_build() { "$python" setup.py build_ext --inplace; }
+step_build() {
+    HPKERNELS_CUDA=${HPKERNELS_CUDA:-auto} HPKERNELS_JOBS=${HPKERNELS_JOBS:-$(nproc)} "$python" setup.py build_ext --inplace
+}
 
 step_info() { "$python" -m hpkernels.info; }
 
-step_tests() {
+pytest_on_device() {
     local workers=()
-    if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
-    "$python" -m pytest -rfE --durations 15 "${workers[@]}" --device "$device" tests
+    if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "$1"); fi
+    "$python" -m pytest -rfE --durations 10 "${workers[@]}" --device "$device" "${@:2}"
 }
 
-step_speed() { "$python" -m benchmarks --device "$device" --out "$out"; }
+step_gpu() { pytest_on_device 4 tests/gpu; }
+
+step_tests() { pytest_on_device 6 tests/test_*.py --deselect tests/test_benchmarks.py; }
+
+step_tune() {
+    if [ "$device" = cpu ]; then
+        echo 'nothing to tune without a GPU'
+        return
+    fi
+    # every result is written as it is found, so an end by time keeps those before
+    timeout 130 "$python" -m hpkernels.tune --dtype half --widths 512 --rows 50176 --out "$out/tuning.json" || [ $? -eq 124 ]
+}
+
+measure() {  # measure SECONDS FOLDER option...
+    if [ -f "$out/tuning.json" ]; then export HPKERNELS_TUNING=$out/tuning.json; fi
+    local toys=()
+    if [ "$device" = cpu ]; then toys=(--quick); fi
+    "$python" -m benchmarks --device "$device" --seconds 10 --budget "$1" --out "$2" "${toys[@]}" "${@:3}"
+}
+
+ours=hpkernels,hpkernels-triton,hpkernels-cuda
+
+step_speed() {
+    measure 330 "$out" --peers "$ours,published,chunked,torch,torch.mm,torch.topk,pytorch-metric-learning,cut-cross-entropy,inf-cl,faiss"
+}
+
+step_marks() { "$python" -m benchmarks.marks "$out"; }
 
 step_float32() {
-    "$python" -m benchmarks --device "$device" --dtype float32 --out "$out/float32" \
-        --case step_rho_0.02 --case search --case product --case stages
+    measure 60 "$out/float32" --dtype float32 --peers "$ours,torch.mm" \
+        --case step_rho_0.02 --case stages_rho_0.02 --case search --case topk
 }
 
-step_quick() { "$python" -m benchmarks --device "$device" --quick --out "$out/quick"; }
+step_compiled() {
+    measure 90 "$out/compiled" --peers hpkernels,published-compiled,chunked-compiled,torch-compiled,keops \
+        --case step_rho_0.02 --case step_rho_1 --case supcon --case topk
+}
 
 limit_of() {
     case $1 in
-        build) echo 240 ;;
-        tests) echo 480 ;;
-        speed) echo 480 ;;
-        float32) echo 150 ;;
-        *) echo 60 ;;
+        build) echo 200 ;;
+        gpu) echo 240 ;;
+        tune) echo 150 ;;
+        speed) echo 420 ;;
+        tests) echo 150 ;;
+        float32) echo 90 ;;
+        compiled) echo 150 ;;
+        *) echo 45 ;;
     esac
 }
 

@@ -8,15 +8,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.cases import CASES
-from benchmarks.plan import CEILINGS, Shape
+from benchmarks import checks
+from benchmarks.cases import KINDS
+from benchmarks.plan import Shape
 
 SMALL = Shape(images=2, grid=(14, 14), channels=96, code=128, pool=512, heads=3)
-CONTENDERS = [(case, name) for case in CASES if case not in CEILINGS for name in CASES[case].contenders]
+CONTENDERS = [
+    (kind, peer) for kind in checks.GATES for peer in KINDS[kind].contenders if not peer.endswith("-compiled") and peer != "keops"
+]
 
 
-@pytest.mark.parametrize(("case", "contender"), CONTENDERS, ids=lambda value: value)
-def test_speed(benchmark, case: str, contender: str) -> None:
-    inputs = CASES[case].inputs(SMALL, "cpu", torch.float32)
-    benchmark.group = case
-    benchmark(CASES[case].contenders[contender], inputs)
+@pytest.mark.parametrize(("kind", "peer"), CONTENDERS, ids=lambda value: value)
+def test_speed(benchmark, kind: str, peer: str) -> None:
+    verdict = checks.gate(kind, peer, "cpu", torch.float32)
+    if verdict["state"] != "ok":
+        pytest.skip(verdict["reason"])
+    inputs = KINDS[kind].inputs(SMALL, "cpu", torch.float32)
+    benchmark.group = kind
+    benchmark(KINDS[kind].contenders[peer], inputs)

@@ -128,6 +128,7 @@ class Worker:
             "cpu": _cpu_model(),
             "cpus": os.cpu_count(),
             "backend": dispatch.choose(torch.device("cpu")),
+            "tuning": Path(os.environ["HPKERNELS_TUNING"]).name if os.environ.get("HPKERNELS_TUNING") else "as shipped",
             "peers": {peer: peers.version(peer) for peer in peers.PACKAGES},
         }
         if found["backend"] == "cpu":
