@@ -87,49 +87,44 @@ __device__ inline Chunk row_of_tile(const uint32_t* bits, int64_t rows, int64_t 
   return *reinterpret_cast<const Chunk*>(bits + row * words + tile.column * kSideWords);
 }
 
-// out (columns, words(rows)) = the transpose; one block, one tile.
+// out (columns, words(rows)) = the transpose; one block, one tile. Join: joined to what out holds, whose row c is row
+// first_row + c of a symmetric mask, without that mask's diagonal.
+template <bool Join>
 __global__ void __launch_bounds__(kSide) transpose_bits_kernel(const uint32_t* bits, int64_t rows, int64_t columns,
-                                                               uint32_t* out) {
+                                                               uint32_t* out, int64_t first_row) {
   auto turned = reinterpret_cast<Chunk*>(dynamic_shared());
   const TilePlace tile = rectangle_tile(blockIdx.x, (rows + kSide - 1) / kSide, (columns + kSide - 1) / kSide);
   turn(row_of_tile(bits, rows, words_per_row(columns), tile), turned);
   __syncthreads();
   const int64_t column = tile.column * kSide + threadIdx.x;
-  if (column < columns) chunk_at(out, column * words_per_row(rows) + tile.row * kSideWords) = turned[threadIdx.x];
-}
-
-// bits |= its transpose, without the diagonal, in place; one block owns a tile and its mirror image.
-__global__ void __launch_bounds__(kSide) symmetrize_kernel(uint32_t* bits, int64_t rows) {
-  const int64_t tiles = (rows + kSide - 1) / kSide, words = words_per_row(rows);
-  const TilePlace tile = triangle_tile(blockIdx.x), mirror{tile.column, tile.row};
-  if (tile.column >= tiles) return;  // the ragged end of the triangle's last group
-  auto turned = reinterpret_cast<Chunk*>(dynamic_shared()), mirror_turned = turned + kSide;
-  Chunk own = row_of_tile(bits, rows, words, tile), mirrored = row_of_tile(bits, rows, words, mirror);
-  turn(own, turned);
-  turn(mirrored, mirror_turned);
-  __syncthreads();
+  if (column >= columns) return;
+  const int64_t first_word = tile.row * kSideWords;
+  Chunk& target = chunk_at(out, column * words_per_row(rows) + first_word);
+  Chunk chunk = turned[threadIdx.x];
+  if constexpr (Join) {
+    const Chunk held = target;
+    const int64_t diagonal = first_row + column;
 #pragma unroll
-  for (int w = 0; w < kSideWords; ++w) {
-    own.word[w] |= mirror_turned[threadIdx.x].word[w];
-    mirrored.word[w] |= turned[threadIdx.x].word[w];
-    if (tile.row == tile.column && int(threadIdx.x) / 32 == w) own.word[w] &= ~(1u << threadIdx.x % 32);
+    for (int w = 0; w < kSideWords; ++w) {
+      chunk.word[w] |= held.word[w];
+      if (diagonal >> 5 == first_word + w) chunk.word[w] &= ~(1u << (diagonal & 31));
+    }
   }
-  const int64_t row = tile.row * kSide + threadIdx.x, mirror_row = mirror.row * kSide + threadIdx.x;
-  if (row < rows) chunk_at(bits, row * words + tile.column * kSideWords) = own;
-  if (mirror_row < rows && tile.row != tile.column) chunk_at(bits, mirror_row * words + tile.row * kSideWords) = mirrored;
+  target = chunk;
 }
 
-// Bits (i, indices[i, n]); a block writes kListWords words of a row. An index outside [0, columns) is no pair.
-__global__ void __launch_bounds__(kSide) set_pairs_kernel(const int64_t* indices, int64_t k, int64_t columns,
-                                                          uint32_t* bits) {
+// Bits (i, indices[i, n] - first_column); a block writes kListWords words of a row. What falls outside [0, columns) is
+// no pair.
+__global__ void __launch_bounds__(kSide) set_pairs_kernel(const int64_t* indices, int64_t k, int64_t first_column,
+                                                          int64_t columns, uint32_t* bits) {
   auto row_words = reinterpret_cast<uint32_t*>(dynamic_shared());
   const int64_t row = blockIdx.x, words = words_per_row(columns), first = int64_t(blockIdx.y) * kListWords;
   const int count = static_cast<int>(words - first < kListWords ? words - first : kListWords);
   for (int w = threadIdx.x * kSideWords; w < count; w += kSide * kSideWords) chunk_at(row_words, w) = Chunk{};
   __syncthreads();
   for (int64_t n = threadIdx.x; n < k; n += kSide) {
-    const int64_t column = indices[row * k + n], word = (column >> 5) - first;
-    if (column >= 0 && column < columns && word >= 0 && word < count)
+    const int64_t index = indices[row * k + n], column = index - first_column, word = (column >> 5) - first;
+    if (index >= 0 && column >= 0 && column < columns && word >= 0 && word < count)
       atomicOr(&row_words[word], 1u << (column & 31));  // the order does not matter
   }
   __syncthreads();
@@ -154,18 +149,22 @@ HPK_BIND_CUDA(pair_bits) {
   });
   m.def("transpose_bits", [](uintptr_t bits, int64_t rows, int64_t columns, uintptr_t out, uintptr_t stream) {
     const int64_t tiles = int64_t(blocks_of(rows, kSide)) * blocks_of(columns, kSide);
-    launch(transpose_bits_kernel, dim3(static_cast<unsigned>(tiles)), dim3(kSide), kSide * sizeof(Chunk), stream,
-           pointer<const uint32_t>(bits), rows, columns, pointer<uint32_t>(out));
+    launch(transpose_bits_kernel<false>, dim3(static_cast<unsigned>(tiles)), dim3(kSide), kSide * sizeof(Chunk), stream,
+           pointer<const uint32_t>(bits), rows, columns, pointer<uint32_t>(out), int64_t(0));
   });
-  // bits (rows, words(columns)); symmetric: the mirrored pairs too, and no diagonal (columns = rows).
-  m.def("set_pairs", [](uintptr_t indices, int64_t rows, int64_t k, int64_t columns, bool symmetric, uintptr_t bits,
-                        uintptr_t stream) {
+  // bits (columns, words(rows)), rows first_row .. of a symmetric mask, joined with the transpose of others (rows,
+  // words(columns)), without the mask's diagonal.
+  m.def("join_transpose", [](uintptr_t others, int64_t rows, int64_t columns, int64_t first_row, uintptr_t bits,
+                             uintptr_t stream) {
+    const int64_t tiles = int64_t(blocks_of(rows, kSide)) * blocks_of(columns, kSide);
+    launch(transpose_bits_kernel<true>, dim3(static_cast<unsigned>(tiles)), dim3(kSide), kSide * sizeof(Chunk), stream,
+           pointer<const uint32_t>(others), rows, columns, pointer<uint32_t>(bits), first_row);
+  });
+  // bits (rows, words(columns)) of the pairs (i, indices[i, n] - first_column).
+  m.def("set_pairs", [](uintptr_t indices, int64_t rows, int64_t k, int64_t first_column, int64_t columns,
+                        uintptr_t bits, uintptr_t stream) {
     const dim3 grid(static_cast<unsigned>(rows), blocks_of(words_per_row(columns), kListWords));
-    launch(set_pairs_kernel, grid, dim3(kSide), kListWords * 4, stream, pointer<const int64_t>(indices), k, columns,
-           pointer<uint32_t>(bits));
-    if (!symmetric) return;
-    const int64_t groups = (blocks_of(rows, kSide) + kTileGroup - 1) / kTileGroup;
-    launch(symmetrize_kernel, dim3(static_cast<unsigned>(triangle_tiles(groups))), dim3(kSide),
-           2 * kSide * sizeof(Chunk), stream, pointer<uint32_t>(bits), rows);
+    launch(set_pairs_kernel, grid, dim3(kSide), kListWords * 4, stream, pointer<const int64_t>(indices), k,
+           first_column, columns, pointer<uint32_t>(bits));
   });
 }

@@ -37,14 +37,24 @@ def transpose_bits(bits: Tensor, columns: int) -> Tensor:
     return out
 
 
-def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool) -> Tensor:
-    """Bits of the pairs (i, indices[i, n]), indices (N, k) int64; index -1 is no pair.
+def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, first_row: int, rows: int) -> Tensor:
+    """Bits of the pairs (i, indices[i, n]), indices (N, k) int64, of the rows first_row .. first_row + rows - 1.
 
-    `symmetric` (columns = N) adds the pairs (indices[i, n], i) and leaves the diagonal out: each 128 x 128 tile is
-    joined with its mirror image in place, so no list is sorted and no word has two owners.
+    Index -1 is no pair. `symmetric` (columns = N) adds the pairs (indices[i, n], i) and leaves the diagonal out: the
+    bits of all lists in the columns asked for are transposed onto the rows, so no list is sorted and no word has two
+    owners. That takes as many bits again while it lasts.
     """
     indices = indices.contiguous()
+    bits = _set_pairs(indices[first_row : first_row + rows], 0, columns)
+    if symmetric and bits.numel():
+        others = _set_pairs(indices, first_row, rows)
+        launch(_cuda.join_transpose, bits.device, others.data_ptr(), len(others), rows, first_row, bits.data_ptr())
+    return bits
+
+
+def _set_pairs(indices: Tensor, first_column: int, columns: int) -> Tensor:
     bits = torch.empty(len(indices), words(columns), dtype=torch.int32, device=indices.device)
     if bits.numel():
-        launch(_cuda.set_pairs, indices.device, indices.data_ptr(), *indices.shape, columns, symmetric, bits.data_ptr())
+        shape = (*indices.shape, first_column, columns)
+        launch(_cuda.set_pairs, indices.device, indices.data_ptr(), *shape, bits.data_ptr())
     return bits
