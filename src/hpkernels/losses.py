@@ -23,8 +23,9 @@ from hpkernels.panels import Statistics, panel_rows, panel_statistics
 from hpkernels.ranks import ALONE, Ranks, meet
 
 # Up to this rate, for each image that shares a row of random columns and at most the second figure, the columns are
-# gathered instead of swept. Measured break-even on a CPU: 0.06 for one image, 0.3 for eight (op README).
-SPARSE_RATE_PER_IMAGE, SPARSE_RATE_LIMIT = 0.06, 0.25
+# gathered instead of swept. Measured break-even on a CPU: 0.06 for one image, 0.3 for eight (op README). On a GPU, where
+# it was not measured, the limit is what the column lists have room for, with a margin (kernels_sparse.py: 5 / 32).
+SPARSE_RATE_PER_IMAGE, SPARSE_RATE_LIMIT = 0.06, {"cpu": 0.25, "cuda": 0.125}
 
 
 class LossStats(NamedTuple):
@@ -204,8 +205,9 @@ def _denominator(
     if rate == 0.0:
         return None, "sparse"
     negatives = pair_bits.random_bits(ranks.of_first(batch.seed), tokens, total, rate, batch.backend)
+    limit = SPARSE_RATE_LIMIT.get(negatives.device.type, SPARSE_RATE_LIMIT["cpu"])
     images = rows_at_a_time // tokens
-    return negatives, "sparse" if rate <= min(SPARSE_RATE_LIMIT, SPARSE_RATE_PER_IMAGE * images) else "dense"
+    return negatives, "sparse" if rate <= min(limit, SPARSE_RATE_PER_IMAGE * images) else "dense"
 
 
 def _unit(streams: list[Tensor], backend: str) -> list[Tensor]:
