@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kWarpThreads) count_bits_kernel(const uint32_t
   if (row >= rows) return;
   int count = 0;
   for (int64_t w = threadIdx.x % 32 * kSideWords; w < words; w += 32 * kSideWords) {
-    const Chunk chunk = *reinterpret_cast<const Chunk*>(bits + row * words + w);
+    const Chunk chunk = load_packed<16>(bits + row * words + w);
 #pragma unroll
     for (int e = 0; e < kSideWords; ++e) count += __popc(chunk.word[e]);
   }
@@ -84,7 +84,7 @@ __device__ inline void turn(const Chunk& row, Chunk* turned) {
 __device__ inline Chunk row_of_tile(const uint32_t* bits, int64_t rows, int64_t words, const TilePlace& tile) {
   const int64_t row = tile.row * kSide + threadIdx.x;
   if (row >= rows) return Chunk{};
-  return *reinterpret_cast<const Chunk*>(bits + row * words + tile.column * kSideWords);
+  return load_packed<16>(bits + row * words + tile.column * kSideWords);
 }
 
 // out (columns, words(rows)) = the transpose; one block, one tile.
@@ -108,11 +108,12 @@ __global__ void __launch_bounds__(kSide) symmetrize_kernel(uint32_t* bits, int64
   turn(own, turned);
   turn(mirrored, mirror_turned);
   __syncthreads();
+  const uint32_t diagonal = tile.row == tile.column ? 1u << threadIdx.x % 32 : 0u;
 #pragma unroll
   for (int w = 0; w < kSideWords; ++w) {
-    own.word[w] |= mirror_turned[threadIdx.x].word[w];
+    const uint32_t cleared = int(threadIdx.x) / 32 == w ? diagonal : 0u;
+    own.word[w] = (own.word[w] | mirror_turned[threadIdx.x].word[w]) & ~cleared;
     mirrored.word[w] |= turned[threadIdx.x].word[w];
-    if (tile.row == tile.column && int(threadIdx.x) / 32 == w) own.word[w] &= ~(1u << threadIdx.x % 32);
   }
   const int64_t row = tile.row * kSide + threadIdx.x, mirror_row = mirror.row * kSide + threadIdx.x;
   if (row < rows) chunk_at(bits, row * words + tile.column * kSideWords) = own;
