@@ -13,6 +13,7 @@ import hpkernels as hk
 from hpkernels import dispatch
 
 Z, F, POOL = torch.randn(12, 6), torch.randn(12, 5), torch.randn(4, 5)
+HEADS = torch.randn(2, 3, 16, 8)  # queries or keys
 LOSS_ERRORS = [
     ({"z": "text"}, TypeError, "z: expected a torch.Tensor, got str"),
     ({"z": Z.int()}, TypeError, "z: expected float16"),
@@ -89,6 +90,17 @@ SEARCH_ERRORS = [
         "low_quantile: expected at most high_quantile",
     ),
     (lambda: hk.neighbor_weights(torch.full((1, 4, 4), torch.nan), (2, 2)), ValueError, "attention: expected logits"),
+    (lambda: hk.local_mix(torch.randn(2, 16, 3), (HEADS,), (4, 4)), ValueError, "attention: expected logits or a pair"),
+    (lambda: hk.local_mix(torch.randn(2, 16, 3), (HEADS, HEADS), (4, 4), sigma=-1), ValueError, "sigma: expected"),
+    (lambda: hk.neighbor_weights_qk(HEADS[0], HEADS, (4, 4)), ValueError, "queries: expected 4 dimensions"),
+    (lambda: hk.neighbor_weights_qk(HEADS.int(), HEADS, (4, 4)), TypeError, "queries: expected float16"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS, (4, 5)), ValueError, r"queries: expected \(B, heads, 20, d\) for grid"),
+    (lambda: hk.neighbor_weights_qk(HEADS[:, :0], HEADS[:, :0], (4, 4)), ValueError, "queries: expected at least one head"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS[:, :1], (4, 4)), ValueError, "keys: expected the shape of queries"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS.to("meta"), (4, 4)), ValueError, "keys: expected a tensor on cpu"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS, (4, 4), scale=0), ValueError, "scale: expected a finite number > 0, got 0"),
+    (lambda: hk.neighbor_weights_qk(HEADS, HEADS / 0, (4, 4)), ValueError, "keys: expected finite numbers"),
+    (lambda: hk.neighbor_weights_qk(HEADS * torch.nan, HEADS, (4, 4)), ValueError, "queries: expected finite numbers"),
     (lambda: hk.neighbor_mix(torch.randn(2, 16, 3), torch.randn(2, 16, 8), (4, 4)), ValueError, "weights: expected"),
     (lambda: hk.PairMask.random(2.0, (3, 3), 1), ValueError, "rate: expected a number in"),
     (lambda: hk.PairMask.from_dense(Z), TypeError, "dense: expected a bool tensor"),

@@ -1,4 +1,4 @@
-"""local_mix, neighbor_weights, neighbor_mix: golden numbers, a direct oracle, gradients, odd input."""
+"""local_mix, neighbor_weights, neighbor_weights_qk, neighbor_mix: golden numbers, a direct oracle, gradients, odd input."""
 
 from __future__ import annotations
 
@@ -26,6 +26,24 @@ def test_golden(name, backend, device):
     assert (mixed - tensors["local_code"]).abs().max() <= 1e-6 * tensors["local_code"].abs().max()
     mixed.backward(tensors["grad_out"])
     assert (code.grad - tensors["grad_code"]).abs().max() <= 1e-6 * tensors["grad_code"].abs().max()
+
+
+@pytest.mark.parametrize("name", ["local_mix_a", "local_mix_b"])
+def test_golden_from_queries_and_keys(name, backend, device):
+    """Logits as queries and unit vectors as keys: the products are the logits, exactly."""
+    data = np.load(GOLDEN / f"{name}.npz")
+    meta = json.loads(str(data["meta"]))
+    skip = meta["prefix_tokens"]
+    tensors = {k: torch.from_numpy(data[k]).to(device) for k in data.files if data[k].ndim}
+    queries = tensors["attention"][:, :, skip:, skip:]
+    keys = torch.eye(queries.shape[-1], device=device).expand_as(queries)
+    options = dict(scale=1.0, sigma=meta["sigma"], backend=backend)
+    weights = hk.neighbor_weights_qk(queries, keys, meta["grid"], **options)
+    rows = tensors["code"].flatten(2).transpose(1, 2)
+    mixed = hk.neighbor_mix(rows, weights, meta["grid"], backend=backend).transpose(1, 2).reshape(tensors["code"].shape)
+    assert (mixed - tensors["local_code"]).abs().max() <= 1e-6 * tensors["local_code"].abs().max()
+    one_head = hk.neighbor_weights_qk(queries.mean(1, keepdim=True), keys[:, :1], meta["grid"], **options)
+    assert torch.equal(one_head, hk.neighbor_weights(queries.mean(1), meta["grid"], sigma=meta["sigma"], backend=backend))
 
 
 def oracle_weights(attention: np.ndarray, height: int, width: int, sigma=28.0, low=0.1, high=0.9) -> np.ndarray:
@@ -60,6 +78,56 @@ def test_weights_equal_oracle(grid, heads, backend, device):
     if grid == (1, 1):  # one token: p = 1 = 1/T exactly, a tie of rounding
         return
     assert disagree.mean() <= (0 if dtype == torch.float64 else 1e-3)
+
+
+def projection(batch: int, heads: int, tokens: int, depth: int, dtype: torch.dtype, device) -> torch.Tensor:
+    """Queries, keys and values (3, B, heads, T, d) as a ViT makes them: views of one projection without its prefix."""
+    qkv = torch.randn(batch, tokens + 2, 3, heads, depth, device=device, dtype=torch.float64).to(dtype)
+    return qkv.permute(2, 0, 3, 1, 4)[:, :, :, 2:]
+
+
+@pytest.mark.parametrize("grid", [(1, 7), (3, 2), (7, 7), (5, 13), (28, 28)])
+@pytest.mark.parametrize("heads, depth", [(1, 5), (6, 64)])
+def test_weights_from_queries_and_keys_equal_oracle(grid, heads, depth, backend, device):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    queries, keys, _ = projection(2, heads, grid[0] * grid[1], depth, dtype, device)
+    options = dict(sigma=5.0, low_quantile=0.2, high_quantile=0.85)
+    weights = hk.neighbor_weights_qk(queries, keys, grid, backend=backend, **options)
+    logits = np.einsum("bhid,bhjd->bhij", queries.double().cpu(), keys.double().cpu()) * depth**-0.5
+    disagree = np.abs(weights.double().cpu().numpy() - oracle_weights(logits, *grid, *options.values()))
+    assert weights.dtype == dtype
+    assert (disagree > (1e-11 if dtype == torch.float64 else 1e-5) * 5.0).mean() <= (0 if dtype == torch.float64 else 1e-3)
+
+
+def test_queries_and_keys_of_any_layout_and_dtype(backend, device):
+    queries, keys, _ = projection(2, 3, 20, 8, torch.float32, device)
+    expected = hk.neighbor_weights_qk(queries.contiguous(), keys.contiguous(), (4, 5), backend=backend)
+    assert torch.equal(hk.neighbor_weights_qk(queries, keys, (4, 5), backend=backend), expected)
+    columns = queries.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(hk.neighbor_weights_qk(columns, keys, (4, 5), backend=backend), expected)
+    for a in (torch.float16, torch.bfloat16, torch.float32):
+        promoted = hk.neighbor_weights_qk(queries.to(a).float(), keys.half().float(), (4, 5), backend=backend)
+        mixed = hk.neighbor_weights_qk(queries.to(a), keys.half(), (4, 5), backend=backend)
+        torch.testing.assert_close(mixed, promoted, rtol=1e-5, atol=1e-6)
+    assert hk.neighbor_weights_qk(queries[:0], keys[:0], (4, 5), backend=backend).shape == (0, 20, 9)
+
+
+def test_scale_is_that_of_the_logits(backend, device):
+    queries, keys, _ = projection(1, 2, 12, 16, torch.float32, device)
+    default = hk.neighbor_weights_qk(queries, keys, (3, 4), backend=backend)
+    assert torch.equal(default, hk.neighbor_weights_qk(queries, keys, (3, 4), scale=0.25, backend=backend))
+    doubled = hk.neighbor_weights_qk(2 * queries, keys, (3, 4), scale=0.125, backend=backend)
+    assert torch.equal(default, doubled)  # powers of two: exact
+
+
+def test_local_mix_of_queries_and_keys(backend, device):
+    queries, keys, _ = projection(2, 3, 20, 8, torch.float32, device)
+    code = torch.randn(2, 20, 7, device=device, requires_grad=True)
+    mixed = hk.local_mix(code, (queries, keys), (4, 5), sigma=3.0, backend=backend)
+    weights = hk.neighbor_weights_qk(queries, keys, (4, 5), sigma=3.0, backend=backend)
+    assert torch.equal(mixed, hk.neighbor_mix(code, weights, (4, 5), backend=backend))
+    mixed.sum().backward()
+    assert code.grad.isfinite().all() and queries.grad is None
 
 
 def test_a_constant_per_row_and_a_logarithm_change_nothing(backend, device):

@@ -24,6 +24,7 @@ def op_calls(backend: str, device) -> list[tuple]:
     table = torch.randn(2, n, device=device)
     groups = torch.arange(n, device=device) % 3
     attention = torch.randn(2, 3, 20, 20, device=device)
+    queries, keys, _ = torch.randn(2, 22, 3, 3, 8, device=device).permute(2, 0, 3, 1, 4)[:, :, :, 2:]
     weights, code = torch.rand(2, 20, 9, device=device), torch.randn(2, 20, 6, device=device)
     masks = (P.bits, P.T.bits, Q.bits, None, M.bits)
     seed = torch.tensor(3, device=device)
@@ -40,6 +41,7 @@ def op_calls(backend: str, device) -> list[tuple]:
         ("stats_plain", contrastive._contrastive_stats, (grad, Q.bits, None, None, None, None, "sparse", 0.8, backend)),
         ("grad", contrastive._contrastive_grad, (x, *masks, "dense", 0.8, table, table, table, table, backend)),
         ("neighbor_weights", local_mix._neighbor_weights, (attention, 4, 5, 28.0, 0.1, 0.9, backend)),
+        ("neighbor_weights_qk", local_mix._neighbor_weights_qk, (queries, keys, 4, 5, 0.3, 28.0, 0.1, 0.9, backend)),
         ("neighbor_mix", local_mix._neighbor_mix, (code.requires_grad_(), weights.requires_grad_(), 4, 5, backend)),
         ("neighbor_mix_code", local_mix._neighbor_mix, (code, weights.detach(), 4, 5, backend)),
         ("neighbor_mix_grad", local_mix._neighbor_mix_grad, (code.detach(), code.detach(), weights.detach(), 4, 5, True, False, backend)),
@@ -101,13 +103,13 @@ def test_compile_with_gradients(device):
         return hk.hidden_positive_loss(z.view(3, 16, 12), p["features"], positives_per_anchor=4, z_local=mixed, seed=1)
 
     torch._dynamo.reset()
-    attention = torch.randn(3, 2, 16, 16, device=device)
-    grads = []
-    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        z = p["z"].clone().requires_grad_()
-        run(z, attention).backward()
-        grads.append(z.grad)
-    torch.testing.assert_close(grads[1], grads[0])
+    for attention in (torch.randn(3, 2, 16, 16, device=device), tuple(torch.randn(2, 3, 2, 16, 8, device=device))):
+        grads = []
+        for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            z = p["z"].clone().requires_grad_()
+            run(z, attention).backward()
+            grads.append(z.grad)
+        torch.testing.assert_close(grads[1], grads[0])
 
 
 def test_compile_dynamic_rows(device):

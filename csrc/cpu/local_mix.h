@@ -18,6 +18,23 @@ struct WeightsArgs {
   int threads;
 };
 
+// Rows of all heads of one token, side by side: the mean over the heads of their products is one product.
+template <class T>
+struct TokenRows {
+  const T* data;  // (batch, tokens, depth), contiguous along depth
+  int64_t image_stride, stride;
+};
+
+template <class T>
+struct WeightsQkArgs {
+  TokenRows<T> queries, keys;
+  T* weights;  // (batch, tokens, 9)
+  int64_t batch, depth, height, width;
+  double scale;  // of the product
+  double sigma, low_quantile, high_quantile;
+  int threads;
+};
+
 template <class T>
 struct MixArgs {
   const T *code, *weights;  // (batch, tokens, depth), (batch, tokens, 9)
@@ -29,6 +46,9 @@ struct MixArgs {
 
 HPK_DECLARE(void neighbor_weights(const WeightsArgs<float>& args);
             void neighbor_weights(const WeightsArgs<double>& args);
+            // the same from logits scale <q_i, k_j>, a panel of rows at a time
+            void neighbor_weights_qk(const WeightsQkArgs<float>& args);
+            void neighbor_weights_qk(const WeightsQkArgs<double>& args);
             // out (batch, tokens, depth): out_i = sum_n w_i[n] code[i + n]
             void neighbor_mix(const MixArgs<float>& args, float* out);
             void neighbor_mix(const MixArgs<double>& args, double* out);

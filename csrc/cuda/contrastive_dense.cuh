@@ -1,6 +1,7 @@
 // The dense denominator: every 128 x 128 tile of the pairs, of the anchors' rows of tiles against all columns.
 #pragma once
 
+#include "../shared/tile_order.h"
 #include "contrastive_masks.cuh"
 
 namespace hpk::gpu {
@@ -30,21 +31,6 @@ __device__ inline float max_over_lanes(float largest) {
   for (int mask = 1; mask <= 2; mask *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
   return largest;
 }
-
-// Where the statistics of a share of the columns go: (4, shares, streams, anchors) = totals, shifts, pos and ext.
-struct StatsParts {
-  float* out;
-  float over_temperature;
-
-  __device__ void store(int64_t shares, int64_t share, int64_t streams, int64_t stream, int64_t anchors, int64_t anchor,
-                        const RowStats& row) const {
-    const int64_t at = (share * streams + stream) * anchors + anchor, table = shares * streams * anchors;
-    out[at] = row.denominator.total;
-    out[at + table] = row.denominator.shift;
-    out[at + 2 * table] = row.pos * over_temperature;
-    out[at + 3 * table] = row.ext * over_temperature;
-  }
-};
 
 constexpr int kDenseStatsBytes = kDenseStages * kStageBytes + 4 * kTile * sizeof(RowStats);
 
@@ -158,8 +144,9 @@ template <class T>
 __global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 1 : 2)
     contrastive_weights_kernel(ContrastiveRows<T> rows, ContrastiveMasks masks, ContrastiveTables tables, float shift,
                                int64_t first_row, int64_t out_rows, int64_t out_width, T* out) {
-  const int64_t first_tile_row = first_row + static_cast<int64_t>(blockIdx.y) * kTile;
-  const int64_t first_tile_column = static_cast<int64_t>(blockIdx.x) * kTile;
+  const TilePlace tile =
+      rectangle_tile(blockIdx.x, (out_rows + kTile - 1) / kTile, (rows.rows + kTile - 1) / kTile);
+  const int64_t first_tile_row = first_row + tile.row * kTile, first_tile_column = tile.column * kTile;
   const Places at;
   const int64_t first_column = first_tile_column + at.warp_column * 32, word = first_column / 32;
   const bool shared_exponential = shift > 0.0f;
@@ -167,7 +154,7 @@ __global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 1 : 2
   of_tile.load(masks, tables, first_tile_row, first_tile_column, rows.rows);
 
   Accumulators acc;
-  TileStream<T, kDenseStages> products({rows.x, rows.rows, first_tile_row}, {rows.x, rows.rows, 0}, blockIdx.x, 1,
+  TileStream<T, kDenseStages> products({rows.x, rows.rows, first_tile_row}, {rows.x, rows.rows, 0}, tile.column, 1,
                                        rows.depth, dynamic_shared());
   products.next(acc, at);
   const HeldRows held(at, masks, first_tile_row, rows.rows);

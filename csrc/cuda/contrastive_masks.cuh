@@ -7,8 +7,8 @@
 
 namespace hpk::gpu {
 
-// Bits of the anchors i = first_row + r, r < anchors, against all columns j; rows of `stride` words. Null: no such mask,
-// or for a transpose (`_t`): symmetric. The negatives have `period` rows; row i uses row i mod period.
+// Bits of the anchors i = first_row + r, r < anchors, against all columns j; rows of `stride` words. Null: there is no
+// such mask or, for a transpose (`_t`), it is symmetric. The negatives have `period` rows; row i uses row i mod period.
 struct ContrastiveMasks {
   const uint32_t *positives, *positives_t, *extra, *extra_t, *negatives;
   int64_t stride, period, first_row, anchors;
@@ -80,6 +80,21 @@ struct RowStats {
     denominator.add(other.denominator);
     pos += other.pos;
     ext += other.ext;
+  }
+};
+
+// Where the statistics of a share of the pairs go: (4, shares, streams, anchors) = totals, shifts, pos and ext.
+struct StatsParts {
+  float* out;
+  float over_temperature;
+
+  __device__ void store(int64_t shares, int64_t share, int64_t streams, int64_t stream, int64_t anchors, int64_t anchor,
+                        const RowStats& row) const {
+    const int64_t at = (share * streams + stream) * anchors + anchor, table = shares * streams * anchors;
+    out[at] = row.denominator.total;
+    out[at + table] = row.denominator.shift;
+    out[at + 2 * table] = row.pos * over_temperature;
+    out[at + 3 * table] = row.ext * over_temperature;
   }
 };
 

@@ -7,7 +7,7 @@ from hpkernels import nn
 from hpkernels._version import __version__
 from hpkernels.losses import LossStats, hidden_positive_loss, masked_contrastive_loss
 from hpkernels.mining import hidden_positives, pairs_above
-from hpkernels.ops.local_mix.op import local_mix, neighbor_mix, neighbor_weights
+from hpkernels.ops.local_mix.op import local_mix, neighbor_mix, neighbor_weights, neighbor_weights_qk
 from hpkernels.ops.similarity_search.op import max_similarity, topk_similarity
 from hpkernels.pairs import PairMask
 
@@ -22,6 +22,7 @@ __all__ = [
     "max_similarity",
     "neighbor_mix",
     "neighbor_weights",
+    "neighbor_weights_qk",
     "nn",
     "pairs_above",
     "topk_similarity",

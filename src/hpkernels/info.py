@@ -14,7 +14,7 @@ from hpkernels._version import __version__
 OPS = {
     "similarity_search": ("max_similarity", "topk_similarity", "pairs_above"),
     "contrastive": ("contrastive_stats", "contrastive_grad"),
-    "local_mix": ("neighbor_weights", "neighbor_mix"),
+    "local_mix": ("neighbor_weights", "neighbor_weights_qk", "neighbor_mix"),
     "pair_bits": ("random_bits", "count_bits", "transpose_bits", "pairs_from_indices"),
     "normalize": ("normalize_rows",),
 }

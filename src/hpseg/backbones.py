@@ -1,4 +1,4 @@
-"""A frozen timm ViT: patch features after the final norm and last-block attention in one pass.
+"""A frozen timm ViT: patch features after the final norm and neighbour weights of the last block in one pass.
 
 Covers timm's `VisionTransformer` (DINO, DINOv2 with registers, ...) and `Eva` (DINOv3, ...) families, with weights from
 timm, from a local file with timm's or the original DINO key names, or of the small ViT in this package ("embedded").
@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import hpkernels
 from hpseg.config import UsageError
@@ -46,7 +48,7 @@ class Backbone(nn.Module):
     def __init__(self, vit: nn.Module, name: str, mean: tuple, std: tuple, dtype: str = "fp32"):
         super().__init__()
         attention = getattr(vit.blocks[-1], "attn", None) if hasattr(vit, "blocks") else None
-        if not hasattr(attention, "fused_attn") or not hasattr(attention, "attn_drop"):
+        if not hasattr(attention, "fused_attn"):
             raise UsageError(
                 f"backbone: {name!r} is a {type(vit).__name__}; expected a plain ViT of timm's VisionTransformer "
                 "or Eva families, for example vit_small_patch8_224.dino"
@@ -80,12 +82,16 @@ class Backbone(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
             if not with_neighbors:
                 return Tokens(self._features(x), None, grid)
-            with _last_attention(self.vit) as maps:
+            with _last_products(self.vit) as products:
                 features = self._features(x)
-        # The logarithm of a softmax is its logits up to a constant per row and head, which local mixing does not see.
-        softmaxed = maps[0][..., self.prefix :, self.prefix :].float()
-        logits = softmaxed.clamp_min(torch.finfo(torch.float32).tiny).log()
-        return Tokens(features, hpkernels.neighbor_weights(logits, grid), grid)
+        if len(products) != 1:
+            raise UsageError(
+                f"backbone: the last block of {self.name!r} makes {len(products)} attention products, expected one"
+            )
+        queries, keys, scale = products[0]
+        patches = slice(self.prefix, None)
+        weights = hpkernels.neighbor_weights_qk(queries[:, :, patches], keys[:, :, patches], grid, scale=scale)
+        return Tokens(features, weights, grid)
 
     def _features(self, x: Tensor) -> Tensor:
         return self.vit.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)[
@@ -94,15 +100,30 @@ class Backbone(nn.Module):
 
 
 @contextmanager
-def _last_attention(vit: nn.Module):
-    """Collects the softmaxed attention (B, heads, N, N) of the last block; only that block leaves the fused path."""
-    attention, maps = vit.blocks[-1].attn, []
-    fused, attention.fused_attn = attention.fused_attn, False
-    hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: maps.append(output))
+def _last_products(vit: nn.Module):
+    """Collects (queries, keys, scale or None) of the attention products of the last block, which stays fused.
+
+    They are taken where timm hands them to torch, (B, heads, N, d), so with whatever norm or rotation a family applies.
+    """
+    attention, products = vit.blocks[-1].attn, []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if function is F.scaled_dot_product_attention:
+                products.append((args[0], args[1], kwargs.get("scale")))
+            return function(*args, **kwargs)
+
+    def watched(*args, **kwargs):
+        with Watch():
+            return forward(*args, **kwargs)
+
+    forward, fused = attention.forward, attention.fused_attn
+    attention.forward, attention.fused_attn = watched, True
     try:
-        yield maps
+        yield products
     finally:
-        hook.remove()
+        del attention.forward
         attention.fused_attn = fused
 
 

@@ -78,6 +78,25 @@ def test_weights(isa, height, width, heads, dtype, bound):
         assert (weights - expected).abs().max() <= bound * expected.abs().max()
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 2e-5)])
+@pytest.mark.parametrize("height, width, heads, depth", [(1, 1, 2, 3), (1, 5, 1, 8), (7, 9, 6, 16), (14, 14, 3, 64), (28, 28, 1, 20)])
+def test_weights_from_queries_and_keys(isa, height, width, heads, depth, dtype, bound):
+    """More images than one group of packed keys holds at the largest shape; scratch full of NaN."""
+    tokens, batch = height * width, 3 if height < 28 else 70
+    rows = random(batch, 1 + tokens, 3, heads, depth, seed=tokens).to(dtype)
+    queries, keys, _ = rows.permute(2, 0, 3, 1, 4)[:, :, :, 1:]
+    _cpu.poison_memory(True)
+    weights = native.neighbor_weights_qk(queries, keys, height, width, 0.3, 28.0, 0.1, 0.9)
+    _cpu.poison_memory(False)
+    assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for image in {0, batch - 1}:
+        logits = 0.3 * (queries[image].double() @ keys[image].double().transpose(1, 2))
+        expected = dense_weights(logits[None], height, width, 28.0, 0.1, 0.9)[0]
+        same = (weights[image] > 0) == (expected > 0)  # a tap within rounding of the row mean may fall either way
+        assert same.all() or (dtype != torch.float64 and same.double().mean() > 0.999)
+        assert ((weights[image] - expected).abs() * same).max() <= bound * expected.abs().max()
+
+
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.25, 0.75), (0.1, 0.3), (0.0, 0.5)])
 def test_quantiles_of_awkward_rows(isa, low, high):
     """Few values, outliers that fill one bucket, ties across the quantile, constants, tiny and huge ranges."""
@@ -147,11 +166,13 @@ def test_mixed_dtypes_and_strides():
 
 def test_thread_counts_agree_bitwise():
     attention, code = random(2, 3, 63, 63, dtype=torch.float32), random(2, 63, 100, dtype=torch.float32)
+    queries, keys = random(2, 2, 3, 63, 16, dtype=torch.float32)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         weights = native.neighbor_weights(attention, 7, 9, 28.0, 0.1, 0.9)
+        from_rows = native.neighbor_weights_qk(queries, keys, 7, 9, 0.25, 28.0, 0.1, 0.9)
         mixed = native.neighbor_mix(code, weights, 7, 9)
-        results.append([weights, mixed, *native.neighbor_mix_grad(mixed, code, weights, 7, 9, True, True)])
+        results.append([weights, from_rows, mixed, *native.neighbor_mix_grad(mixed, code, weights, 7, 9, True, True)])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))

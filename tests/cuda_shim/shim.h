@@ -273,7 +273,7 @@ inline uint16_t rounded(float x, fp16) {
   if (x != x) return 0x7fff;
   if (size >= 65520.0f) return sign | 0x7c00;
   int exponent = -24;
-  if (size > 0) std::frexp(size, &exponent);  // size = [0.5, 1) 2^exponent: a unit in the last place is 2^(exponent - 11)
+  if (size > 0) std::frexp(size, &exponent);  // [0.5, 1) 2^exponent: a unit in the last place is 2^(exponent - 11)
   const int unit = exponent - 11 < -24 ? -24 : exponent - 11;
   const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));
   return sign | static_cast<uint16_t>(units + ((unit + 24) << 10));  // 2048 units carry into the exponent

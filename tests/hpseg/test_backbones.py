@@ -9,29 +9,45 @@ import torch
 from safetensors.torch import save_file
 from tiny import ARCH, make_vit
 
-from hpseg.backbones import Backbone, _last_attention, load_backbone, load_weights
+from hpseg.backbones import Backbone, load_backbone, load_weights
 from hpseg.config import UsageError
 
 FAMILIES = {  # timm name: settings that make it tiny
     "vit_small_patch8_224.dino": dict(embed_dim=32, depth=2, num_heads=2, img_size=32),
     "vit_small_patch14_reg4_dinov2.lvd142m": dict(embed_dim=32, depth=2, num_heads=2, img_size=56),
     "vit_small_patch16_dinov3.lvd1689m": dict(embed_dim=32, depth=2, num_heads=2, img_size=64),
+    "vit_small_patch16_224.augreg_in1k": dict(embed_dim=32, depth=2, num_heads=2, img_size=64, qk_norm=True),
 }
+
+
+def make_backbone(name, **settings):
+    import timm
+
+    vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **settings)
+    return Backbone(vit, name, (0.5,) * 3, (0.25,) * 3)
+
+
+def last_attention(backbone, images):
+    """Softmaxed attention (B, heads, N, N) of the last block, taken from timm's unfused path."""
+    attention, maps = backbone.vit.blocks[-1].attn, []
+    fused, attention.fused_attn = attention.fused_attn, False
+    hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    with torch.no_grad():
+        backbone.vit.forward_features((images - 0.5) / 0.25)
+    hook.remove()
+    attention.fused_attn = fused
+    return maps[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attention_of_the_last_block(name):
-    import timm
-
-    vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **FAMILIES[name])
-    backbone = Backbone(vit, name, (0.5,) * 3, (0.25,) * 3)
-    rows, columns = 3, 5
+    backbone = make_backbone(name, **FAMILIES[name])
+    vit, (rows, columns) = backbone.vit, (3, 5)
     images = torch.rand(2, 3, rows * backbone.patch, columns * backbone.patch)
-    with torch.no_grad(), _last_attention(backbone.vit) as maps:
-        backbone.vit.forward_features((images - 0.5) / 0.25)
+    softmaxed = last_attention(backbone, images)
     prefix = vit.num_prefix_tokens
-    assert maps[0].shape == (2, 2, rows * columns + prefix, rows * columns + prefix)
-    torch.testing.assert_close(maps[0].sum(-1), torch.ones(maps[0].shape[:3]))
+    assert softmaxed.shape == (2, 2, rows * columns + prefix, rows * columns + prefix)
+    torch.testing.assert_close(softmaxed.sum(-1), torch.ones(softmaxed.shape[:3]))
 
     plain, full = backbone(images), backbone(images, with_neighbors=True)
     assert plain.neighbors is None and full.grid == (rows, columns)
@@ -41,8 +57,31 @@ def test_attention_of_the_last_block(name):
     torch.testing.assert_close(
         plain.features, backbone.vit.forward_features((images - 0.5) / 0.25)[:, prefix:], rtol=1e-4, atol=1e-5
     )
-    expected = weights_by_hand(maps[0][..., prefix:, prefix:].log().mean(1), rows, columns)
+    expected = weights_by_hand(softmaxed[..., prefix:, prefix:].log().mean(1), rows, columns)
     torch.testing.assert_close(full.neighbors, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_last_block_stays_fused_and_is_left_as_it_was(fused):
+    name = "vit_small_patch16_dinov3.lvd1689m"
+    backbone = make_backbone(name, **FAMILIES[name])
+    attention = backbone.vit.blocks[-1].attn
+    attention.fused_attn = fused
+    before = dict(vars(attention))
+    attention.attn_drop.register_forward_hook(lambda *_: pytest.fail("the attention map was made"))
+    backbone(torch.rand(1, 3, 48, 48), with_neighbors=True)
+    assert vars(attention) == before
+    attention.proj_drop.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backbone(torch.rand(1, 3, 48, 48), with_neighbors=True)
+    assert vars(attention) == before
+
+
+def test_differential_attention_has_no_logits():
+    settings = dict(embed_dim=32, depth=2, num_heads=2, img_size=64)
+    backbone = make_backbone("vit_dlittle_patch16_reg1_gap_256.sbb_nadamuon_in1k", **settings)
+    with pytest.raises(UsageError, match="makes 2 attention products, expected one"):
+        backbone(torch.rand(1, 3, 64, 64), with_neighbors=True)
 
 
 def weights_by_hand(logits, rows, columns):

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel, in every shipped configuration, for GPUs that are not here.
+"""Compile every Triton kernel, in every shipped configuration, for GPUs that are not here; one dtype and width for AMD.
 
 The public wrappers of the kernels run on small CPU tensors while a stand-in driver answers for the GPU and launches
 are recorded instead of made. So what is compiled is what a GPU would get: the wrappers' own configuration tables,
@@ -8,7 +8,7 @@ argument types, alignments and constants. Results of the wrappers are meaningles
     python -m tests.triton_kernels.aot --check    whether the table is of the kernels as they are now
 
 Needs a process without TRITON_INTERPRET. No figure in aot.json was measured on a GPU: registers, stack and shared
-memory are the assembler's, instruction counts are from PTX.
+memory are the assembler's, instruction counts are from PTX, or from the assembly of an AMD GPU.
 """
 
 from __future__ import annotations
@@ -38,24 +38,26 @@ from hpkernels import tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "aot.json"
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-STACK_ALLOWANCE = {"_topk_similarity": 32, "_neighbor_weights": 8}  # bytes of stack by kernel; others may not spill
+TARGETS = {"80": GPUTarget("cuda", 80, 32), "90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+FAMILIES = {"90": "hopper", "gfx942": "cdna"}  # the tuning tables they take; others the default
+SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "gfx942": 64 * 1024}
 DTYPES = (torch.bfloat16, torch.float32)  # one of each class of the configuration tables
 WIDTHS = (64, 128, 256, 512, 1024)  # one of each class; others are padded to one of these
 MAIN_WIDTH = 512  # kernels whose configuration does not depend on the width are compiled once
+CHOICE = {"gfx942": dict(dtypes=(torch.bfloat16,), widths=(MAIN_WIDTH,))}  # what a target is compiled for, if not all
 
 
 class _Driver:
     """Stands in for a GPU driver: says which target to compile for, launches nothing."""
 
-    def __init__(self, arch: int):
-        self.target = GPUTarget("cuda", arch, 32)
+    def __init__(self, arch: str):
+        self.target = TARGETS[arch]
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch
+        return list(TARGETS.values()).index(self.target)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -64,7 +66,7 @@ class _Driver:
 class Recorder:
     """Within its context kernel launches are recorded (`launches`), and compiled if `compile` is set (`kernels`)."""
 
-    def __init__(self, arch: int, compile: bool):
+    def __init__(self, arch: str, compile: bool):
         self.arch, self.compile = arch, compile
         self.launches: dict[str, str] = {}
         self.kernels: dict[str, object] = {}
@@ -83,7 +85,7 @@ class Recorder:
 
         JITFunction.run = run
         self._family = tuning.family
-        tuning.family = lambda device: tuning.FAMILIES.get(divmod(self.arch, 10), "default")
+        tuning.family = lambda device: FAMILIES.get(self.arch, "default")
         driver.set_active(_Driver(self.arch))
         return self
 
@@ -154,11 +156,16 @@ def _pair_bits_cases() -> Iterator[Case]:
 def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:
     from hpkernels.ops.local_mix import kernels as local_mix
 
-    for side in (7, 14, 22, 28, 40, 64):  # each power of two that holds a row
+    for side in (7, 11, 14, 22, 28, 40, 64):  # each power of two that holds a row
         attention = torch.zeros(1, 1, side * side, side * side, dtype=dtype)
         yield (
             f"neighbor_weights {side}",
             lambda a=attention, n=side: local_mix.neighbor_weights(a, n, n, 28.0, 0.1, 0.9),
+        )
+        rows = torch.zeros(1, 6, side * side, 64, dtype=dtype)
+        yield (
+            f"neighbor_weights_qk {side}",
+            lambda x=rows, n=side: local_mix.neighbor_weights_qk(x, x, n, n, 0.125, 28.0, 0.1, 0.9),
         )
     code, weights = torch.zeros(1, 784, 512, dtype=dtype), torch.zeros(1, 784, 9)
     yield "neighbor_mix", lambda: local_mix.neighbor_mix(code, weights, 28, 28)
@@ -176,8 +183,7 @@ def _search_cases(x: torch.Tensor) -> Iterator[Case]:
     for k in (1, 16, 32, 64, 128, 256, 300):
         key_groups = torch.zeros(1024, dtype=torch.int64)
         yield f"topk {k} {width}", lambda k=k: search.topk_similarity(x, keys, k, True, None, None)
-        if k in (16, 300):
-            yield f"topk {k} groups {width}", lambda k=k: search.topk_similarity(x, keys, k, False, groups, key_groups)
+        yield f"topk {k} groups {width}", lambda k=k: search.topk_similarity(x, keys, k, False, groups, key_groups)
 
 
 def _contrastive_stats_cases(x: torch.Tensor) -> Iterator[Case]:
@@ -233,6 +239,15 @@ def resources(kernel: object) -> dict[str, int]:
     """Registers and stack bytes of a thread, shared bytes of a block, and instruction counts of a compiled kernel."""
     if isinstance(kernel, Exception):
         return {"error": str(kernel)}
+    common = {
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "products": kernel.asm["ttir"].count("tt.dot "),
+    }
+    return common | (_amd_resources(kernel) if "amdgcn" in kernel.asm else _nvidia_resources(kernel))
+
+
+def _nvidia_resources(kernel: object) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -243,9 +258,6 @@ def resources(kernel: object) -> dict[str, int]:
     return {
         "registers": registers,
         "stack": stack,
-        "shared": kernel.metadata.shared,
-        "warps": kernel.metadata.num_warps,
-        "products": kernel.asm["ttir"].count("tt.dot "),
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "cp_async": ptx.count("cp.async.c"),
@@ -253,36 +265,53 @@ def resources(kernel: object) -> dict[str, int]:
     }
 
 
-def faults(name: str, arch: int, figures: dict[str, int]) -> list[str]:
+def _amd_resources(kernel: object) -> dict[str, int]:
+    """Scalar registers may be spilled to lanes of vector registers; what goes to memory is the stack."""
+    assembly = kernel.asm["amdgcn"]
+    notes = ("vgpr_count", "agpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    vgpr, agpr, vgpr_spills, sgpr_spills, stack = (int(re.search(rf"\.{k}:\s+(\d+)", assembly)[1]) for k in notes)
+    return {
+        "vgpr": vgpr,  # accumulation registers included
+        "agpr": agpr,
+        "vgpr_spills": vgpr_spills,
+        "sgpr_spills": sgpr_spills,
+        "stack": stack,
+        "mfma": len(re.findall(r"\bv_mfma", assembly)),
+        "loads_16": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", assembly)),
+    }
+
+
+def faults(name: str, arch: str, figures: dict[str, int]) -> list[str]:
     """What a shipped configuration may not do."""
     if "error" in figures:
         return [figures["error"]]
     found = []
     if figures["shared"] > SHARED_LIMIT[arch]:
         found.append(f"{figures['shared']} bytes of shared memory, {SHARED_LIMIT[arch]} usable")
-    allowed = next((bytes for kernel, bytes in STACK_ALLOWANCE.items() if name.startswith(kernel)), 0)
-    if figures["stack"] > allowed:
+    if figures["stack"]:
         found.append(f"{figures['stack']} bytes of stack: registers are spilled")
     half = name.split()[1] in ("float16", "bfloat16")
     if figures["products"] and not figures["loads_16"]:
         found.append("no load of 16 bytes")
     if figures["products"] and half:
-        if arch == 90 and (figures["wgmma"] == 0 or figures["mma"] > 0):
+        if arch == "90" and (figures["wgmma"] == 0 or figures["mma"] > 0):
             found.append(f"{figures['wgmma']} wgmma and {figures['mma']} mma instructions")
-        if arch == 80 and figures["mma"] == 0:
+        if arch == "80" and figures["mma"] == 0:
             found.append("no mma instruction")
+        if arch == "gfx942" and figures["mfma"] == 0:
+            found.append("no mfma instruction")
     return found
 
 
-def shipped(arch: int = 90, **choice: tuple) -> dict[str, str]:
-    """Every launch of `cases` by name, with a hash of the kernel's source and all it calls; nothing is compiled."""
+def shipped(arch: str) -> dict[str, str]:
+    """Every launch on `arch` by name, with a hash of the kernel's source and all it calls; nothing is compiled."""
     with Recorder(arch, compile=False) as recorder:
-        for _, call in cases(**choice):
+        for _, call in cases(**CHOICE.get(arch, {})):
             call()
     return recorder.launches
 
 
-def compiled(arch: int, only: Callable[[str], bool] = lambda case: True, **choice: tuple) -> dict[str, dict]:
+def compiled(arch: str, only: Callable[[str], bool] = lambda case: True, **choice: tuple) -> dict[str, dict]:
     """Figures of every launch of the chosen cases, by launch name."""
     with Recorder(arch, compile=True) as recorder:
         for case, call in cases(**choice):
@@ -296,30 +325,33 @@ def compiled(arch: int, only: Callable[[str], bool] = lambda case: True, **choic
 def check() -> list[str]:
     """What is wrong with the committed table: faults, and configurations that it lacks or has of an older source."""
     table = json.loads(RESULTS.read_text())["kernels"]
-    wrong = [
-        f"sm_{arch} {name}: {fault}"
-        for arch, kernels in table.items()
-        for name, figures in kernels.items()
-        for fault in faults(name, int(arch), figures)
-    ]
-    for name, source in shipped().items():
-        for arch in SHARED_LIMIT:
-            if table[str(arch)].get(name, {}).get("source") != source:
-                wrong.append(f"sm_{arch} {name}: changed or new; run `python -m tests.triton_kernels.aot`")
+    wrong = []
+    for arch in TARGETS:
+        for name, figures in table[arch].items():
+            wrong += [f"{arch} {name}: {fault}" for fault in faults(name, arch, figures)]
+        launches = shipped(arch)
+        for name, source in launches.items():
+            if table[arch].get(name, {}).get("source") != source:
+                wrong.append(f"{arch} {name}: changed or new; run `python -m tests.triton_kernels.aot`")
+        wrong += [f"{arch} {name}: no longer shipped" for name in table[arch].keys() - launches.keys()]
     return wrong
 
 
-def compile_all(jobs: int, match: str, widths: list[int], archs: list[int]) -> dict[str, dict]:
-    """Figures by architecture and launch name."""
-    work = [(arch, dtype, width, match) for arch in archs for dtype in DTYPES for width in widths]
-    rows: dict[str, dict] = {str(arch): {} for arch in archs}
+def compile_all(jobs: int, match: str, widths: list[int], archs: list[str]) -> dict[str, dict]:
+    """Figures by target and launch name."""
+    work = []
+    for arch in archs:
+        choice = CHOICE.get(arch, dict(dtypes=DTYPES, widths=WIDTHS))
+        chosen = (width for width in choice["widths"] if width in widths)
+        work += [(arch, dtype, width, match) for width in chosen for dtype in choice["dtypes"]]
+    rows: dict[str, dict] = {arch: {} for arch in archs}
     with ProcessPoolExecutor(jobs) as pool:
         for (arch, *_), part in zip(work, pool.map(_job, work), strict=True):
-            rows[str(arch)].update(part)
+            rows[arch].update(part)
     return rows
 
 
-def _job(job: tuple[int, torch.dtype, int, str]) -> dict[str, dict]:
+def _job(job: tuple[str, torch.dtype, int, str]) -> dict[str, dict]:
     arch, dtype, width, match = job
     torch.set_num_threads(1)
     return compiled(arch, lambda case: match in case, dtypes=(dtype,), widths=(width,))
@@ -331,7 +363,7 @@ def main() -> int:
     parser.add_argument("--match", help="compile the cases whose name contains this and print; write nothing")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS))
-    parser.add_argument("--archs", type=int, nargs="*", default=list(SHARED_LIMIT))
+    parser.add_argument("--archs", nargs="*", choices=TARGETS, default=list(TARGETS))
     arguments = parser.parse_args()
     if arguments.check:
         wrong = check()
@@ -341,8 +373,8 @@ def main() -> int:
     wrong = []
     for arch, kernels in rows.items():
         for name, figures in sorted(kernels.items()):
-            print(f"sm_{arch} {name}: " + ", ".join(f"{k} {v}" for k, v in figures.items() if k != "source"))
-            wrong += [f"sm_{arch} {name}: {fault}" for fault in faults(name, int(arch), figures)]
+            print(f"{arch} {name}: " + ", ".join(f"{k} {v}" for k, v in figures.items() if k != "source"))
+            wrong += [f"{arch} {name}: {fault}" for fault in faults(name, arch, figures)]
     if arguments.match is None:
         head = {
             "command": "python -m tests.triton_kernels.aot",

@@ -1,4 +1,5 @@
-"""Every shipped configuration of every Triton kernel compiles for sm_80 and sm_90 within its limits (see aot.py)."""
+"""Every shipped configuration of every Triton kernel compiles for sm_80 and sm_90, and the main one of each for an AMD
+GPU, within its limits (see aot.py)."""
 
 from __future__ import annotations
 
@@ -32,6 +33,12 @@ def test_the_committed_table_is_of_these_kernels_and_within_limits():
 @pytest.mark.parametrize("match", ["pairs_above 512", "grad all 1 workspace 0.8 512", "grad dense 3 fused 0.8 256"])
 def test_some_configurations_compile(match: str):
     _aot("--match", match, "--widths", match.split()[-1], "--jobs", "1")
+
+
+@compiles
+@pytest.mark.parametrize("match", ["max_similarity 512", "neighbor_weights_qk 22"])
+def test_some_configurations_compile_for_amd(match: str):
+    _aot("--match", match, "--archs", "gfx942", "--jobs", "1")
 
 
 @compiles

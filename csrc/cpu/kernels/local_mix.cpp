@@ -5,6 +5,7 @@
 
 #include "cpu/simd.h"
 #include "cpu/thread_pool.h"
+#include "cpu/tile.h"
 #include "cpu/vector_exp.h"
 
 namespace hpk::HPK_ISA {
@@ -116,9 +117,28 @@ T interpolate(OrderPair<T> pair, T weight) {
 
 template <class T>
 struct RowScratch {
-  T *row, *work;
+  T* work;
   uint8_t *bucket, *spare;
 };
+
+// Scratch for a row of `tokens` logits, one for each worker.
+template <class T>
+class RowScratches {
+ public:
+  RowScratches(int64_t tokens, int64_t workers)
+      : padded_((tokens + 63) / 64 * 64), values_(padded_ * workers), bytes_(2 * padded_ * workers) {}
+  RowScratch<T> of(int worker) const {
+    uint8_t* bytes = bytes_.get() + 2 * padded_ * worker;
+    return {values_.get() + padded_ * worker, bytes, bytes + padded_};
+  }
+
+ private:
+  int64_t padded_;
+  Scratch<T> values_;
+  Scratch<uint8_t> bytes_;
+};
+
+int64_t worker_count(int threads, int64_t tasks) { return std::max<int64_t>(1, std::min<int64_t>(threads, tasks)); }
 
 template <class T>
 void mean_over_heads(const T* attention, int64_t heads, int64_t head_stride, int64_t tokens, T* row) {
@@ -147,31 +167,32 @@ T clamped_log_sum_exp(const T* row, int64_t tokens, T low, T high) {
   return std::log(total);
 }
 
-template <class T>
-void token_weights(const WeightsArgs<T>& args, int64_t token, const RowScratch<T>& s, T* weights) {
+// args: WeightsArgs or WeightsQkArgs; row: the token's mean logits
+template <class T, class Args>
+void token_weights(const Args& args, int64_t token, const T* row, const RowScratch<T>& s, T* weights) {
   const int64_t tokens = args.height * args.width;
-  T smallest = s.row[0], largest_value = s.row[0];
+  T smallest = row[0], largest_value = row[0];
   for (int64_t j = 1; j < tokens; ++j) {
-    smallest = std::min(smallest, s.row[j]);
-    largest_value = std::max(largest_value, s.row[j]);
+    smallest = std::min(smallest, row[j]);
+    largest_value = std::max(largest_value, row[j]);
   }
   T low = smallest, high = largest_value;
   int32_t histogram[kBuckets];
-  if (bucket_values(s.row, tokens, smallest, largest_value, s.bucket, histogram)) {
+  if (bucket_values(row, tokens, smallest, largest_value, s.bucket, histogram)) {
     const auto quantile = [&](double q) {
       const double position = q * static_cast<double>(tokens - 1);
       const int64_t k = static_cast<int64_t>(position);
-      return interpolate(pick(s.row, tokens, k, s.bucket, histogram, s.work, s.spare), static_cast<T>(position - k));
+      return interpolate(pick(row, tokens, k, s.bucket, histogram, s.work, s.spare), static_cast<T>(position - k));
     };
     low = quantile(args.low_quantile);
     high = quantile(args.high_quantile);
   }
-  const T lse = clamped_log_sum_exp(s.row, tokens, low, high);
+  const T lse = clamped_log_sum_exp(row, tokens, low, high);
   const T threshold = lse - std::log(static_cast<T>(tokens));  // relative to `high`, so that a constant row keeps all
   const Neighbors near = neighbors_of(token, args.height, args.width);
   std::fill(weights, weights + kTaps, T(0));
   for (int n = 0; n < near.count; ++n) {
-    const T c = std::min(std::max(s.row[near.token[n]], low), high) - high;
+    const T c = std::min(std::max(row[near.token[n]], low), high) - high;
     if (c >= threshold)
       weights[near.slot[n]] = static_cast<T>(args.sigma) * std::exp(c - lse) / static_cast<T>(near.count);
   }
@@ -182,20 +203,60 @@ void weights_of(const WeightsArgs<T>& args) {
   constexpr int64_t kRows = 16;  // per task
   const int64_t tokens = args.height * args.width, padded = (tokens + 63) / 64 * 64;
   const int64_t tasks = (args.batch * tokens + kRows - 1) / kRows;
-  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(args.threads, tasks));
-  Scratch<T> values(2 * padded * workers);
-  Scratch<uint8_t> bytes(2 * padded * workers);
+  const int64_t workers = worker_count(args.threads, tasks);
+  Scratch<T> rows(padded * workers);
+  const RowScratches<T> scratch(tokens, workers);
   parallel_for(args.threads, tasks, [&](int64_t task, int worker) {
-    T* v = values.get() + 2 * padded * worker;
-    uint8_t* b = bytes.get() + 2 * padded * worker;
-    const RowScratch<T> scratch{v, v + padded, b, b + padded};
+    T* row = rows.get() + padded * worker;
     for (int64_t i = task * kRows; i < std::min(args.batch * tokens, (task + 1) * kRows); ++i) {
       const int64_t image = i / tokens, token = i % tokens;
       const T* logits = args.attention + (image * args.heads * tokens + token) * tokens;
-      mean_over_heads(logits, args.heads, tokens * tokens, tokens, scratch.row);
-      token_weights(args, token, scratch, args.weights + i * kTaps);
+      mean_over_heads(logits, args.heads, tokens * tokens, tokens, row);
+      token_weights(args, token, row, scratch.of(worker), args.weights + i * kTaps);
     }
   });
+}
+
+// Keys are packed for a group of images at a time; then every task makes a panel of rows of logits and reduces it.
+template <class T>
+void weights_of(const WeightsQkArgs<T>& args) {
+  using E = Engine<T>;
+  constexpr int64_t kRows = 48;                         // of a panel: a multiple of MR
+  constexpr int64_t kPackedBytes = int64_t{4} << 20;    // of a group's keys, where more than one image fits
+  const int64_t tokens = args.height * args.width, ld = E::round_cols(tokens), depth = args.depth;
+  const int64_t image_size = E::b_size(tokens, depth);
+  const int64_t group = std::max<int64_t>(
+      1, std::min<int64_t>(args.batch, kPackedBytes / (image_size * static_cast<int64_t>(sizeof(T)))));
+  const int64_t blocks = ld / E::NR, panels = (tokens + kRows - 1) / kRows;
+  const int64_t workers = worker_count(args.threads, group * panels);
+  Scratch<T> packed_keys(group * image_size);
+  Scratch<T> packed_queries(workers * E::a_size(kRows, depth)), logits(workers * kRows * ld);
+  const RowScratches<T> scratch(tokens, workers);
+  const T scale = static_cast<T>(args.scale);
+  for (int64_t first = 0; first < args.batch; first += group) {
+    const int64_t images = std::min(group, args.batch - first);
+    parallel_for(args.threads, images * blocks, [&](int64_t task, int) {
+      const int64_t image = task / blocks, j = task % blocks * E::NR;
+      const T* keys = args.keys.data + (first + image) * args.keys.image_stride + j * args.keys.stride;
+      pack_rows<E::NR>(keys, args.keys.stride, nullptr, std::min<int64_t>(E::NR, tokens - j), depth,
+                       packed_keys.get() + image * image_size + j * depth);
+    });
+    parallel_for(args.threads, images * panels, [&](int64_t task, int worker) {
+      const int64_t image = task / panels, i0 = task % panels * kRows, rows = std::min(kRows, tokens - i0);
+      T* a = packed_queries.get() + worker * E::a_size(kRows, depth);
+      T* panel = logits.get() + worker * kRows * ld;
+      const T* queries = args.queries.data + (first + image) * args.queries.image_stride + i0 * args.queries.stride;
+      pack_rows<E::MR>(queries, args.queries.stride, nullptr, rows, depth, a);
+      multiply<E>(rows, tokens, depth, a, packed_keys.get() + image * image_size, panel, ld);
+      for (int64_t r = 0; r < rows; ++r) {
+        T* row = panel + r * ld;
+        for (int64_t j = 0; j < tokens; ++j)
+          row[j] *= scale;
+        token_weights(args, i0 + r, row, scratch.of(worker),
+                      args.weights + ((first + image) * tokens + i0 + r) * kTaps);
+      }
+    });
+  }
 }
 
 // ---- mixing
@@ -279,6 +340,8 @@ void mix_grad(const MixArgs<T>& args, const T* g, T* grad_code, T* grad_weights)
 
 void neighbor_weights(const WeightsArgs<float>& args) { weights_of(args); }
 void neighbor_weights(const WeightsArgs<double>& args) { weights_of(args); }
+void neighbor_weights_qk(const WeightsQkArgs<float>& args) { weights_of(args); }
+void neighbor_weights_qk(const WeightsQkArgs<double>& args) { weights_of(args); }
 void neighbor_mix(const MixArgs<float>& args, float* out) { mix(args, out); }
 void neighbor_mix(const MixArgs<double>& args, double* out) { mix(args, out); }
 void neighbor_mix_grad(const MixArgs<float>& args, const float* g, float* grad_code, float* grad_weights) {

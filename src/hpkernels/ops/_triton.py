@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpkernels.ops._tf32 import tf32_accepted
 from hpkernels.tuning import dtype_class  # noqa: F401  (kernels take it from here, with the rest)
 
 LOG2E = 1.4426950408889634
@@ -54,19 +55,12 @@ def padded_rows(x: Tensor, multiple: int) -> Tensor:
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot for fp32 operands: IEEE products, or three TF32 products where the user accepts TF32.
 
-    Never plain TF32: comparisons of similarities would not be those of fp32. 16-bit operands ignore it.
+    Never plain TF32: comparisons of similarities would not be those of fp32. 16-bit operands ignore it, and AMD GPUs
+    know no other.
     """
-    if dtype != torch.float32:
-        return "tf32"
-    return "tf32x3" if _tf32_accepted() else "ieee"
-
-
-def _tf32_accepted() -> bool:
-    """torch.backends.cuda.matmul.fp32_precision (torch >= 2.9) or allow_tf32: reading both would mix two interfaces."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32x3" if tf32_accepted() else "ieee"
 
 
 def word_count(columns: int) -> int:

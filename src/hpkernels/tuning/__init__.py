@@ -26,7 +26,8 @@ import torch
 
 FOLDER = Path(__file__).parent
 _forced: dict[str, dict] = {}
-FAMILIES = {(9, 0): "hopper"}  # compute capability -> table; others take the default
+FAMILIES = {(9, 0): "hopper"}  # compute capability of NVIDIA GPUs -> table; others take the default
+AMD_FAMILY = "cdna"  # whatever the capability: AMD GPUs number theirs their own way
 
 
 def dtype_class(dtype: torch.dtype) -> str:
@@ -38,6 +39,8 @@ def family(device: torch.device) -> str:
     """Name of the table for a device; "default" for GPUs that have none and for CPU tensors under the interpreter."""
     if device.type != "cuda":
         return "default"
+    if torch.version.hip:
+        return AMD_FAMILY
     return FAMILIES.get(torch.cuda.get_device_capability(device), "default")
 
 

@@ -85,7 +85,7 @@ def test_sparse_lists_that_find_no_room_are_walked(rate, units, monkeypatch):
 
 
 def test_sparse_windows_share_the_workspace(units, monkeypatch):
-    monkeypatch.setattr(kernels_sparse, "_WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(common, "WORKSPACE_BYTES", 1)
     monkeypatch.setattr(kernels_sparse, "_SUM_PROGRAMS", 4)
     _check(units(1, 60, 16), _masks(60, 6, 0.1, symmetric=True, extra=False), "sparse", 0.5)
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hpkernels import tuning
 from hpkernels._bits import pack, unpack
 from hpkernels.ops._triton import triangle_programs, triangle_tile
 from hpkernels.ops.similarity_search import kernels, reference
@@ -55,25 +56,23 @@ def test_topk_similarity(n, d, k, dtype, units):
 @pytest.mark.parametrize("k", [1, 7, 12])
 @pytest.mark.parametrize("unfused", [False, True])
 def test_topk_ties_go_to_the_lower_index(k, unfused, splits, monkeypatch):
-    if unfused:
-        monkeypatch.setattr(kernels, "_LARGEST_LIST", 0)
-        monkeypatch.setattr(kernels, "_KEY_BYTES", 8 * 300 * 64)  # several row blocks
+    monkeypatch.setattr(kernels, "_KEY_BYTES", 8 * 300 * 64)  # several row blocks
     queries = torch.randint(-1, 2, (70, 4)).float()
     keys = torch.randint(-1, 2, (300, 4)).float()
-    values, indices = kernels.topk_similarity(queries, keys, k, False, None, None)
+    with tuning.forced("topk_similarity", {"longest_list": 0 if unfused else 256}):
+        values, indices = kernels.topk_similarity(queries, keys, k, False, None, None)
     expected, places = reference.topk_similarity(queries, keys, k, False, None, None)
     assert torch.equal(values, expected) and torch.equal(indices, places)
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
 @pytest.mark.parametrize("unfused", [False, True])
-def test_topk_groups_may_be_smaller_than_k(k, unfused, monkeypatch):
+def test_topk_groups_may_be_smaller_than_k(k, unfused):
     exclude_self = k == 5
-    if unfused:
-        monkeypatch.setattr(kernels, "_LARGEST_LIST", 0)
     queries, keys = torch.randint(-2, 3, (70, 5)).float(), torch.randint(-2, 3, (90, 5)).float()
     groups = torch.randint(0, 12, (70,)), torch.randint(1, 13, (90,))
-    values, indices = kernels.topk_similarity(queries, keys, k, exclude_self, *groups)
+    with tuning.forced("topk_similarity", {"longest_list": 0 if unfused else 256}):
+        values, indices = kernels.topk_similarity(queries, keys, k, exclude_self, *groups)
     expected, places = reference.topk_similarity(queries, keys, k, exclude_self, *groups)
     assert torch.equal(values, expected) and torch.equal(indices, places)
 

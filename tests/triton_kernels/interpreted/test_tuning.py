@@ -41,9 +41,9 @@ def test_a_result_is_the_callers_own():
 
 
 def test_every_op_is_served_for_every_gpu(monkeypatch):
-    for family in ("default", *tuning.FAMILIES.values()):
+    for family in ("default", tuning.AMD_FAMILY, *tuning.FAMILIES.values()):
         monkeypatch.setattr(tuning, "family", lambda device, family=family: family)
-        for op in tune.OPS:
+        for op in (*tune.OPS, "topk_similarity"):
             for dtype in (torch.float16, torch.float32):
                 for d in (1, 64, 100, 512, 4096):
                     assert tuning.lookup(op, dtype, d, 1000, CPU)

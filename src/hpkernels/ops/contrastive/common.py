@@ -1,4 +1,4 @@
-"""What the Triton and the CUDA C++ backend share around their kernels: shifts, scales, merged sums, the workspace route.
+"""What the Triton and the CUDA C++ backend share around their kernels: shifts, scales, merged sums, workspaces.
 
 Logits are kept in base 2 by both, z_ij = l_ij log2(e), so that an exponential is one exp2.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import tuning
+from hpkernels.ops._tf32 import tf32_accepted
 
 LOG2E = math.log2(math.e)
 WORKSPACE_BYTES = 256 << 20
@@ -64,14 +65,12 @@ def shared_exponential(temperature: float, lse2: Tensor, grad_lse: Tensor) -> tu
     return True, grad_lse * torch.exp2(LOG2E / temperature - lse2)
 
 
-def uses_workspace(dtype: torch.dtype, d: int, n: int, device: torch.device, ieee: bool) -> bool:
-    """The tuning table's choice, where the library product has fp32 accuracy.
-
-    ieee: fp32 products are to be IEEE; with TF32 allowed a library product would be plain TF32.
-    """
+def uses_workspace(dtype: torch.dtype, d: int, n: int, device: torch.device) -> bool:
+    """The tuning table's choice, where the library product has fp32 accuracy (with TF32 accepted it would be plain
+    TF32)."""
     if tuning.lookup("contrastive_grad", dtype, d, n, device)["route"] != "workspace":
         return False
-    return ieee if dtype == torch.float32 else _LIBRARY_SUMS_IN_FP32
+    return not tf32_accepted() if dtype == torch.float32 else _LIBRARY_SUMS_IN_FP32
 
 
 def grad_by_workspace(
@@ -106,6 +105,27 @@ def grad_by_workspace(
             part = out[s, first - first_row : block_row + block_rows - first_row]
             part.copy_(_product(weights, x[s]) * out_scale)
     return out
+
+
+class ColumnWindows:
+    """Windows of columns whose partial sums, one for each (column, row of the negatives), share a bounded workspace.
+
+    The sums of column j are `counts[j]` slots from starts[j] on (starts (N + 1,) int64), in all starts[N]; columns
+    that are no anchors have none. Window w is the columns bounds[w] ... bounds[w + 1] (int32), all anchors together;
+    its slots are at most `rooms`, unless all slots are more than `capacity`: then no window is meant to have any.
+    Made on the device, from counts alone.
+    """
+
+    def __init__(self, counts: Tensor, first_row: int, n: int, period: int, capacity: int, row_bytes: int):
+        self.starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
+        # A window is the columns whose first slot lies in one quota; the last of them reaches at most `period` past it.
+        quota = min(max(period, WORKSPACE_BYTES // row_bytes - period), capacity)
+        self.number = -(-capacity // quota)
+        marks = torch.arange(self.number + 1, device=counts.device) * quota
+        self.bounds = torch.searchsorted(self.starts, marks).clamp(first_row, first_row + n).to(torch.int32)
+        self.bounds[0] = first_row
+        self.bounds[-1] = first_row + n
+        self.rooms = quota + period
 
 
 def _product(weights: Tensor, x: Tensor) -> Tensor:

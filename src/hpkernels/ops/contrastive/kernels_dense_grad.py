@@ -10,7 +10,6 @@ Which one is the tuning table's choice. Both accumulate in fp32 and round W to x
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -93,7 +92,7 @@ def _contrastive_grad_kernel(
     first_anchor = first_row // 32 * 32 + tl.program_id(0) * BLOCK_M
     rows = first_anchor + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    stream = tl.program_id(2)
+    stream = tl.program_id(2).to(tl.int64)
     x_ptr += stream.to(tl.int64) * N * D
     lse_ptr += stream * N
     factor_ptr += stream * N
@@ -175,7 +174,7 @@ def grad(
     )  # fmt: skip
     period = x.shape[1] if negatives is None else negatives.shape[0]
     key = (x.dtype, x.shape[2], x.shape[1], x.device)
-    route = _grad_by_workspace if common.uses_workspace(*key, precision(x.dtype) == "ieee") else _grad_fused
+    route = _grad_by_workspace if common.uses_workspace(*key) else _grad_fused
     return route(x, masks, [lse2, factor, grad_pos, grad_ext], out_scale, first_row, period, shift, choices, key)
 
 

@@ -34,11 +34,11 @@ from hpkernels.ops._triton import (
     tile_product,
     transpose_bits,
 )
+from hpkernels.ops.contrastive import common
 
 _PANEL = 16  # rows that share a list of positives
 _LIST_MULTIPLE = 64  # lists are padded to whole tiles: every BLOCK_C divides it
 _LIST_SHARE = (5, 32)  # capacity of the lists as a share of all pairs (negatives) or all panels x columns (positives)
-_WORKSPACE_BYTES = 256 << 20
 _SCAN_WORDS = 64
 _NEGATIVE_ROWS = 32  # rows of one token position a program takes
 _COLUMN_SPLITS = 4  # programs that share one token position's columns in the column side
@@ -466,17 +466,9 @@ class _ColumnSide:
             )  # fmt: skip
         self.counts[:first_row] = 0
         self.counts[first_row + n :] = 0
-        ends = self.counts.cumsum(0, dtype=torch.int64)
-        self.starts = ends - self.counts
-        # A window is the columns whose first slot lies in one quota; the last of them reaches at most `period` past it.
-        quota = max(period, _WORKSPACE_BYTES // (d * dtype.itemsize) - period)
-        quota = min(quota, lists.capacity)
-        self.windows = triton.cdiv(lists.capacity, quota)
-        marks = torch.arange(self.windows + 1, device=negatives.device) * quota
-        self.bounds = torch.searchsorted(self.starts, marks).clamp(first_row, first_row + n).to(torch.int32)
-        self.bounds[0] = first_row
-        self.bounds[-1] = first_row + n  # all of them, also where the lists overflow and no slots are used
-        self.workspace = torch.empty((quota + period, d), dtype=dtype, device=negatives.device)
+        windows = common.ColumnWindows(self.counts, first_row, n, period, lists.capacity, d * dtype.itemsize)
+        self.starts, self.bounds, self.windows = windows.starts, windows.bounds, windows.number
+        self.workspace = torch.empty((windows.rooms, d), dtype=dtype, device=negatives.device)
 
 
 def grad(

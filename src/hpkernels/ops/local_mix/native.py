@@ -32,6 +32,36 @@ def neighbor_weights(
     return weights
 
 
+def neighbor_weights_qk(
+    queries: Tensor,
+    keys: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    sigma: float,
+    low_quantile: float,
+    high_quantile: float,
+) -> Tensor:
+    """Weights (B, T, 9) fp32 (fp64 for fp64) from queries and keys (B, heads, T, d): rows of logits a panel at a time."""
+    dtype = _working_dtype(queries, keys)
+    batch, heads = queries.shape[:2]
+    queries, keys = (_all_heads(x).to(dtype) for x in (queries, keys))
+    weights = torch.empty(batch, height * width, 9, dtype=dtype)
+    if weights.numel():
+        _kernel("neighbor_weights_qk", dtype)(
+            queries.data_ptr(), *queries.stride()[:2], keys.data_ptr(), *keys.stride()[:2], batch, queries.shape[2],
+            height, width, scale / heads, sigma, low_quantile, high_quantile,
+            weights.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return weights
+
+
+def _all_heads(x: Tensor) -> Tensor:
+    """(B, heads, T, d) -> (B, T, heads * d), contiguous along the last axis; no copy of views of a qkv projection."""
+    x = x.transpose(1, 2).flatten(2)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
 def neighbor_mix(code: Tensor, weights: Tensor, height: int, width: int) -> Tensor:
     """out_i = sum_n weights_i[n] code[i + n]: (B, T, D) in code's dtype."""
     dtype = _working_dtype(code, weights)

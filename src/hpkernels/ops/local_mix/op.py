@@ -1,4 +1,4 @@
-"""local_mix, neighbor_weights, neighbor_mix: 3 x 3 mixing of patch codes with weights from attention."""
+"""local_mix, neighbor_weights, neighbor_weights_qk, neighbor_mix: 3 x 3 mixing of patch codes with weights from attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels._checks import check_float_tensor, check_positive, check_rate, describe
+from hpkernels._checks import check_finite, check_float_tensor, check_positive, check_rate, describe
 from hpkernels.ops._autograd import refuse_second_backward
 from hpkernels.ops.local_mix import reference
 
@@ -15,7 +15,7 @@ SIGMA = 28.0  # the published constant: the square root of the number of tokens 
 
 def local_mix(
     code: Tensor,
-    attention: Tensor,
+    attention: Tensor | tuple[Tensor, Tensor],
     grid: tuple[int, int],
     *,
     sigma: float | None = None,
@@ -28,7 +28,8 @@ def local_mix(
     Args:
         code: (B, T, D) or (B, D, H, W). The gradient flows to it.
         attention: last-block LOGITS, (B, heads, T, T) or (B, T, T), prefix tokens removed. A constant added to a row
-            changes nothing, so from a softmaxed map pass `attention.float().log()`. No gradient.
+            changes nothing, so from a softmaxed map pass `attention.float().log()`. Or the pair (queries, keys) that
+            makes them, each (B, heads, T, d), as in `neighbor_weights_qk`. No gradient.
         grid: (H, W), H * W = T.
         sigma: factor of the weights; None means 28, the published constant.
         low_quantile, high_quantile: each row of logits is clamped to this range first.
@@ -40,9 +41,13 @@ def local_mix(
     height, width = _check_grid(grid)
     if code.ndim == 4 and tuple(code.shape[2:]) != (height, width):
         raise ValueError(f"code: expected (B, D, {height}, {width}) for grid {tuple(grid)}, got {describe(code)}")
-    weights = neighbor_weights(
-        attention, grid, sigma=sigma, low_quantile=low_quantile, high_quantile=high_quantile, backend=backend
-    )
+    options = dict(sigma=sigma, low_quantile=low_quantile, high_quantile=high_quantile, backend=backend)
+    if isinstance(attention, (tuple, list)):
+        if len(attention) != 2:
+            raise ValueError(f"attention: expected logits or a pair (queries, keys), got {len(attention)} entries")
+        weights = neighbor_weights_qk(*attention, grid, **options)
+    else:
+        weights = neighbor_weights(attention, grid, **options)
     if code.ndim == 3:
         return neighbor_mix(code, weights, grid, backend=backend)
     rows = code.flatten(2).transpose(1, 2)
@@ -73,12 +78,50 @@ def neighbor_weights(
         )
     if attention.ndim == 4 and attention.shape[1] == 0:
         raise ValueError(f"attention: expected at least one head, got {describe(attention)}")
-    sigma = SIGMA if sigma is None else check_positive("sigma", sigma)
-    low, high = check_rate("low_quantile", low_quantile), check_rate("high_quantile", high_quantile)
-    if low > high:
-        raise ValueError(f"low_quantile: expected at most high_quantile ({high}), got {low}")
+    options = _check_options(sigma, low_quantile, high_quantile)
     chosen = dispatch.choose(attention.device, backend, attention)
-    return _neighbor_weights(attention.detach(), height, width, sigma, low, high, chosen)
+    return _neighbor_weights(attention.detach(), height, width, *options, chosen)
+
+
+def neighbor_weights_qk(
+    queries: Tensor,
+    keys: Tensor,
+    grid: tuple[int, int],
+    *,
+    scale: float | None = None,
+    sigma: float | None = None,
+    low_quantile: float = 0.1,
+    high_quantile: float = 0.9,
+    backend: str | None = None,
+) -> Tensor:
+    """`neighbor_weights` of the logits a_ij = scale * mean over heads of <q_hi, k_hj>, which are never stored.
+
+    Args:
+        queries, keys: (B, heads, T, d) of the last block as they enter its product (normalised and rotated where the
+            model does so), prefix tokens removed. Their dtypes may differ. Views of one (B, tokens, 3, heads, d)
+            projection are read where they lie. No gradient.
+        scale: of the logits; None means d ** -0.5.
+        grid and the rest: as in `local_mix`.
+
+    Returns:
+        (B, T, 9) fp32 (fp64 if an operand is), as `neighbor_weights`.
+    """
+    height, width = _check_grid(grid)
+    check_float_tensor("queries", queries, ndim=4)
+    check_float_tensor("keys", keys, ndim=4, like=queries)
+    if queries.shape[2] != height * width:
+        raise ValueError(
+            f"queries: expected (B, heads, {height * width}, d) for grid {tuple(grid)} (prefix tokens removed), "
+            f"got {describe(queries)}"
+        )
+    if queries.shape[1] == 0 or queries.shape[3] == 0:
+        raise ValueError(f"queries: expected at least one head and one channel, got {describe(queries)}")
+    if keys.shape != queries.shape:
+        raise ValueError(f"keys: expected the shape of queries, {tuple(queries.shape)}, got {describe(keys)}")
+    scale = queries.shape[3] ** -0.5 if scale is None else check_positive("scale", scale)
+    options = _check_options(sigma, low_quantile, high_quantile)
+    chosen = dispatch.choose(queries.device, backend, queries, keys)
+    return _neighbor_weights_qk(queries.detach(), keys.detach(), height, width, scale, *options, chosen)
 
 
 def neighbor_mix(code: Tensor, weights: Tensor, grid: tuple[int, int], *, backend: str | None = None) -> Tensor:
@@ -112,6 +155,14 @@ def _check_grid(grid: object) -> tuple[int, int]:
     return grid[0], grid[1]
 
 
+def _check_options(sigma: object, low_quantile: object, high_quantile: object) -> tuple[float, float, float]:
+    sigma = SIGMA if sigma is None else check_positive("sigma", sigma)
+    low, high = check_rate("low_quantile", low_quantile), check_rate("high_quantile", high_quantile)
+    if low > high:
+        raise ValueError(f"low_quantile: expected at most high_quantile ({high}), got {low}")
+    return sigma, low, high
+
+
 def _check_attention_numbers(attention: Tensor) -> None:
     """NaN and +inf are errors on the CPU; -inf is an attention of zero."""
     if attention.device.type == "cpu" and attention.numel():
@@ -133,6 +184,30 @@ def _neighbor_weights(
 def _(attention, height, width, sigma, low_quantile, high_quantile, backend):
     dtype = torch.float64 if attention.dtype == torch.float64 else torch.float32
     return torch.empty((attention.shape[0], height * width, 9), dtype=dtype, device=attention.device)
+
+
+@torch.library.custom_op("hpkernels::neighbor_weights_qk", mutates_args=())
+def _neighbor_weights_qk(
+    queries: Tensor,
+    keys: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    sigma: float,
+    low_quantile: float,
+    high_quantile: float,
+    backend: str,
+) -> Tensor:
+    check_finite("queries", queries)
+    check_finite("keys", keys)
+    weights = dispatch.implementation("local_mix", backend).neighbor_weights_qk
+    return weights(queries, keys, height, width, scale, sigma, low_quantile, high_quantile)
+
+
+@_neighbor_weights_qk.register_fake
+def _(queries, keys, height, width, scale, sigma, low_quantile, high_quantile, backend):
+    dtype = torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
+    return torch.empty((queries.shape[0], height * width, 9), dtype=dtype, device=queries.device)
 
 
 @torch.library.custom_op("hpkernels::neighbor_mix", mutates_args=())

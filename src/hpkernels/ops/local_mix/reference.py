@@ -50,6 +50,30 @@ def neighbor_weights(
     return torch.where(keep, sigma * torch.exp(taps - lse), 0.0) / inside.sum(1, keepdim=True)
 
 
+def neighbor_weights_qk(
+    queries: Tensor,
+    keys: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    sigma: float,
+    low_quantile: float,
+    high_quantile: float,
+) -> Tensor:
+    """`neighbor_weights` of a_ij = scale mean_h <q_hi, k_hj>, one image's (T, T) at a time.
+
+    The mean over the heads is one product of the vectors of all heads: a = (scale / heads) Q K^T, depth heads * d.
+    """
+    dtype = torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
+    batch, heads, tokens, _ = queries.shape
+    weights = torch.empty((batch, tokens, 9), dtype=dtype, device=queries.device)
+    for image in range(batch):
+        q, k = (x[image].to(dtype).transpose(0, 1).flatten(1) for x in (queries, keys))
+        a = (scale / heads) * (q @ k.T)
+        weights[image] = neighbor_weights(a[None], height, width, sigma, low_quantile, high_quantile)[0]
+    return weights
+
+
 def neighbor_mix(code: Tensor, weights: Tensor, height: int, width: int) -> Tensor:
     """out_i = sum_n w_i[n] code[i + n]; code (B, T, D), weights (B, T, 9)."""
     dtype = torch.float64 if torch.float64 in (code.dtype, weights.dtype) else torch.float32

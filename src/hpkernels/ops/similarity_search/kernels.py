@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hpkernels import tuning
 from hpkernels.ops._triton import (
     decode_keys,
     dtype_class,
@@ -29,17 +30,19 @@ from hpkernels.ops._triton import (
 # BLOCK_M x BLOCK_N pairs a tile, products in steps of BLOCK_K.
 _TILES = {
     "half": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    "single": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
+    "single": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
 }
-# The list of the k best takes registers, so long lists get smaller panels. Key: dtype class, slots of the list.
+# The list of the k best takes registers, so long lists get smaller panels. Key: dtype class, largest k, ascending.
 _TOPK_TILES = {
+    ("half", 1): _TILES["half"],
     ("half", 32): dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
     ("half", 256): dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
-    ("single", 32): dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
-    ("single", 256): dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
+    ("single", 32): dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=8, num_stages=2),
+    ("single", 128): dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
+    ("single", 256): dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
 }
-_SMALLEST_LIST, _LARGEST_LIST = 16, 256  # places of a list of the k best
-_KEY_BYTES = 256 << 20  # bound of the int64 keys alive at a time when k is above _LARGEST_LIST
+_SMALLEST_LIST = 16  # places of a list of the k best; the tuning tables say how many it may have
+_KEY_BYTES = 256 << 20  # bound of the int64 keys alive at a time when k is longer than a list
 _GROUP = 8
 
 
@@ -211,10 +214,10 @@ def topk_similarity(
         return queries.new_empty((n, k), dtype=torch.float32), queries.new_empty((n, k), dtype=torch.int64)
     has_groups = query_groups is not None
     groups = (query_groups.contiguous(), key_groups.contiguous()) if has_groups else (queries, keys)
-    if k > _LARGEST_LIST:
+    if k > tuning.lookup("topk_similarity", queries.dtype, c, n, queries.device)["longest_list"]:
         return _topk_unfused(queries, keys, k, exclude_self, has_groups, groups)
     kind = dtype_class(queries.dtype)
-    config = _TILES[kind] if k == 1 else _TOPK_TILES[kind, 32 if k <= 32 else 256]
+    config = next(tile for (name, longest), tile in _TOPK_TILES.items() if name == kind and k <= longest)
     panels = triton.cdiv(n, config["BLOCK_M"])
     splits, tiles_per_split = split_tiles(panels, triton.cdiv(m, config["BLOCK_N"]), queries.device)
     lists = torch.empty((n, splits * k), dtype=torch.int64, device=queries.device)
