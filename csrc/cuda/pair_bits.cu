@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kSide) symmetrize_kernel(uint32_t* bits, int64
   }
   const int64_t row = tile.row * kSide + threadIdx.x, mirror_row = mirror.row * kSide + threadIdx.x;
   if (row < rows) chunk_at(bits, row * words + tile.column * kSideWords) = own;
-  if (mirror_row < rows && tile.row != tile.column) chunk_at(bits, mirror_row * words + tile.row * kSideWords) = mirrored;
+  if (mirror_row < rows && tile.row != tile.column)
+    chunk_at(bits, mirror_row * words + tile.row * kSideWords) = mirrored;
 }
 
 // Bits (i, indices[i, n]); a block writes kListWords words of a row. An index outside [0, columns) is no pair.

@@ -62,8 +62,9 @@ def compile_kernels(source: Path, arch: str) -> dict[str, dict[str, int]]:
     """Figures of the kernels of one file, by name with its template arguments."""
     with tempfile.TemporaryDirectory() as folder:
         includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
-        command = ["nvcc", "-std=c++17", "-O3", *includes, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin",
-                   "-Xptxas", "-v", "--keep", "--keep-dir", folder, str(source), "-o", f"{folder}/kernels.cubin"]  # fmt: skip
+        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        command = ["nvcc", "-std=c++17", "-O3", *includes, target, "-cubin", "-Xptxas", "-v", "--keep", "--keep-dir",
+                   folder, str(source), "-o", f"{folder}/kernels.cubin"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{source.name} for sm_{arch}:\n{done.stderr}")
