@@ -51,8 +51,8 @@ NO_COMPILER = (
     "or name yours in the environment variable CXX."
 )
 NO_CUDA_COMPILER = (
-    "no CUDA compiler was found (nvcc in CUDA_HOME or on the PATH; an isolated build on Linux, as `pip install` makes by "
-    "default, fetches one from the package index)"
+    "no CUDA compiler was found (nvcc in CUDA_HOME or on the PATH; an isolated build on Linux, as `pip install` makes "
+    "by default, fetches one from the package index)"
 )
 
 

@@ -114,7 +114,8 @@ def test_jobs_must_be_a_number(checkout):
         ({"HPKERNELS_CUDA": "yes"}, "HPKERNELS_CUDA must be 0, 1 or auto, got 'yes'"),
         (
             {"HPKERNELS_CUDA_ARCHS": "80;hopper"},
-            "HPKERNELS_CUDA_ARCHS must list targets such as '80;90a;90-virtual', 80 or newer, got 'hopper' in '80;hopper'",
+            "HPKERNELS_CUDA_ARCHS must list targets such as '80;90a;90-virtual', 80 or newer, "
+            "got 'hopper' in '80;hopper'",
         ),
         (
             {"HPKERNELS_CUDA_ARCHS": "75"},
@@ -184,7 +185,9 @@ def test_the_cuda_extension(checkout, python_without_torch, tmp_path):
     assert {line.split()[0].partition(".so")[0] for line in needed.splitlines()} <= {
         "libc", "libm", "libstdc++", "libgcc_s", "libdl", "librt", "libpthread", "linux-vdso", *LOADERS,
     }  # fmt: skip
-    code = "import _cuda; print(_cuda.device_type, _cuda.archs, _cuda.cuda_version // 1000 >= 11, _cuda.driver_version() >= 0)"
+    code = (
+        "import _cuda as c; print(c.device_type, c.archs, c.cuda_version // 1000 >= 11, c.driver_version() >= 0)"
+    )
     loaded = run(python_without_torch, "-c", code, cwd=library.parent)
     assert loaded.stdout.split() == ["cuda", "sm_80;compute_90", "True", "True"], loaded.stderr
 

@@ -211,9 +211,9 @@ def test_info_says_what_runs_and_why_not():
         (["sm_80", "sm_90a", "compute_90"], 13000, 13020, (8, 9), None),  # sm_80 code runs on all of 8.x
         (["sm_80", "sm_90a", "compute_90"], 13000, 13000, (10, 0), None),  # from PTX
         (["sm_80"], 12080, 12020, (8, 6), None),  # any driver of the major version
-        (["sm_80", "compute_90"], 13000, 12080, (8, 0), "the driver serves CUDA up to 12.8, and the extension was built with 13.0"),
-        (["sm_80", "compute_90"], 13010, 13000, (12, 0), "for sm_120 it holds PTX of CUDA 13.1 alone, and the driver serves CUDA up to 13.0"),
-        (["sm_80", "sm_90a", "compute_90"], 13000, 13000, (7, 5), "it was built for sm_80, sm_90a, compute_90, and this GPU is sm_75"),
+        (["sm_80"], 13000, 12080, (8, 0), "the driver serves CUDA up to 12.8, and the extension was built with 13.0"),
+        (["sm_80", "compute_90"], 13010, 13000, (12, 0), "for sm_120 it holds PTX of CUDA 13.1 alone, and the driver"),
+        (["sm_80", "compute_90"], 13000, 13000, (7, 5), "it was built for sm_80, compute_90, and this GPU is sm_75"),
         (["sm_90a"], 13000, 13000, (10, 3), "it was built for sm_90a, and this GPU is sm_103"),
         (["sm_86"], 13000, 13000, (8, 0), "it was built for sm_86, and this GPU is sm_80"),
         (["compute_90a"], 13000, 13000, (10, 0), "it was built for compute_90a, and this GPU is sm_100"),

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kWarpThreads) neighbor_mix_kernel(MixJob<T> jo
   const auto load = [&](int dy, int x) {
     if (!grid.has(y + dy, x)) return Chunk{};
     const int64_t token = image_row + dy * grid.width + x;
-    return *reinterpret_cast<const Chunk*>(job.code + (token * job.chunks + chunk) * kVector<T>);
+    return load_packed<16>(job.code + (token * job.chunks + chunk) * kVector<T>);
   };
   Chunk window[3][3];  // [dy][dx]
 #pragma unroll

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kWarpThreads) count_bits_kernel(const uint32_t
   if (row >= rows) return;
   int count = 0;
   for (int64_t w = threadIdx.x % 32 * kSideWords; w < words; w += 32 * kSideWords) {
-    const Chunk chunk = *reinterpret_cast<const Chunk*>(bits + row * words + w);
+    const Chunk chunk = load_packed<16>(bits + row * words + w);
 #pragma unroll
     for (int e = 0; e < kSideWords; ++e) count += __popc(chunk.word[e]);
   }
@@ -84,7 +84,7 @@ __device__ inline void turn(const Chunk& row, Chunk* turned) {
 __device__ inline Chunk row_of_tile(const uint32_t* bits, int64_t rows, int64_t words, const TilePlace& tile) {
   const int64_t row = tile.row * kSide + threadIdx.x;
   if (row >= rows) return Chunk{};
-  return *reinterpret_cast<const Chunk*>(bits + row * words + tile.column * kSideWords);
+  return load_packed<16>(bits + row * words + tile.column * kSideWords);
 }
 
 // out (columns, words(rows)) = the transpose; one block, one tile. Join: joined to what out holds, whose row c is row
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kSide) transpose_bits_kernel(const uint32_t* b
   Chunk& target = chunk_at(out, column * words_per_row(rows) + first_word);
   Chunk chunk = turned[threadIdx.x];
   if constexpr (Join) {
-    const Chunk held = target;
+    const Chunk held = load_packed<16>(target.word);
     const int64_t diagonal = first_row + column;
 #pragma unroll
     for (int w = 0; w < kSideWords; ++w) {

@@ -21,6 +21,19 @@ struct alignas(Bytes) Packed {
 template <class T, int N>
 using PackedOf = Packed<N * int(sizeof(T))>;
 
+// One load, which the compiler does not split as it may that of a struct.
+template <int Bytes>
+__device__ inline Packed<Bytes> load_packed(const void* from) {
+  if constexpr (Bytes == 16) {
+    const uint4 words = *static_cast<const uint4*>(from);
+    return {words.x, words.y, words.z, words.w};
+  } else {
+    static_assert(Bytes == 8);
+    const uint2 words = *static_cast<const uint2*>(from);
+    return {words.x, words.y};
+  }
+}
+
 // v = N elements as they lie in memory.
 template <class T, int N>
 __device__ inline void widen(float (&v)[N], const PackedOf<T, N>& packed) {
@@ -35,7 +48,7 @@ __device__ inline void widen(float (&v)[N], const PackedOf<T, N>& packed) {
 template <class T, int N>
 __device__ inline void load_wide(float (&v)[N], const T* from) {
   if constexpr (N == 1) v[0] = to_float(*from);
-  else widen<T, N>(v, *reinterpret_cast<const PackedOf<T, N>*>(from));
+  else widen<T, N>(v, load_packed<N * int(sizeof(T))>(from));
 }
 
 template <class T, int N>

@@ -53,7 +53,7 @@ def _cuda_problem(device: str) -> str | None:
 _cuda_problem._dynamo_marked_constant = True
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_problem_of(device: str) -> str | None:
     extension = importlib.import_module("hpkernels._cuda")
     if extension.device_type != "cuda":
@@ -139,7 +139,7 @@ def choose(device: torch.device, backend: str | None = None, *tensors: torch.Ten
     return "reference"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def implementation(op: str, backend: str) -> ModuleType:
     """The module that holds `backend`'s functions of op folder `op`."""
     return importlib.import_module(f"hpkernels.ops.{op}.{_MODULES[backend]}")

@@ -1,4 +1,4 @@
-"""hpkernels._cuda for the CPU: the sources of csrc/cuda compiled against tests/cuda_shim, once for all workers of a run.
+"""hpkernels._cuda for the CPU: the sources of csrc/cuda compiled against tests/cuda_shim, once a run for all workers.
 
 The fixtures are the modules hpkernels.ops.<op>.cuda on that library: they take CPU tensors, and so does
 `backend="cuda"`.
@@ -34,7 +34,8 @@ def build_shim(folder: Path) -> Path:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            includes = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda", pybind11.get_include(), sysconfig.get_path("include"))
+            ours = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda")
+            includes = (*ours, pybind11.get_include(), sysconfig.get_path("include"))
             compiler = ["g++", *FLAGS, *(f"-I{path}" for path in includes), "-x", "c++"]
             sources = [path for pattern in ("*.cu", "*.cpp") for path in sorted((ROOT / "csrc/cuda").glob(pattern))]
             objects = [str(folder / f"{source.name}.o") for source in sources]

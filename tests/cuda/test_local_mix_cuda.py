@@ -100,7 +100,9 @@ def test_weights_from_queries_and_keys(local_mix, monkeypatch, grid, heads, dept
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("grid, width", [((1, 1), 16), ((1, 19), 48), ((7, 9), 24), ((3, 8), 7), ((10, 3), 520)], ids=str)
+@pytest.mark.parametrize(
+    "grid, width", [((1, 1), 16), ((1, 19), 48), ((7, 9), 24), ((3, 8), 7), ((10, 3), 520)], ids=str
+)
 def test_mix_and_gradients(local_mix, grid, width, dtype):
     tokens = grid[0] * grid[1]
     code, grad_out = torch.randn(2, 2, tokens, width).to(dtype)

@@ -57,8 +57,8 @@ def test_loss_equals_the_reference(rate: float):
     for backend in ("cuda", "reference"):
         z = p["z"].clone().requires_grad_()
         loss = hk.hidden_positive_loss(
-            z, p["features"], p["pool"], z_local=p["z_local"], head_features=p["head"], head_pool=p["pool"], head_weight=0.5,
-            tokens_per_image=12, negative_rate=rate, seed=1, backend=backend,
+            z, p["features"], p["pool"], z_local=p["z_local"], head_features=p["head"], head_pool=p["pool"],
+            head_weight=0.5, tokens_per_image=12, negative_rate=rate, seed=1, backend=backend,
         )  # fmt: skip
         loss.backward()
         losses.append(loss.detach())

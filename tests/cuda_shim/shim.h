@@ -163,6 +163,12 @@ inline int __ffs(uint32_t word) { return __builtin_ffs(static_cast<int>(word)); 
 struct float2 {
   float x, y;
 };
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
 
 inline int atomicAdd(int* address, int value) {
   const int before = *address;

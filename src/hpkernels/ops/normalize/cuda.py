@@ -1,4 +1,4 @@
-"""Rows divided by their Euclidean norm, on `hpkernels._cuda`: arithmetic in fp32, each row summed in one fixed order."""
+"""Rows divided by their Euclidean norm, on `hpkernels._cuda`: arithmetic in fp32, rows summed in one fixed order."""
 
 from __future__ import annotations
 

@@ -6,15 +6,13 @@ k best; a row's maximum is NaN if one of its products is.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from hpkernels import _cuda
 from hpkernels._bits import words
+from hpkernels.ops._cuda import SUFFIX, common_dtype, launch, processor_count, require_supported, whole_chunks
 
-_SUFFIX = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _TILE = 128  # rows and columns of a tile, csrc/cuda/tile.cuh
 _LARGEST_LIST = 256  # k of the fused search; above it ordered keys go through torch.topk
 _KEY_BYTES = 256 << 20  # bound of the ordered keys alive at a time for larger k
@@ -116,21 +114,11 @@ def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype, contiguous, their rows widened with zeros to whole 16-byte chunks."""
-    for x in (a, b):
-        if x.dtype not in _SUFFIX:
-            raise TypeError(
-                f"the cuda backend takes float16, bfloat16 or float32, got {x.dtype}; backend='reference' takes float64"
-            )
-    dtype = a.dtype if a.dtype == b.dtype else torch.float32
-    prepared = _padded(a.to(dtype))
-    return prepared, prepared if b is a else _padded(b.to(dtype))
-
-
-def _padded(x: Tensor) -> Tensor:
-    missing = -x.shape[1] % (16 // x.element_size())
-    x = torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()  # a view may begin between two chunks
+    """Both in one dtype, their rows whole 16-byte chunks."""
+    require_supported(queries=a, keys=b)
+    dtype = common_dtype(a, b)
+    prepared = whole_chunks(a.to(dtype))
+    return prepared, prepared if b is a else whole_chunks(b.to(dtype))
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
@@ -139,14 +127,9 @@ def _rows(x: Tensor) -> tuple[int, int]:
 
 def _splits(queries: Tensor, keys: Tensor) -> int:
     """Shares of the keys, so that the row panels fill the device twice; depends on shapes and the device only."""
-    device = queries.device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     panels = max(1, -(-len(queries) // _TILE))
-    return min(max(1, 2 * processors // panels), -(-len(keys) // _TILE))
+    return min(max(1, 2 * processor_count(queries.device) // panels), -(-len(keys) // _TILE))
 
 
 def _launch(function: str, x: Tensor, *arguments: int) -> None:
-    """Calls `function` for x's dtype, on x's device and its current stream."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        getattr(_cuda, f"{function}_{_SUFFIX[x.dtype]}")(*arguments, stream)
+    launch(getattr(_cuda, f"{function}_{SUFFIX[x.dtype]}"), x.device, *arguments)
