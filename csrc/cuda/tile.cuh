@@ -21,6 +21,10 @@ constexpr int kTile = 128;          // rows and columns of the common tile
 constexpr int kTileThreads = 256;
 constexpr int kRowBytes = 128;      // of a row in a step
 
+// Of kernels whose blocks are to share a multiprocessor: 128 registers a thread, too few for fp32 without spills.
+template <class T>
+constexpr int kBlocksPerMultiprocessor = std::is_same_v<T, float> ? 1 : 2;
+
 // The rows and columns of a tile that this thread holds: acc[m][n][2 * h + b] belongs to (row(m, h), column(n, b)).
 // Over (n, b) in order the columns ascend. WarpRows x WarpColumns warps have 16 M x 8 N products each; N is even.
 template <int WarpRows, int WarpColumns, int M, int N>
