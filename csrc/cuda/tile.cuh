@@ -1,9 +1,9 @@
 // Tiles of s_ij = <a_i, b_j> in fp32, by 8 warps: 128 x 128 products, or another shape.
 //
 // Operands are row-major with rows of whole 16-byte chunks, fewer than 2^31 - 128 of them (offsets are 64-bit). A step
-// brings 128 bytes of each row of the tile into one of `Stages` buffers by asynchronous copies; chunk c of row r lies at
-// chunk c ^ (r % 8), so that neither ldmatrix nor the fp32 loads meet bank conflicts. Rows past the end repeat the last
-// row (the caller ignores their products); chunks past the end of a row are zero.
+// brings 128 bytes of each row of the tile into one of `Stages` buffers by asynchronous copies; chunk c of row r lies
+// at chunk c ^ (r % 8), so that neither ldmatrix nor the fp32 loads meet bank conflicts. Rows past the end repeat the
+// last row (the caller ignores their products); chunks past the end of a row are zero.
 //
 // Every s_ij is one sum in ascending order of the depth, whatever tile or warp computes it: equal for all tilings, and
 // s_ij = s_ji bit for bit. bf16 and fp16 run on the matrix units (m16n8k16), fp32 in IEEE fused multiply-adds.
