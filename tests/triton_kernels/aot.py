@@ -35,6 +35,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hpkernels import tuning
+from tests.triton_kernels.offsets import narrow_offsets
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "aot.json"
@@ -243,6 +244,7 @@ def resources(kernel: object) -> dict[str, int]:
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "products": kernel.asm["ttir"].count("tt.dot "),
+        "narrow_offsets": len(narrow_offsets(kernel.asm["ttir"])),
     }
     return common | (_amd_resources(kernel) if "amdgcn" in kernel.asm else _nvidia_resources(kernel))
 
@@ -290,6 +292,8 @@ def faults(name: str, arch: str, figures: dict[str, int]) -> list[str]:
         found.append(f"{figures['shared']} bytes of shared memory, {SHARED_LIMIT[arch]} usable")
     if figures["stack"]:
         found.append(f"{figures['stack']} bytes of stack: registers are spilled")
+    if figures["narrow_offsets"]:
+        found.append(f"{figures['narrow_offsets']} offsets are products of 32 bits")
     half = name.split()[1] in ("float16", "bfloat16")
     if figures["products"] and not figures["loads_16"]:
         found.append("no load of 16 bytes")

@@ -5,10 +5,12 @@ ids, loaded numbers), and products add theirs. A row is degree 1, row * stride i
 neither factor does, so no number of degree 2 may be widened to 64 bits or added to a pointer as it is.
 
     a * b           the sum of both         a // b    less by b's, but an index stays an index
-    a % b, min      the smaller             a - b     a's: what is subtracted is no larger
-    a + b, other    the larger              a loop's counter: that of its end
+    a % b           an index, if a is       a - b     a's: what is subtracted is no larger
+    min             the smaller             a + b     the larger, as of all other operations
+    loaded, counted 1                       a loop's counter: that of its end
 
-An index times a constant counts as an index, and a product that is clamped again (a row R t + b, at most N) as well.
+An index times a constant counts as an index. So does the row R t + b of a token position: R, the tokens of an image, is
+degree 0. Numbers of 64 bits have no degree. Names that sibling blocks share are taken together, at their largest.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import re
 _NAME = r"%[\w$.-]+(?:#\d+)?"
 _RESULT = re.compile(r"^(%[\w$.-]+)(?::\d+)? = \"?([\w.]+)\"?(.*)$")
 _LOCATION = re.compile(r"\s*loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
+_PERIOD = "%R"
 _LOOPS = ("scf.for", "scf.while", "scf.if")
 
 
@@ -25,7 +28,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     """The lines that widen, or add to a pointer, a 32-bit product of two runtime numbers."""
     lines = [_LOCATION.sub("", line.strip()) for line in ttir.splitlines() if not line.startswith("#")]
     function = next(line for line in lines if line.startswith("tt.func"))
-    degrees = dict.fromkeys(re.findall(r"(%\w+): i\d+", function), 1)
+    degrees = {name: int(name != _PERIOD) for name in re.findall(r"(%\w+): i\d+", function)}
     while True:  # until the numbers that loops carry no longer grow
         before = dict(degrees)
         found = _walk(lines, degrees)
@@ -69,7 +72,7 @@ def _walk(lines: list[str], degrees: dict[str, int]) -> list[str]:
                 join(name, degrees.get(f"{regions[-1][0]}#{n}", 0))
         elif result:
             operands = [degrees.get(name, 0) for name in names]
-            join(result, _degree(operation, operands))
+            join(result, 0 if re.search(r"\bi64>?$|xi64>?$", rest) else _degree(operation, operands))
             widened = operation in ("arith.extsi", "arith.extui") and re.search(r"to (tensor<[\dx]+x)?i64>?$", rest)
             added = operation == "tt.addptr" and re.search(r"i32>?$", rest)
             if (widened or added) and operands[-1] > 1:
@@ -90,7 +93,9 @@ def _degree(operation: str, operands: list[int]) -> int:
         return sum(operands)
     if operation in ("arith.divsi", "arith.divui"):
         return max(min(operands[0], 1), operands[0] - operands[1])
-    if operation in ("arith.remsi", "arith.remui", "arith.minsi", "arith.minui"):
+    if operation in ("arith.remsi", "arith.remui"):
+        return min(operands[0], 1)
+    if operation in ("arith.minsi", "arith.minui"):
         return min(operands)
     if operation == "arith.subi":
         return operands[0]

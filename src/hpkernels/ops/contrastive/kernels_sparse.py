@@ -531,6 +531,6 @@ def grad(
                     x[s], side.bits, side.counts, side.starts, negative_lists.starts, negative_lists.capacity,
                     window, side.workspace, lse2[s], grad_lse[s], partial, out_scale, out[s],
                     out.shape[2], first_row, total, d, period, side.bits.stride(0), scale,
-                    BLOCK_D=triton.next_power_of_2(d), BLOCK_R=16, BLOCK_S=_SUM_ROWS, num_warps=4,
+                    BLOCK_D=triton.next_power_of_2(d), BLOCK_R=16, BLOCK_S=_SUM_ROWS, num_warps=2 if d <= 256 else 4,
                 )  # fmt: skip
     return out
