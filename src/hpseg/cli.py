@@ -20,6 +20,7 @@ VERBS = {
 HELP = {
     "classes": "clusters to find",
     "backbone": "'embedded' or any timm ViT, such as vit_small_patch8_224.dino",
+    "root": "folder of the named data set",
     "weights": "local checkpoint for the backbone (timm or DINO key names)",
     "preset": "settings to start from",
     "size": "side of the square training crop in pixels",
@@ -59,7 +60,7 @@ def add_setting_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] 
 
 def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
     if verb == "train":
-        parser.add_argument("images", help="folder of photographs, searched recursively")
+        parser.add_argument("images", help="folder of photographs, searched recursively, or the name of a data set")
         parser.add_argument("--out", required=True, help="folder for the run")
         parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
         parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -76,7 +77,9 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--device", default="auto")
     elif verb == "eval":
         parser.add_argument("run", help="folder made by `hpseg train`")
-        parser.add_argument("data", help="folder with images/ and labels/, paired by stem")
+        parser.add_argument("data", help="name of a data set, or a folder with images/ and labels/, paired by stem")
+        parser.add_argument("--root", help="folder of the named data set")
+        parser.add_argument("--split", default="val", help="of the named data set: train or val (default val)")
         parser.add_argument(
             "--fit-on", metavar="PHOTOS", help="photographs k-means is fitted to (default: the run's own)"
         )

@@ -20,7 +20,8 @@ class Config:
     """Everything that decides the result of `hpseg train`. Lengths are in pixels, rates are per step."""
 
     # What is trained, and on what
-    images: str = ""  # folder of photographs, searched recursively
+    images: str = ""  # folder of photographs, searched recursively, or a data set's name
+    root: str | None = None  # folder of the named data set
     classes: int = 27  # clusters to find
     preset: str = "small"  # where the values below came from
     backbone: str = "embedded"  # "embedded", or any timm ViT by name

@@ -18,7 +18,8 @@ from hpseg.backbones import load_backbone, pick_device
 from hpseg.checkpoints import Log, open_run, save_model, save_state, write_json
 from hpseg.clustering import spherical_kmeans
 from hpseg.config import UsageError, make_config
-from hpseg.data.folder import PhotoFolder, epoch_batches, find_images, hash_seed
+from hpseg.data.folder import PhotoFolder, epoch_batches, hash_seed
+from hpseg.data.labelled import NAMES, training_images
 from hpseg.encoder import Encoder
 from hpseg.methods.hp import HiddenPositives, lambda_at
 from hpseg.pools import draw_tokens
@@ -37,18 +38,24 @@ def train(
 ) -> dict:
     """Trains Hidden Positives on the photographs in `images` and writes the run folder `out`; returns its results.
 
+    images: a folder, searched recursively, or the name of a data set (hpseg.data.labelled.NAMES) found in `root`.
     settings: fields of `hpseg.config.Config`, for example classes=8, steps=400, backbone="vit_small_patch8_224.dino".
     """
     out = Path(out)
     if settings.get("weights") is not None:
         settings["weights"] = str(Path(settings["weights"]).resolve())
-    config = make_config(**{**settings, "images": str(Path(images).resolve())})
-    files = find_images(config.images)
+    if settings.get("root") is not None:
+        settings["root"] = str(Path(settings["root"]).resolve())
+    if str(images) not in NAMES:
+        images = Path(images).resolve()
+    config = make_config(**{**settings, "images": str(images)})
+    files, read = training_images(config.images, config.root)
     device = pick_device(config.device)
     backbone = load_backbone(config.backbone, config.weights, dtype=config.dtype).to(device)
     state = open_run(out, config, resume, overwrite)
 
-    dataset = PhotoFolder(files, backbone.snap(config.size), config.crop, config.seed, config.consistency_weight > 0)
+    with_jitter = config.consistency_weight > 0
+    dataset = PhotoFolder(files, backbone.snap(config.size), config.crop, config.seed, with_jitter, read)
     batch_size = min(config.batch_size, len(dataset))
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     say(

@@ -11,7 +11,8 @@ from tiny import paint
 
 from hpseg.clustering import spherical_kmeans
 from hpseg.config import UsageError
-from hpseg.evaluation.evaluate import evaluate, find_pairs, format_table, read_label
+from hpseg.data.labelled import open_folder, read_ids
+from hpseg.evaluation.evaluate import evaluate, format_table
 from hpseg.evaluation.metrics import confusion, match_and_score
 
 
@@ -105,18 +106,18 @@ def test_eval(run, tree):
 
 
 def test_pairs_and_labels(tree, tmp_path):
-    assert [image.name for image, _ in find_pairs(tree)] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [image.name for image in open_folder(tree).images] == ["a.jpg", "b.jpg", "c.jpg"]
     (tree / "labels" / "b.png").unlink()
-    assert len(find_pairs(tree)) == 2
+    assert len(open_folder(tree).pairs) == 2
     picture = Image.fromarray(np.array([[0, 2]], np.uint8))
     picture.putpalette([5, 5, 5, 6, 6, 6, 7, 7, 7])
     picture.save(tmp_path / "p.png")
-    assert read_label(tmp_path / "p.png").tolist() == [[0, 2]]
+    assert read_ids(tmp_path / "p.png").tolist() == [[0, 2]]
     paint(4, 4, 0).save(tmp_path / "rgb.png")
     with pytest.raises(UsageError, match="expected one channel of class ids"):
-        read_label(tmp_path / "rgb.png")
+        read_ids(tmp_path / "rgb.png")
     with pytest.raises(UsageError, match="expected folders images/ and labels/"):
-        find_pairs(tmp_path)
+        open_folder(tmp_path)
 
 
 def test_eval_refuses_labels_of_another_size(run, tree):
@@ -130,8 +131,8 @@ def test_runs_are_scored_as_they_predict(run, tree):
     from hpseg.evaluation.evaluate import evaluate_runs
 
     segmenter, counts = hpseg.load(run, device="cpu"), np.zeros((3, 4), np.int64)
-    for image, label in find_pairs(tree):
-        counts += confusion(segmenter.predict(image), read_label(label), 3, 4)
+    for image, label in open_folder(tree).pairs:
+        counts += confusion(segmenter.predict(image), read_ids(label), 3, 4)
     scores = match_and_score(counts[:, [0, 3]])
     both = evaluate_runs([run, run], tree, device="cpu")
     assert [results["trained"]["miou"] for results in both] == pytest.approx([scores.miou] * 2)

@@ -106,6 +106,16 @@ def _require_files(name: str, paths: list[Path]) -> None:
         )
 
 
+def training_images(images: str, root: str | None) -> tuple[list[Path], Callable[[Path], Image.Image]]:
+    """The pictures to train on, without a look at labels, and what reads one of them."""
+    if images in NAMES:
+        found = open_named(images, root, "train")
+        return found.images, found.load_image
+    if root is not None:
+        raise UsageError(f"root: goes with a data set's name ({', '.join(NAMES)}), got the folder {images!r}")
+    return find_images(images), load_image
+
+
 def require(root: Path, *parts: str, name: str) -> Path:
     """root/parts, which must exist; the error says what was looked for and what is there."""
     path = root.joinpath(*parts)

@@ -1,12 +1,11 @@
 """`hpseg eval RUN DATA`: the trained head beside k-means on the very features it was trained on.
 
-DATA holds `images/` and `labels/`, paired by stem. Labels are single-channel pictures of class ids; ids of `void` and
-above the number of classes do not count. `classes.json` with {"classes": [names]} beside them names the classes.
+DATA is the name of a data set (`--root` says where it is) or a folder with `images/` and `labels/`, see
+hpseg.data.labelled.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -23,45 +21,12 @@ from hpseg.checkpoints import write_json
 from hpseg.clustering import spherical_kmeans
 from hpseg.config import UsageError
 from hpseg.data.folder import find_images
+from hpseg.data.labelled import LabelledSet, open_data, training_images
 from hpseg.data.transforms import UnreadableImage, load_image
 from hpseg.evaluation.metrics import confusion, match_and_score
 from hpseg.predict import Segmenter, label_map, load
 
 KMEANS_ROWS = 65_536
-
-
-def find_pairs(data: str | Path) -> list[tuple[Path, Path]]:
-    """(image, label) paths under DATA/images and DATA/labels with the same path below them up to the ending."""
-    root = Path(data)
-    for part in ("images", "labels"):
-        if not (root / part).is_dir():
-            held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) if root.is_dir() else "no such folder"
-            raise UsageError(f"data: expected folders images/ and labels/ in {str(root)!r}, found: {held}")
-    images, labels = (
-        {path.relative_to(root / part).with_suffix(""): path for path in find_images(root / part)}
-        for part in ("images", "labels")
-    )
-    pairs = [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
-    if not pairs:
-        raise UsageError(
-            f"data: no image in {root / 'images'} has a label of the same name in {root / 'labels'}; "
-            f"for example {min(images)} and {min(labels)}"
-        )
-    if len(pairs) < len(images):
-        print(f"{len(images) - len(pairs)} of {len(images)} images have no label and are left out", file=sys.stderr)
-    return pairs
-
-
-def read_label(path: Path) -> np.ndarray:
-    """Class ids (H, W) as they are stored, without turning palette indices into colours."""
-    with Image.open(path) as picture:
-        ids = np.asarray(picture)
-    if ids.ndim != 2:
-        raise UsageError(
-            f"labels: {path} is a {picture.mode} picture, expected one channel of class ids (palette or gray)"
-        )
-    return ids.astype(np.int64)
-
 
 # Descriptions (1, rows, columns, C) of a picture -> maps (1, K, rows, columns), of which the largest decides.
 Segments = Callable[[Tensor], Tensor]
@@ -108,6 +73,8 @@ def evaluate_runs(
     runs: list[str | Path],
     data: str | Path,
     *,
+    root: str | Path | None = None,
+    split: str = "val",
     fit_on: str | Path | None = None,
     void: int = 255,
     rgb: bool = False,
@@ -120,14 +87,16 @@ def evaluate_runs(
     `fit_on` (by default the runs' own training images: what the head saw, no more); k-means of run r is seeded with
     seed + r. `rgb` adds k-means on standardised colour means of patches.
     """
-    pairs, segmenters = find_pairs(data), [load(run, device) for run in runs]
+    labelled, segmenters = open_data(data, root, split, void), [load(run, device) for run in runs]
     first, config = segmenters[0], segmenters[0].config
     for other in segmenters[1:]:
         if other.backbone.fingerprint != first.backbone.fingerprint or other.config.predict_size != config.predict_size:
             raise UsageError(f"runs: {runs} differ in backbone or prediction size; evaluate them one by one")
-    fit_on = Path(fit_on or config.images)
-    if not fit_on.is_dir():
-        raise UsageError(f"fit_on: no folder {fit_on}; name the photographs that k-means is to be fitted to")
+    if fit_on is None:
+        fit_on = config.images
+        files, read = training_images(config.images, config.root)
+    else:
+        files, read = find_images(fit_on), load_image
 
     def describe(pixels: Tensor) -> dict[str, Tensor]:
         tokens = first.backbone(pixels)
@@ -137,11 +106,10 @@ def evaluate_runs(
             described["rgb"] = ((means - first.backbone.mean) / first.backbone.std).movedim(1, -1)
         return described
 
-    files = find_images(fit_on)
     each, rng, rows = math.ceil(KMEANS_ROWS / len(files)), torch.Generator().manual_seed(seed), []
     for path in tqdm(files, desc="fit", unit="image", disable=None, leave=False):
         try:
-            described = describe(first.prepare(path)[0])
+            described = describe(first.prepare(read(path))[0])
         except UnreadableImage as error:
             print(f"skipped {error}", file=sys.stderr)
             continue
@@ -161,19 +129,13 @@ def evaluate_runs(
         for segmenter, of_run in zip(segmenters, methods, strict=True)
     ]
     scored = 0
-    for image_path, label_path in tqdm(pairs, desc="eval", unit="image", disable=None, leave=False):
+    for image_path, label_path in tqdm(labelled.pairs, desc="eval", unit="image", disable=None, leave=False):
         try:
-            picture = load_image(image_path)
+            picture = labelled.load_image(image_path)
         except UnreadableImage as error:
             print(f"skipped {error}", file=sys.stderr)
             continue
-        truth = read_label(label_path)
-        if truth.shape != (picture.height, picture.width):
-            raise UsageError(
-                f"labels: {label_path} is {truth.shape[1]} x {truth.shape[0]} pixels, its image "
-                f"{picture.width} x {picture.height}"
-            )
-        truth = np.where(truth == void, -1, truth)
+        truth = labelled.labels(label_path, picture.size)
         pixels, size = first.prepare(picture)
         described = describe(pixels)
         for of_run, totals in zip(methods, counts, strict=True):
@@ -181,17 +143,17 @@ def evaluate_runs(
                 totals[name] += confusion(label_map(segments(described[source]), size), truth, len(totals[name]), 256)
         scored += 1
     return [
-        _report(totals, Path(data), {"data": str(data), "fit_on": str(fit_on), "images": scored, "seed": seed + number})
+        _report(totals, labelled, {"data": str(data), "fit_on": str(fit_on), "images": scored, "seed": seed + number})
         for number, totals in enumerate(counts)
     ]
 
 
-def _report(counts: dict[str, np.ndarray], data: Path, facts: dict) -> dict:
+def _report(counts: dict[str, np.ndarray], labelled: LabelledSet, facts: dict) -> dict:
     """Scores of every confusion matrix (clusters, 256) over the classes that occur."""
     occurring = np.flatnonzero(counts["trained"].sum(0))
     if not len(occurring):
-        raise UsageError(f"data: no labelled pixel in {data}")
-    names = class_names(data, int(occurring[-1]) + 1)
+        raise UsageError(f"data: no labelled pixel in {labelled.name}")
+    names = labelled.classes + [str(number) for number in range(len(labelled.classes), int(occurring[-1]) + 1)]
     results = {
         **facts,
         "clusters": len(counts["trained"]),
@@ -207,15 +169,6 @@ def _report(counts: dict[str, np.ndarray], data: Path, facts: dict) -> dict:
             "cluster_of": scores.cluster_of.tolist(),
         }
     return results
-
-
-def class_names(data: Path, at_least: int) -> list[str]:
-    """Names from DATA/classes.json, numbers for the rest."""
-    names: list[str] = []
-    if (data / "classes.json").is_file():
-        content = json.loads((data / "classes.json").read_text())
-        names = [str(name) for name in (content.get("classes", []) if isinstance(content, dict) else content)]
-    return names + [str(number) for number in range(len(names), at_least)]
 
 
 TITLES = {"trained": "trained head", "kmeans_features": "k-means, frozen features", "kmeans_rgb": "k-means, RGB"}
