@@ -74,6 +74,7 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--overlay", type=float, metavar="ALPHA", help="also write overlays of this opacity, 0 to 1"
         )
+        parser.add_argument("--crf", action="store_true", help="sharpen the regions with a dense CRF")
         parser.add_argument("--device", default="auto")
     elif verb == "eval":
         parser.add_argument("run", help="folder made by `hpseg train`")
@@ -85,6 +86,13 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
         )
         parser.add_argument("--void", type=int, default=255, help="label id that does not count (default 255)")
         parser.add_argument("--rgb", action="store_true", help="add k-means on colours as a second baseline")
+        parser.add_argument(
+            "--protocol", default="default", choices=("default", "stego"), help="how pictures are brought to size"
+        )
+        parser.add_argument(
+            "--flip", action=argparse.BooleanOptionalAction, help="average codes with those of the mirror image"
+        )
+        parser.add_argument("--crf", action="store_true", help="score the trained head after a dense CRF, too")
         parser.add_argument("--seed", type=int, default=0, help="of k-means")
         parser.add_argument("--device", default="auto")
     else:
@@ -108,7 +116,7 @@ def run(verb: str, args: argparse.Namespace) -> int | None:
     elif verb == "predict":
         from hpseg.predict import predict_files
 
-        skipped = predict_files(args.run, args.images, args.out, args.overlay, args.device)
+        skipped = predict_files(args.run, args.images, args.out, args.overlay, args.device, args.crf)
         if skipped:
             print(f"{len(skipped)} unreadable pictures were skipped", file=sys.stderr)
     elif verb == "eval":

@@ -22,6 +22,7 @@ class Config:
     # What is trained, and on what
     images: str = ""  # folder of photographs, searched recursively, or a data set's name
     root: str | None = None  # folder of the named data set
+    method: str = "hp"  # the published method, a file of hpseg.methods
     classes: int = 27  # clusters to find
     preset: str = "small"  # where the values below came from
     backbone: str = "embedded"  # "embedded", or any timm ViT by name
@@ -128,6 +129,7 @@ _AT_LEAST = {
     "save_every": 1,
 }
 CHOICES = {
+    "method": ("hp",),
     "crop": ("center", "random", "five"),
     "dtype": ("fp32", "bf16"),
     "clusters": ("probe", "kmeans"),

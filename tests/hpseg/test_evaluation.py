@@ -137,3 +137,58 @@ def test_runs_are_scored_as_they_predict(run, tree):
     both = evaluate_runs([run, run], tree, device="cpu")
     assert [results["trained"]["miou"] for results in both] == pytest.approx([scores.miou] * 2)
     assert both[0]["trained"]["iou"] == pytest.approx(scores.iou.tolist()) and both[1]["seed"] == 1
+
+
+def test_stego_protocol_is_the_published_resize_and_crop():
+    """Nearest neighbour to a short side of 320, then the central square, for picture and labels alike."""
+    from hpseg.evaluation.protocols import stego
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(-1, 27, (427, 601))
+    picture = Image.fromarray(rng.integers(0, 256, (427, 601, 3), np.uint8))
+    view = stego(picture, labels, 224, 8)
+    long_side = int(320 * 601 / 427)
+    rows, columns = (
+        np.floor((np.arange(n) + 0.5) * full / n).astype(int) for n, full in ((320, 427), (long_side, 601))
+    )
+    left = round((long_side - 320) / 2)
+    expected = labels[rows][:, columns][:, left : left + 320]
+    assert np.array_equal(view.truth, expected)
+    assert np.array_equal(np.asarray(view.shown), np.asarray(picture)[rows][:, columns][:, left : left + 320])
+    assert view.shown is view.picture
+
+
+def test_flip_and_crf(run, tree):
+    results = evaluate(run, tree, protocol="stego", flip=True, crf=True, device="cpu")
+    assert results["flip"] is True and results["protocol"] == "stego"
+    assert 0 <= results["trained_crf"]["miou"] <= 100 and "trained head + CRF" in format_table(results)
+    with pytest.raises(UsageError, match="protocol: expected one of default, stego"):
+        evaluate(run, tree, protocol="paper", device="cpu")
+
+
+def test_codes_of_a_mirrored_description_are_averaged(run):
+    import hpseg
+    from hpseg.evaluation.evaluate import codes_of
+
+    segmenter = hpseg.load(run, device="cpu")
+    features, mirrored = torch.randn(2, 1, 3, 5, segmenter.backbone.channels).unbind(0)
+    both = codes_of(segmenter, {"features": features, "mirrored": mirrored})
+    one, other = (codes_of(segmenter, {"features": x}) for x in (features, mirrored.flip(2)))
+    torch.testing.assert_close(both, (one + other) / 2)
+
+
+def test_refined_marginals_start_from_cosines(run):
+    """Without iterations the CRF gives back softmax(2 cos) of the codes at the picture's size."""
+    import hpseg
+    from hpseg import predict
+
+    segmenter = hpseg.load(run, device="cpu")
+    codes = torch.randn(1, segmenter.config.dim, 4, 5)
+    picture = paint(40, 32, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "dense_crf", lambda image, probabilities: probabilities)
+        found = segmenter.refined(picture, codes)
+    full = torch.nn.functional.interpolate(codes, (32, 40), mode="bilinear", align_corners=False)
+    centroids = torch.nn.functional.normalize(segmenter.clusters.centroids, dim=-1)
+    cosines = torch.einsum("bdhw,kd->bkhw", torch.nn.functional.normalize(full, dim=1), centroids)
+    torch.testing.assert_close(found, (2 * cosines).softmax(1), rtol=1e-4, atol=1e-5)
