@@ -1,4 +1,4 @@
-"""The command line: `hpseg train | predict | eval | demo | pretrain`. Nothing heavy is imported before a verb runs."""
+"""The command line: `hpseg train | predict | eval | probe | demo | pretrain`. Nothing heavy is imported before a verb runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ VERBS = {
     "train": "find classes in a folder of photographs, without labels",
     "predict": "write a label map for each photograph",
     "eval": "score a run against labels, beside k-means on the same frozen features",
+    "probe": "fit a linear and a cluster probe to labels, on the frozen codes of a run",
     "demo": "train on the photographs in this package and show the result; needs no network",
     "pretrain": "train a small ViT on your own photographs, without labels",
 }
@@ -95,6 +96,21 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--crf", action="store_true", help="score the trained head after a dense CRF, too")
         parser.add_argument("--seed", type=int, default=0, help="of k-means")
         parser.add_argument("--device", default="auto")
+    elif verb == "probe":
+        parser.add_argument("run", help="folder made by `hpseg train`")
+        parser.add_argument("data", help="name of a data set, or a folder with images/ and labels/ to fit to")
+        parser.add_argument("--root", help="folder of the named data set")
+        parser.add_argument("--score-on", help="folder with images/ and labels/ to score on, with a folder as data")
+        parser.add_argument("--void", type=int, default=255, help="label id that does not count (default 255)")
+        parser.add_argument(
+            "--protocol", default="default", choices=("default", "stego"), help="how pictures are brought to size"
+        )
+        parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default 1000)")
+        parser.add_argument("--batch-size", type=int, default=16, help="pictures per step (default 16)")
+        parser.add_argument("--lr", type=float, default=1e-3, help="of the linear probe (default 1e-3)")
+        parser.add_argument("--cluster-lr", type=float, default=5e-3, help="of the cluster probe (default 5e-3)")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--device", default="auto")
     else:
         _delegate(verb).add_arguments(parser)
 
@@ -123,6 +139,11 @@ def run(verb: str, args: argparse.Namespace) -> int | None:
         from hpseg.evaluation.evaluate import evaluate, format_table
 
         print(format_table(evaluate(**settings)))
+    elif verb == "probe":
+        from hpseg.evaluation.evaluate import format_table
+        from hpseg.evaluation.probes import probe
+
+        print(format_table(probe(**settings)))
     else:
         return _delegate(verb).run(args)
     return None

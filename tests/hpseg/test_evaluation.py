@@ -13,7 +13,7 @@ from hpseg.clustering import spherical_kmeans
 from hpseg.config import UsageError
 from hpseg.data.labelled import open_folder, read_ids
 from hpseg.evaluation.evaluate import evaluate, format_table
-from hpseg.evaluation.metrics import confusion, match_and_score
+from hpseg.evaluation.metrics import confusion, score
 
 
 def brute_force(counts):
@@ -45,7 +45,7 @@ def test_scores_equal_brute_force(clusters, classes):
             if 0 <= t < classes:
                 expected[p, t] += 1
     assert np.array_equal(total, expected) and total.dtype == np.int64
-    scores = match_and_score(total)
+    scores = score(total)
     accuracy, miou = brute_force(total)
     assert scores.accuracy == pytest.approx(accuracy)
     assert scores.miou == pytest.approx(miou)
@@ -54,7 +54,7 @@ def test_scores_equal_brute_force(clusters, classes):
 
 
 def test_counts_beyond_32_bits():
-    scores = match_and_score(np.array([[5 * 10**9, 10**9], [0, 5 * 10**9]]))
+    scores = score(np.array([[5 * 10**9, 10**9], [0, 5 * 10**9]]))
     assert scores.accuracy == pytest.approx(1000 / 11) and scores.iou.tolist() == pytest.approx([500 / 6] * 2)
     with pytest.raises(ValueError, match="expected the shape of labels"):
         confusion(np.zeros((2, 3)), np.zeros((3, 2)), 2, 2)
@@ -133,7 +133,7 @@ def test_runs_are_scored_as_they_predict(run, tree):
     segmenter, counts = hpseg.load(run, device="cpu"), np.zeros((3, 4), np.int64)
     for image, label in open_folder(tree).pairs:
         counts += confusion(segmenter.predict(image), read_ids(label), 3, 4)
-    scores = match_and_score(counts[:, [0, 3]])
+    scores = score(counts[:, [0, 3]])
     both = evaluate_runs([run, run], tree, device="cpu")
     assert [results["trained"]["miou"] for results in both] == pytest.approx([scores.miou] * 2)
     assert both[0]["trained"]["iou"] == pytest.approx(scores.iou.tolist()) and both[1]["seed"] == 1

@@ -23,7 +23,7 @@ from hpseg.config import UsageError
 from hpseg.data.folder import find_images
 from hpseg.data.labelled import NAMES, LabelledSet, open_data, training_images
 from hpseg.data.transforms import UnreadableImage, load_image
-from hpseg.evaluation.metrics import confusion, match_and_score
+from hpseg.evaluation.metrics import confusion, score
 from hpseg.evaluation.protocols import PROTOCOLS
 from hpseg.predict import Segmenter, label_map, load
 
@@ -168,12 +168,18 @@ def evaluate_runs(
                 totals["trained_crf"] += confusion(labels, view.truth, len(totals["trained_crf"]), 256)
         scored += 1
     facts = {"data": str(data), "protocol": protocol, "flip": flip, "fit_on": str(fit_on), "images": scored}
-    return [_report(totals, labelled, {**facts, "seed": seed + number}) for number, totals in enumerate(counts)]
+    return [report(totals, labelled, {**facts, "seed": seed + number}) for number, totals in enumerate(counts)]
 
 
-def _report(counts: dict[str, np.ndarray], labelled: LabelledSet, facts: dict) -> dict:
-    """Scores of every confusion matrix (clusters, 256): over the classes of a named data set, else those that occur."""
-    occurring = np.flatnonzero(counts["trained"].sum(0))
+def report(
+    counts: dict[str, np.ndarray], labelled: LabelledSet, facts: dict, matched: dict[str, bool] | None = None
+) -> dict:
+    """Scores of every confusion matrix (clusters, 256): over the classes of a named data set, else those that occur.
+
+    matched: whether a method's rows are clusters, to be matched to classes (default), or the classes themselves.
+    """
+    first = next(iter(counts.values()))
+    occurring = np.flatnonzero(first.sum(0))
     if len(occurring) and labelled.name in NAMES:
         occurring = np.arange(len(labelled.classes))
     if not len(occurring):
@@ -181,12 +187,12 @@ def _report(counts: dict[str, np.ndarray], labelled: LabelledSet, facts: dict) -
     names = labelled.classes + [str(number) for number in range(len(labelled.classes), int(occurring[-1]) + 1)]
     results = {
         **facts,
-        "clusters": len(counts["trained"]),
-        "pixels": int(counts["trained"].sum()),
+        "clusters": len(first),
+        "pixels": int(first.sum()),
         "classes": [names[c] for c in occurring],
     }
     for name, matrix in counts.items():
-        scores = match_and_score(matrix[:, occurring])
+        scores = score(matrix[:, occurring], None if (matched or {}).get(name, True) else occurring)
         results[name] = {
             "accuracy": scores.accuracy,
             "miou": scores.miou,
@@ -196,7 +202,8 @@ def _report(counts: dict[str, np.ndarray], labelled: LabelledSet, facts: dict) -
         if labelled.first_stuff is not None:
             parts = {"things": range(labelled.first_stuff), "stuff": range(labelled.first_stuff, len(occurring))}
             for part, columns in parts.items():
-                results[name][f"miou_{part}"] = float(np.nanmean(scores.iou[columns]))
+                ious = scores.iou[list(columns)]
+                results[name][f"miou_{part}"] = float(np.nanmean(ious)) if not np.isnan(ious).all() else float("nan")
     return results
 
 
@@ -205,6 +212,8 @@ TITLES = {
     "trained_crf": "trained head + CRF",
     "kmeans_features": "k-means, frozen features",
     "kmeans_rgb": "k-means, RGB",
+    "linear": "linear probe",
+    "cluster": "cluster probe",
 }
 
 
@@ -223,7 +232,7 @@ def format_table(results: dict) -> str:
     lines += [
         f"{title:<{width}}" + "".join(f"{results[name][key]:>26.1f}" for name in methods)
         for title, key in SCORES.items()
-        if key in results["trained"]
+        if key in results[methods[0]]
     ]
     lines += [
         f"{title:<{width}}" + "".join(f"{results[name]['iou'][row]:>26.1f}" for name in methods)
