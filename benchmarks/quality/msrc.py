@@ -29,7 +29,8 @@ import hpseg
 from hpseg.cli import add_setting_flags
 from hpseg.config import make_config
 from hpseg.data.folder import find_images
-from hpseg.evaluation.evaluate import TITLES, class_names, evaluate_runs
+from hpseg.data.labelled import open_folder
+from hpseg.evaluation.evaluate import TITLES, evaluate_runs
 
 
 def make_split(source: Path, target: Path, dev: bool = False) -> None:
@@ -111,7 +112,7 @@ def main() -> None:
     source, out, extra, seeds, only_extra, dev = (
         settings.pop(name) for name in ("msrcv2", "out", "extra_weights", "seeds", "only_extra", "dev")
     )
-    settings["classes"] = len(class_names(source, 0))
+    settings["classes"] = len(open_folder(source).classes)
     command = f"python -m benchmarks.quality.msrc {shlex.join(sys.argv[1:])}"
     for path in [str(source), str(out), *extra]:
         command = command.replace(path, Path(path).name)

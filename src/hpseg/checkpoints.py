@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hpseg.config import MACHINE_FIELDS, Config, UsageError
 
-LOG_FIELDS = ("step", "loss", "contrastive", "cluster", "consistency", "lambda", "grad_norm", "images_per_s", "seconds")
 RUN_FILES = ("config.json", "model.safetensors", "state.pt", "log.csv", "results.json")
 
 
@@ -102,7 +101,7 @@ def load_model(run: Path) -> tuple[dict[str, Tensor], str]:
 class Log:
     """log.csv: one row per step; rows past the resumed step are dropped when it is opened."""
 
-    def __init__(self, path: Path, resumed_step: int):
+    def __init__(self, path: Path, resumed_step: int, terms: tuple[str, ...]):
         rows = []
         if resumed_step and path.is_file():
             with open(path, newline="") as file:
@@ -111,8 +110,9 @@ class Log:
                     for row in csv.DictReader(file)
                     if (row["step"] or "").isdigit() and int(row["step"]) < resumed_step
                 ]
+        fields = ("step", "loss", *terms, "lambda", "grad_norm", "images_per_s", "seconds")
         self._file = open(path.with_name(".log.csv.tmp"), "w", newline="")
-        self._writer = csv.DictWriter(self._file, LOG_FIELDS, restval="", extrasaction="ignore")
+        self._writer = csv.DictWriter(self._file, fields, restval="", extrasaction="ignore")
         self._writer.writeheader()
         self._writer.writerows(rows)
         self._file.flush()

@@ -1,4 +1,4 @@
-"""The command line: `hpseg train | predict | eval | demo | pretrain`. Nothing heavy is imported before a verb runs."""
+"""The command line: `hpseg train | predict | eval | probe | demo | pretrain`. Nothing heavy is imported before a verb runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ VERBS = {
     "train": "find classes in a folder of photographs, without labels",
     "predict": "write a label map for each photograph",
     "eval": "score a run against labels, beside k-means on the same frozen features",
+    "probe": "fit a linear and a cluster probe to labels, on the frozen codes of a run",
     "demo": "train on the photographs in this package and show the result; needs no network",
     "pretrain": "train a small ViT on your own photographs, without labels",
 }
 HELP = {
     "classes": "clusters to find",
     "backbone": "'embedded' or any timm ViT, such as vit_small_patch8_224.dino",
+    "root": "folder of the named data set",
     "weights": "local checkpoint for the backbone (timm or DINO key names)",
     "preset": "settings to start from",
     "size": "side of the square training crop in pixels",
@@ -59,7 +61,7 @@ def add_setting_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] 
 
 def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
     if verb == "train":
-        parser.add_argument("images", help="folder of photographs, searched recursively")
+        parser.add_argument("images", help="folder of photographs, searched recursively, or the name of a data set")
         parser.add_argument("--out", required=True, help="folder for the run")
         parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
         parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -73,16 +75,41 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--overlay", type=float, metavar="ALPHA", help="also write overlays of this opacity, 0 to 1"
         )
+        parser.add_argument("--crf", action="store_true", help="sharpen the regions with a dense CRF")
         parser.add_argument("--device", default="auto")
     elif verb == "eval":
         parser.add_argument("run", help="folder made by `hpseg train`")
-        parser.add_argument("data", help="folder with images/ and labels/, paired by stem")
+        parser.add_argument("data", help="name of a data set, or a folder with images/ and labels/, paired by stem")
+        parser.add_argument("--root", help="folder of the named data set")
+        parser.add_argument("--split", default="val", help="of the named data set: train or val (default val)")
         parser.add_argument(
             "--fit-on", metavar="PHOTOS", help="photographs k-means is fitted to (default: the run's own)"
         )
         parser.add_argument("--void", type=int, default=255, help="label id that does not count (default 255)")
         parser.add_argument("--rgb", action="store_true", help="add k-means on colours as a second baseline")
+        parser.add_argument(
+            "--protocol", default="default", choices=("default", "stego"), help="how pictures are brought to size"
+        )
+        parser.add_argument(
+            "--flip", action=argparse.BooleanOptionalAction, help="average codes with those of the mirror image"
+        )
+        parser.add_argument("--crf", action="store_true", help="score the trained head after a dense CRF, too")
         parser.add_argument("--seed", type=int, default=0, help="of k-means")
+        parser.add_argument("--device", default="auto")
+    elif verb == "probe":
+        parser.add_argument("run", help="folder made by `hpseg train`")
+        parser.add_argument("data", help="name of a data set, or a folder with images/ and labels/ to fit to")
+        parser.add_argument("--root", help="folder of the named data set")
+        parser.add_argument("--score-on", help="folder with images/ and labels/ to score on, with a folder as data")
+        parser.add_argument("--void", type=int, default=255, help="label id that does not count (default 255)")
+        parser.add_argument(
+            "--protocol", default="default", choices=("default", "stego"), help="how pictures are brought to size"
+        )
+        parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default 1000)")
+        parser.add_argument("--batch-size", type=int, default=16, help="pictures per step (default 16)")
+        parser.add_argument("--lr", type=float, default=1e-3, help="of the linear probe (default 1e-3)")
+        parser.add_argument("--cluster-lr", type=float, default=5e-3, help="of the cluster probe (default 5e-3)")
+        parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--device", default="auto")
     else:
         _delegate(verb).add_arguments(parser)
@@ -105,13 +132,18 @@ def run(verb: str, args: argparse.Namespace) -> int | None:
     elif verb == "predict":
         from hpseg.predict import predict_files
 
-        skipped = predict_files(args.run, args.images, args.out, args.overlay, args.device)
+        skipped = predict_files(args.run, args.images, args.out, args.overlay, args.device, args.crf)
         if skipped:
             print(f"{len(skipped)} unreadable pictures were skipped", file=sys.stderr)
     elif verb == "eval":
         from hpseg.evaluation.evaluate import evaluate, format_table
 
         print(format_table(evaluate(**settings)))
+    elif verb == "probe":
+        from hpseg.evaluation.evaluate import format_table
+        from hpseg.evaluation.probes import probe
+
+        print(format_table(probe(**settings)))
     else:
         return _delegate(verb).run(args)
     return None

@@ -20,7 +20,9 @@ class Config:
     """Everything that decides the result of `hpseg train`. Lengths are in pixels, rates are per step."""
 
     # What is trained, and on what
-    images: str = ""  # folder of photographs, searched recursively
+    images: str = ""  # folder of photographs, searched recursively, or a data set's name
+    root: str | None = None  # folder of the named data set
+    method: str = "hp"  # the published method, a file of hpseg.methods
     classes: int = 27  # clusters to find
     preset: str = "small"  # where the values below came from
     backbone: str = "embedded"  # "embedded", or any timm ViT by name
@@ -41,7 +43,7 @@ class Config:
     weight_decay: float = 0.1
     projection_lr: float = 5e-4  # Adam
     cluster_lr: float = 5e-3  # Adam, cluster probe
-    clip_norm: float = 10.0  # of the segmentation head's gradient
+    clip_norm: float = 10.0  # of the segmentation head's gradient; 0 leaves it as it is
 
     # Hidden Positives
     dim: int = 512  # width D of the segmentation code
@@ -57,6 +59,18 @@ class Config:
     pool_images: int = 2048  # at most so many images fill a pool
     renew_interval: int = 100  # steps between rebuilds of the task-specific pool
     clusters: str = "probe"  # final centroids: "probe" as trained, or "kmeans" over the codes of the training images
+
+    # STEGO: weight and shift of the three correspondence terms
+    self_weight: float = 0.1
+    knn_weight: float = 1.0
+    random_weight: float = 0.15
+    self_shift: float = 0.12
+    knn_shift: float = 0.2
+    random_shift: float = 1.0
+    neighbors: int = 7  # a view's partner is one of so many nearest views
+    negative_images: int = 5  # random partners of a view
+    feature_samples: int = 11  # points per side of a view that are compared
+    pointwise: bool = True  # centre feature similarities per point
 
     # Machine; these may differ between a run and its resumption
     workers: int = -1  # data loading processes; -1 picks by the number of processors
@@ -125,8 +139,12 @@ _AT_LEAST = {
     "renew_interval": 1,
     "workers": -1,
     "save_every": 1,
+    "neighbors": 1,
+    "negative_images": 1,
+    "feature_samples": 1,
 }
 CHOICES = {
+    "method": ("hp", "stego"),
     "crop": ("center", "random", "five"),
     "dtype": ("fp32", "bf16"),
     "clusters": ("probe", "kmeans"),
@@ -134,8 +152,16 @@ CHOICES = {
 }
 MACHINE_FIELDS = ("workers", "device", "save_every")
 
-# The first three are the released configurations of Hidden Positives (CVPR 2023); "small" is for folders of some tens
-# to some thousands of photographs and a few minutes on a CPU.
+# The first three are the released configurations of Hidden Positives (CVPR 2023), the next three STEGO's (ICLR 2022);
+# the small ones are for folders of some tens to some thousands of photographs and a few minutes on a CPU.
+STEGO = dict(
+    method="stego",
+    steps=5000,
+    crop="five",
+    consistency_weight=0.0,
+    weight_decay=0.0,
+    clip_norm=0.0,
+)
 PRESETS: dict[str, dict] = {
     "cocostuff": dict(
         classes=27,
@@ -179,6 +205,46 @@ PRESETS: dict[str, dict] = {
         pool_size=1024,
         renew_interval=20,
     ),
+    # The published table for ViT-B/8 ("10/3"), with the dimension of the released checkpoint.
+    "stego-cocostuff": STEGO
+    | dict(
+        classes=27,
+        batch_size=32,
+        dim=90,
+        self_weight=0.1,
+        knn_weight=1.0,
+        random_weight=0.15,
+        self_shift=0.12,
+        knn_shift=0.2,
+        random_shift=1.0,
+    ),
+    "stego-cityscapes": STEGO
+    | dict(
+        classes=27,
+        batch_size=32,
+        dim=100,
+        self_weight=1.0,
+        knn_weight=0.58,
+        random_weight=0.91,
+        self_shift=0.46,
+        knn_shift=0.18,
+        random_shift=0.31,
+        pointwise=False,
+    ),
+    # ViT-S/8
+    "stego-potsdam": STEGO
+    | dict(
+        classes=3,
+        batch_size=16,
+        dim=70,
+        crop="center",
+        self_weight=0.67,
+        knn_weight=0.25,
+        random_weight=0.63,
+        self_shift=0.08,
+        knn_shift=0.02,
+        random_shift=0.46,
+    ),
     "small": dict(
         steps=200,
         batch_size=8,
@@ -194,6 +260,23 @@ PRESETS: dict[str, dict] = {
         dim=128,
         pool_size=2048,
         renew_interval=50,
+        clusters="kmeans",
+    ),
+    "stego-small": STEGO
+    | dict(
+        steps=400,
+        batch_size=8,
+        crop="random",
+        size=208,
+        predict_size=208,
+        cache_features=True,
+        dim=70,
+        self_weight=0.67,
+        knn_weight=0.25,
+        random_weight=0.63,
+        self_shift=0.08,
+        knn_shift=0.02,
+        random_shift=0.46,
         clusters="kmeans",
     ),
 }

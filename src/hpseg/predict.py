@@ -17,9 +17,12 @@ from tqdm import tqdm
 from hpseg.backbones import Backbone, load_backbone, pick_device
 from hpseg.checkpoints import load_model
 from hpseg.config import Config, UsageError
+from hpseg.crf import dense_crf
 from hpseg.data.folder import find_images
 from hpseg.data.transforms import UnreadableImage, load_image, short_side, to_tensor
 from hpseg.heads import ClusterProbe, SegmentationHead
+
+CRF_PIXELS = 1 << 19
 
 ImageLike = "str | Path | Image.Image | np.ndarray | Tensor"
 
@@ -40,23 +43,54 @@ class Segmenter(nn.Module):
         tokens = self.backbone(images)
         return self.head(tokens.features).transpose(1, 2).unflatten(2, tokens.grid)
 
+    def pixels(self, picture: Image.Image) -> Tensor:
+        """(1, 3, H, W) uint8 on the run's device."""
+        return to_tensor(picture)[None].to(next(self.head.parameters()).device)
+
     def prepare(self, image: ImageLike) -> tuple[Tensor, tuple[int, int]]:
         """(1, 3, H', W') uint8, short side at `config.predict_size`, whole patches; and the image's own (H, W)."""
         picture = as_picture(image)
         resized = short_side(picture, self.config.predict_size, self.backbone.patch)
-        device = next(self.head.parameters()).device
-        return to_tensor(resized)[None].to(device), (picture.height, picture.width)
+        return self.pixels(resized), (picture.height, picture.width)
+
+    def similarities(self, codes: Tensor) -> Tensor:
+        """<s, c_k> for codes (B, D, rows, columns) and unit centroids: (B, K, rows, columns)."""
+        return self.clusters(codes.movedim(1, -1)).movedim(-1, 1)
 
     @torch.no_grad()
-    def predict(self, image: ImageLike) -> np.ndarray:
+    def predict(self, image: ImageLike, *, crf: bool = False) -> np.ndarray:
         """Cluster of every pixel, (H, W) uint8 at the image's own size.
 
         image: a path, a PIL image, an array (H, W), (H, W, 3) uint8, or a tensor (3, H, W), uint8 or float in [0, 1].
+        crf: sharpen the regions with `hpseg.crf.dense_crf`.
         """
-        pixels, size = self.prepare(image)
+        picture = as_picture(image)
+        pixels, size = self.prepare(picture)
         codes = self(pixels)
-        similarity = self.clusters(codes.movedim(1, -1)).movedim(-1, 1)
-        return label_map(similarity, size)
+        return label_map(self.refined(picture, codes) if crf else self.similarities(codes), size)
+
+    @torch.no_grad()
+    def refined(self, picture: Image.Image, codes: Tensor) -> Tensor:
+        """Marginals (1, K, h, w) of a dense CRF on the picture, from softmax_k(2 cos(s, c_k)) of its codes (1, D, ...).
+
+        As published: codes are first brought to the picture's size, which is at most CRF_PIXELS (a larger picture is
+        taken smaller), and the CRF sees the channels in the order blue, green, red.
+        """
+        scale = min(1.0, (CRF_PIXELS / (picture.width * picture.height)) ** 0.5)
+        if scale < 1:
+            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+            picture = picture.resize(size, Image.Resampling.BILINEAR)
+        size = (picture.height, picture.width)
+        squares = codes.new_zeros(1, 1, *size)
+        for part in codes.float().split(64, dim=1):  # all channels at once would be D / K times the result
+            squares += _resized(part, size).square().sum(1, keepdim=True)
+        cosines = _resized(self.similarities(codes.float()), size) * squares.clamp_min(1e-24).rsqrt()
+        image = torch.from_numpy(np.array(picture)).flip(2).contiguous().to(codes.device)
+        return dense_crf(image, (2 * cosines[0]).softmax(0))[None]
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def label_map(similarity: Tensor, size: tuple[int, int]) -> np.ndarray:
@@ -142,6 +176,7 @@ def predict_files(
     out: str | Path,
     overlay_alpha: float | None = None,
     device: str = "auto",
+    crf: bool = False,
 ) -> list[str]:
     """Writes OUT/<name>.png per photograph (files, or folders searched recursively) and, with `overlay_alpha`,
     OUT/<name>_overlay.jpg. Returns the files that could not be read; they are named and skipped.
@@ -169,7 +204,7 @@ def predict_files(
             print(f"skipped {error}", file=sys.stderr)
             unreadable.append(str(path))
             continue
-        labels = segmenter.predict(picture)
+        labels = segmenter.predict(picture, crf=crf)
         target.parent.mkdir(parents=True, exist_ok=True)
         label_image(labels).save(target)
         if overlay_alpha is not None:

@@ -5,6 +5,7 @@ Reads images only, never labels; the last step is the result.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -18,9 +19,11 @@ from hpseg.backbones import load_backbone, pick_device
 from hpseg.checkpoints import Log, open_run, save_model, save_state, write_json
 from hpseg.clustering import spherical_kmeans
 from hpseg.config import UsageError, make_config
-from hpseg.data.folder import PhotoFolder, epoch_batches, find_images, hash_seed
+from hpseg.data.folder import PhotoFolder, epoch_batches, hash_seed
+from hpseg.data.labelled import NAMES, training_images
 from hpseg.encoder import Encoder
-from hpseg.methods.hp import HiddenPositives, lambda_at
+from hpseg.methods import Source, make_method
+from hpseg.methods.hp import lambda_at
 from hpseg.pools import draw_tokens
 
 CLUSTERING_ROWS = 65_536
@@ -35,20 +38,26 @@ def train(
     quiet: bool = False,
     **settings,
 ) -> dict:
-    """Trains Hidden Positives on the photographs in `images` and writes the run folder `out`; returns its results.
+    """Trains on the photographs in `images` and writes the run folder `out`; returns its results.
 
+    images: a folder, searched recursively, or the name of a data set (hpseg.data.labelled.NAMES) found in `root`.
     settings: fields of `hpseg.config.Config`, for example classes=8, steps=400, backbone="vit_small_patch8_224.dino".
     """
     out = Path(out)
     if settings.get("weights") is not None:
         settings["weights"] = str(Path(settings["weights"]).resolve())
-    config = make_config(**{**settings, "images": str(Path(images).resolve())})
-    files = find_images(config.images)
+    if settings.get("root") is not None:
+        settings["root"] = str(Path(settings["root"]).resolve())
+    if str(images) not in NAMES:
+        images = Path(images).resolve()
+    config = make_config(**{**settings, "images": str(images)})
+    files, read = training_images(config.images, config.root)
     device = pick_device(config.device)
     backbone = load_backbone(config.backbone, config.weights, dtype=config.dtype).to(device)
     state = open_run(out, config, resume, overwrite)
 
-    dataset = PhotoFolder(files, backbone.snap(config.size), config.crop, config.seed, config.consistency_weight > 0)
+    with_jitter = config.consistency_weight > 0
+    dataset = PhotoFolder(files, backbone.snap(config.size), config.crop, config.seed, with_jitter, read)
     batch_size = min(config.batch_size, len(dataset))
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     say(
@@ -62,29 +71,14 @@ def train(
     # Random numbers come from these two generators only, so that their states are all there is to save.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash_seed("init", config.seed))
-        method = HiddenPositives(backbone.channels, config).to(device)
+        method = make_method(backbone.channels, config).to(device)
     dropout_rng = torch.Generator(device).manual_seed(hash_seed("dropout", config.seed))
     pool_rng = torch.Generator().manual_seed(hash_seed("pools", config.seed))
-    optimizers = {
-        "head": torch.optim.AdamW(method.head.parameters(), lr=config.lr, weight_decay=config.weight_decay),
-        "projection": torch.optim.Adam(method.projection.parameters(), lr=config.projection_lr),
-        "clusters": torch.optim.Adam(method.clusters.parameters(), lr=config.cluster_lr),
-    }
-
-    def draw_pool(renewal: int, mined) -> Tensor:
-        # Pools see their images as of negative epochs: other random crops than those of training.
-        return draw_tokens(
-            len(dataset),
-            config.pool_size,
-            config.pool_images,
-            lambda batches: (mined(f, dropout_rng) for f in encoder.features(batches, -1 - renewal)),
-            batch_size,
-            pool_rng,
-        )
-
+    optimizers = method.optimizers()
+    source = Source(len(dataset), encoder.features, batch_size, dropout_rng, pool_rng)
     if state is None:
         step = 0
-        pools = (draw_pool(0, method.mining_features), draw_pool(0, method.mining_codes))
+        method.start(source)
     else:
         step = state["step"]
         if state["fingerprint"] != backbone.fingerprint:
@@ -92,7 +86,7 @@ def train(
         method.load_state_dict(state["method"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        pools = tuple(pool.to(device) for pool in state["pools"])
+        method.load_extra_state(state["extra"])
         dropout_rng.set_state(state["dropout_rng"])
         pool_rng.set_state(state["pool_rng"])
         encoder.unreadable.update(state["unreadable"])
@@ -106,7 +100,7 @@ def train(
                 "step": step,
                 "fingerprint": backbone.fingerprint,
                 "method": method.state_dict(),
-                "pools": list(pools),
+                "extra": method.extra_state(),
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
                 "dropout_rng": dropout_rng.get_state(),
                 "pool_rng": pool_rng.get_state(),
@@ -114,21 +108,19 @@ def train(
             },
         )
 
-    log = Log(out / "log.csv", step)
+    log = Log(out / "log.csv", step, method.TERMS)
     started, first_step = time.perf_counter(), step
     keys = epoch_batches(len(dataset), batch_size, config.seed, step, config.steps)
     bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=True if quiet else None)
-    for tokens, jittered in encoder(keys):
-        # Counted over the run, not within an epoch as published: a small folder's epochs are shorter than the interval.
-        if step and step % config.renew_interval == 0:
-            pools = (pools[0], draw_pool(step, method.mining_codes))
-
-        terms = method.losses(tokens, jittered, pools, step, hash_seed("negatives", config.seed, step), dropout_rng)
+    for tokens, jittered in encoder(method.keys(batch, config.seed) for batch in keys):
+        if step:
+            method.renew(step, source)
+        terms = method.losses(tokens, jittered, step, hash_seed("negatives", config.seed, step), dropout_rng)
         loss = sum(terms.values())
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(method.head.parameters(), config.clip_norm)
+        grad_norm = nn.utils.clip_grad_norm_(method.head.parameters(), config.clip_norm or math.inf)
         for optimizer in optimizers.values():
             optimizer.step()
 
@@ -173,7 +165,7 @@ def train(
 
 
 @torch.no_grad()
-def training_codes(encoder: Encoder, method: HiddenPositives, batch_size: int, seed: int) -> Tensor:
+def training_codes(encoder: Encoder, method: nn.Module, batch_size: int, seed: int) -> Tensor:
     """Codes (at most CLUSTERING_ROWS, D) of random patches of the training images, without dropout."""
     images, rng = len(encoder.dataset), torch.Generator().manual_seed(hash_seed("clustering", seed))
     return draw_tokens(

@@ -11,8 +11,9 @@ from tiny import paint
 
 from hpseg.clustering import spherical_kmeans
 from hpseg.config import UsageError
-from hpseg.evaluation.evaluate import evaluate, find_pairs, format_table, read_label
-from hpseg.evaluation.metrics import confusion, match_and_score
+from hpseg.data.labelled import open_folder, read_ids
+from hpseg.evaluation.evaluate import evaluate, format_table
+from hpseg.evaluation.metrics import confusion, score
 
 
 def brute_force(counts):
@@ -44,7 +45,7 @@ def test_scores_equal_brute_force(clusters, classes):
             if 0 <= t < classes:
                 expected[p, t] += 1
     assert np.array_equal(total, expected) and total.dtype == np.int64
-    scores = match_and_score(total)
+    scores = score(total)
     accuracy, miou = brute_force(total)
     assert scores.accuracy == pytest.approx(accuracy)
     assert scores.miou == pytest.approx(miou)
@@ -53,7 +54,7 @@ def test_scores_equal_brute_force(clusters, classes):
 
 
 def test_counts_beyond_32_bits():
-    scores = match_and_score(np.array([[5 * 10**9, 10**9], [0, 5 * 10**9]]))
+    scores = score(np.array([[5 * 10**9, 10**9], [0, 5 * 10**9]]))
     assert scores.accuracy == pytest.approx(1000 / 11) and scores.iou.tolist() == pytest.approx([500 / 6] * 2)
     with pytest.raises(ValueError, match="expected the shape of labels"):
         confusion(np.zeros((2, 3)), np.zeros((3, 2)), 2, 2)
@@ -105,18 +106,18 @@ def test_eval(run, tree):
 
 
 def test_pairs_and_labels(tree, tmp_path):
-    assert [image.name for image, _ in find_pairs(tree)] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [image.name for image in open_folder(tree).images] == ["a.jpg", "b.jpg", "c.jpg"]
     (tree / "labels" / "b.png").unlink()
-    assert len(find_pairs(tree)) == 2
+    assert len(open_folder(tree).pairs) == 2
     picture = Image.fromarray(np.array([[0, 2]], np.uint8))
     picture.putpalette([5, 5, 5, 6, 6, 6, 7, 7, 7])
     picture.save(tmp_path / "p.png")
-    assert read_label(tmp_path / "p.png").tolist() == [[0, 2]]
+    assert read_ids(tmp_path / "p.png").tolist() == [[0, 2]]
     paint(4, 4, 0).save(tmp_path / "rgb.png")
     with pytest.raises(UsageError, match="expected one channel of class ids"):
-        read_label(tmp_path / "rgb.png")
+        read_ids(tmp_path / "rgb.png")
     with pytest.raises(UsageError, match="expected folders images/ and labels/"):
-        find_pairs(tmp_path)
+        open_folder(tmp_path)
 
 
 def test_eval_refuses_labels_of_another_size(run, tree):
@@ -130,9 +131,64 @@ def test_runs_are_scored_as_they_predict(run, tree):
     from hpseg.evaluation.evaluate import evaluate_runs
 
     segmenter, counts = hpseg.load(run, device="cpu"), np.zeros((3, 4), np.int64)
-    for image, label in find_pairs(tree):
-        counts += confusion(segmenter.predict(image), read_label(label), 3, 4)
-    scores = match_and_score(counts[:, [0, 3]])
+    for image, label in open_folder(tree).pairs:
+        counts += confusion(segmenter.predict(image), read_ids(label), 3, 4)
+    scores = score(counts[:, [0, 3]])
     both = evaluate_runs([run, run], tree, device="cpu")
     assert [results["trained"]["miou"] for results in both] == pytest.approx([scores.miou] * 2)
     assert both[0]["trained"]["iou"] == pytest.approx(scores.iou.tolist()) and both[1]["seed"] == 1
+
+
+def test_stego_protocol_is_the_published_resize_and_crop():
+    """Nearest neighbour to a short side of 320, then the central square, for picture and labels alike."""
+    from hpseg.evaluation.protocols import stego
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(-1, 27, (427, 601))
+    picture = Image.fromarray(rng.integers(0, 256, (427, 601, 3), np.uint8))
+    view = stego(picture, labels, 224, 8)
+    long_side = int(320 * 601 / 427)
+    rows, columns = (
+        np.floor((np.arange(n) + 0.5) * full / n).astype(int) for n, full in ((320, 427), (long_side, 601))
+    )
+    left = round((long_side - 320) / 2)
+    expected = labels[rows][:, columns][:, left : left + 320]
+    assert np.array_equal(view.truth, expected)
+    assert np.array_equal(np.asarray(view.shown), np.asarray(picture)[rows][:, columns][:, left : left + 320])
+    assert view.shown is view.picture
+
+
+def test_flip_and_crf(run, tree):
+    results = evaluate(run, tree, protocol="stego", flip=True, crf=True, device="cpu")
+    assert results["flip"] is True and results["protocol"] == "stego"
+    assert 0 <= results["trained_crf"]["miou"] <= 100 and "trained head + CRF" in format_table(results)
+    with pytest.raises(UsageError, match="protocol: expected one of default, stego"):
+        evaluate(run, tree, protocol="paper", device="cpu")
+
+
+def test_codes_of_a_mirrored_description_are_averaged(run):
+    import hpseg
+    from hpseg.evaluation.evaluate import codes_of
+
+    segmenter = hpseg.load(run, device="cpu")
+    features, mirrored = torch.randn(2, 1, 3, 5, segmenter.backbone.channels).unbind(0)
+    both = codes_of(segmenter, {"features": features, "mirrored": mirrored})
+    one, other = (codes_of(segmenter, {"features": x}) for x in (features, mirrored.flip(2)))
+    torch.testing.assert_close(both, (one + other) / 2)
+
+
+def test_refined_marginals_start_from_cosines(run):
+    """Without iterations the CRF gives back softmax(2 cos) of the codes at the picture's size."""
+    import hpseg
+    from hpseg import predict
+
+    segmenter = hpseg.load(run, device="cpu")
+    codes = torch.randn(1, segmenter.config.dim, 4, 5)
+    picture = paint(40, 32, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "dense_crf", lambda image, probabilities: probabilities)
+        found = segmenter.refined(picture, codes)
+    full = torch.nn.functional.interpolate(codes, (32, 40), mode="bilinear", align_corners=False)
+    centroids = torch.nn.functional.normalize(segmenter.clusters.centroids, dim=-1)
+    cosines = torch.einsum("bdhw,kd->bkhw", torch.nn.functional.normalize(full, dim=1), centroids)
+    torch.testing.assert_close(found, (2 * cosines).softmax(1), rtol=1e-4, atol=1e-5)

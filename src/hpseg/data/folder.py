@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -74,13 +75,22 @@ class Views(NamedTuple):
 class PhotoFolder(Dataset):
     """Items are addressed by (epoch, index); index runs over images, or over five crops of each with crop "five"."""
 
-    def __init__(self, files: list[Path], size: int, crop: str, seed: int, with_jitter: bool):
+    def __init__(
+        self,
+        files: list[Path],
+        size: int,
+        crop: str,
+        seed: int,
+        with_jitter: bool,
+        read: Callable[[Path], Image.Image] = load_image,
+    ):
         self.files, self.size, self.crop, self.seed, self.with_jitter = files, size, crop, seed, with_jitter
+        self.read = read
         self.patch: int | None = None
 
     def whole(self, patch: int) -> PhotoFolder:
         """The same pictures uncut: short side at `size`, the long one at whole patches."""
-        uncut = PhotoFolder(self.files, self.size, self.crop, self.seed, False)
+        uncut = PhotoFolder(self.files, self.size, self.crop, self.seed, False, self.read)
         uncut.patch = patch
         return uncut
 
@@ -95,7 +105,7 @@ class PhotoFolder(Dataset):
         for step in range(len(self.files)):
             path = self.files[(image_index + step) % len(self.files)]
             try:
-                image = load_image(path)
+                image = self.read(path)
                 break
             except UnreadableImage:
                 unreadable.append(str(path))

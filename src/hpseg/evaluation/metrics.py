@@ -28,18 +28,23 @@ class Scores:
     cluster_of: np.ndarray
 
 
-def match_and_score(counts: np.ndarray) -> Scores:
-    """Scores of a confusion matrix (clusters, classes) after the one-to-one match that agrees on most pixels.
+def match(counts: np.ndarray) -> np.ndarray:
+    """The cluster of each class, -1 for none: the one-to-one match of counts (clusters, classes) that agrees most."""
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    cluster_of = np.full(counts.shape[1], -1)
+    cluster_of[columns] = rows
+    return cluster_of
+
+
+def score(counts: np.ndarray, cluster_of: np.ndarray | None = None) -> Scores:
+    """Scores of a confusion matrix (clusters, classes); cluster_of: the row of each class, None for the best match.
 
     IoU_c = tp / (tp + fp + fn) over the whole corpus; classes without a pixel in label or prediction stay out of the
     mean.
     With more clusters than classes the pixels of unmatched clusters are errors; with fewer, some classes get IoU 0.
     """
-    rows, columns = linear_sum_assignment(counts, maximize=True)
-    cluster_of = np.full(counts.shape[1], -1)
-    cluster_of[columns] = rows
-    matched = np.zeros((counts.shape[1], counts.shape[1]), np.int64)
-    matched[columns] = counts[rows]
+    cluster_of = match(counts) if cluster_of is None else cluster_of
+    matched = np.where(cluster_of[:, None] >= 0, counts[cluster_of], 0)
     hit, predicted, labelled = np.diag(matched), matched.sum(1), counts.sum(0)
     union = predicted + labelled - hit
     iou = np.divide(100 * hit, union, out=np.full(len(hit), np.nan), where=union > 0)

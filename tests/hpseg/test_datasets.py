@@ -1,0 +1,143 @@
+"""Tiny trees in the published on-disk formats: what is found, what labels mean, what a wrong root says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+from tiny import SMALL, paint
+
+import hpseg
+from hpseg.config import UsageError
+from hpseg.data import cocostuff
+from hpseg.data.labelled import NAMES, open_data, open_named
+
+WIDTH, HEIGHT = 48, 32
+
+
+def save_ids(path, ids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(ids, np.uint8)).save(path)
+
+
+def save_photo(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paint(WIDTH, HEIGHT, seed).save(path)
+
+
+def halves(left, right):
+    ids = np.full((HEIGHT, WIDTH), left)
+    ids[:, WIDTH // 2 :] = right
+    return ids
+
+
+def make_cocostuff(root):
+    for split, names in (("train2017", ("000000000009", "000000000025")), ("val2017", ("000000000139", "000000000285"))):
+        for seed, name in enumerate(names):
+            save_photo(root / "images" / split / f"{name}.jpg", seed)
+            save_ids(root / "annotations" / split / f"{name}.png", halves(0, 255 if seed else 181))
+    for split, suffix in (("train2017", ""), ("val2017", "_7")):
+        path = root / "curated" / split / f"Coco164kFull_Stuff_Coarse{suffix}.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text("000000000009\n000000000025\n" if split == "train2017" else "000000000139\n")
+
+
+def make_cityscapes(root):
+    for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "lindau")):
+        stem = f"{city}_000000_000019"
+        save_photo(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", len(city))
+        save_ids(root / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png", halves(7, 4))
+
+
+def make_potsdam(root):
+    for name in ("imgs", "gt"):
+        (root / name).mkdir(parents=True)
+    for seed, name in enumerate(("2_10_0_0", "2_10_0_1", "7_9_3_3")):
+        pixels = np.asarray(paint(WIDTH, HEIGHT, seed))
+        savemat(root / "imgs" / f"{name}.mat", {"img": np.concatenate([pixels, pixels[..., :1]], 2)})
+        savemat(root / "gt" / f"{name}.mat", {"gt": halves(4, 255).astype(np.uint8)})
+    (root / "labelled_train.txt").write_text("2_10_0_0\n2_10_0_1\n")
+    (root / "labelled_test.txt").write_text("7_9_3_3\n")
+
+
+def make_voc(root):
+    inner = root / "VOCdevkit" / "VOC2012"
+    (inner / "ImageSets" / "Segmentation").mkdir(parents=True)
+    for seed, (split, name) in enumerate((("train", "2007_000032"), ("train", "2007_000039"), ("val", "2007_000033"))):
+        save_photo(inner / "JPEGImages" / f"{name}.jpg", seed)
+        save_ids(inner / "SegmentationClass" / f"{name}.png", halves(1, 255))
+        with open(inner / "ImageSets" / "Segmentation" / f"{split}.txt", "a") as file:
+            file.write(name + "\n")
+
+
+MAKERS = {"cocostuff": make_cocostuff, "cityscapes": make_cityscapes, "potsdam": make_potsdam, "voc": make_voc}
+# Of the first validation picture: the classes of its left and right half.
+HALVES = {"cocostuff": (9, 24), "cityscapes": (0, -1), "potsdam": (0, -1), "voc": (1, -1)}
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def tree(request, tmp_path):
+    MAKERS[request.param](tmp_path / "data")
+    return request.param, tmp_path / "data"
+
+
+def test_every_name_is_tested():
+    assert set(MAKERS) == set(NAMES)
+
+
+def test_splits_and_classes(tree):
+    name, root = tree
+    train, val = (open_data(name, root, split) for split in ("train", "val"))
+    assert len(train.pairs) == 2 and len(val.pairs) == 1 and not set(train.images) & set(val.images)
+    picture = val.load_image(val.pairs[0][0])
+    truth = val.labels(val.pairs[0][1], picture.size)
+    assert picture.mode == "RGB" and picture.size == (WIDTH, HEIGHT) and truth.dtype == np.int64
+    assert (truth[:, 0] == HALVES[name][0]).all() and (truth[:, -1] == HALVES[name][1]).all()
+    assert truth.max() < len(val.classes)
+
+
+def test_training_never_looks_for_labels(tree, vit_file, tmp_path):
+    name, root = tree
+    for path in root.rglob("*"):
+        if path.parent.name in ("gt", "SegmentationClass") or "annotations" in path.parts or "gtFine" in path.parts:
+            if path.is_file():
+                path.unlink()
+    results = hpseg.train(name, tmp_path / "run", root=root, weights=vit_file, steps=2, **SMALL)
+    assert results["photographs"] == 2
+    with pytest.raises(UsageError, match="which does not exist"):
+        open_data(name, root, "val")
+
+
+def test_a_run_is_scored_on_the_data_set(tree, vit_file, tmp_path):
+    name, root = tree
+    hpseg.train(name, tmp_path / "run", root=root, weights=vit_file, steps=2, **SMALL)
+    results = hpseg.evaluate(tmp_path / "run", name, root=root, device="cpu")
+    assert results["images"] == 1 and 0 <= results["trained"]["miou"] <= 100
+
+
+def test_a_wrong_root_says_what_was_looked_for_and_what_was_found(tree, tmp_path):
+    name, _ = tree
+    (tmp_path / "wrong" / "pictures").mkdir(parents=True)
+    with pytest.raises(UsageError, match=rf"{name} expects .*does not exist; .*wrong holds: pictures"):
+        open_named(name, tmp_path / "wrong", "train")
+    with pytest.raises(UsageError, match="root: expected the folder"):
+        open_named(name, None, "train")
+    with pytest.raises(UsageError, match="split: expected one of train, val"):
+        open_named(name, tmp_path, "test")
+
+
+def test_root_goes_with_a_name(tmp_path):
+    with pytest.raises(UsageError, match="root: goes with a data set's name"):
+        open_data(tmp_path, tmp_path)
+
+
+def test_coarse_classes_of_cocostuff():
+    """Groups of fine ids, by hand: 11 super-categories of things in COCO's order of ids, then stuff."""
+    table = cocostuff.FINE_TO_COARSE
+    assert len(table) == 182 and set(table) == set(range(27)) and len(cocostuff.CLASSES) == 27
+    things = {0: 9, 1: 11, 14: 8, 16: 7, 22: 7, 32: 6, 42: 10, 43: 5, 51: 2, 66: 3, 71: 0, 77: 1, 83: 4}
+    # person, bicycle, bench, cat, bear, suitcase, tennis racket, bottle, banana, dining table, tv, microwave, book
+    assert {fine: table[fine] for fine in things} == things
+    assert all(table[fine] >= cocostuff.FIRST_STUFF for fine in range(91, 182))
+    assert all(table[fine] < cocostuff.FIRST_STUFF for fine in range(91))
