@@ -284,7 +284,7 @@ def test_lists_that_start_late(negatives):
     counts = torch.full((1,), 32, dtype=torch.int32)
     blocks = dict(BLOCK_C=32, BLOCK_R=32, BLOCK_K=16, PRECISION="ieee")
     flags = dict(NEGATIVES=negatives, HAS_EXTRA=True, HAS_NEGATIVES=True)
-    stats, grads = [], []
+    stats = []
     far = empty(32, torch.float32)
     near = torch.empty(32, 16)
     for is_far, out, width_out in ((False, near, 16), (True, far.start, far.stride)):
