@@ -243,7 +243,9 @@ def test_contrastive_stats_of_late_anchors_and_wide_masks():
     )  # fmt: skip
     z = rows.double() @ columns.double().T
     chosen = ((bits >> torch.arange(32)) & 1) != 0
-    torch.testing.assert_close(parts[0, 0, 0].double(), torch.where(chosen, torch.exp2(z), 0).sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        parts[0, 0, 0].double(), torch.where(chosen, torch.exp2(z), 0).sum(1), rtol=1e-5, atol=1e-5
+    )
     for part in parts[2:, 0, 0].double() / 0.6931471805599453:
         torch.testing.assert_close(part, torch.where(chosen, z, 0).sum(1), rtol=1e-5, atol=1e-5)
 
