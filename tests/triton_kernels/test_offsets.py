@@ -7,7 +7,7 @@ import pytest
 from offsets import narrow_offsets
 
 KERNEL = """
-tt.func public @k(%x_ptr: !tt.ptr<f32> loc("x_ptr"(#loc)), %heads: i32, %stride: i32, %R: i32) attributes {{noinline = false}} {{
+tt.func public @k(%x_ptr: !tt.ptr<f32> loc("x"(#loc)), %heads: i32, %stride: i32, %R: i32) attributes {{}} {{
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
   %c32 = arith.constant 32 : i32

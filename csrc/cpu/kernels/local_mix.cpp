@@ -221,8 +221,8 @@ void weights_of(const WeightsArgs<T>& args) {
 template <class T>
 void weights_of(const WeightsQkArgs<T>& args) {
   using E = Engine<T>;
-  constexpr int64_t kRows = 48;                         // of a panel: a multiple of MR
-  constexpr int64_t kPackedBytes = int64_t{4} << 20;    // of a group's keys, where more than one image fits
+  constexpr int64_t kRows = 48;                       // of a panel: a multiple of MR
+  constexpr int64_t kPackedBytes = int64_t{4} << 20;  // of a group's keys, where more than one image fits
   const int64_t tokens = args.height * args.width, ld = E::round_cols(tokens), depth = args.depth;
   const int64_t image_size = E::b_size(tokens, depth);
   const int64_t group = std::max<int64_t>(

@@ -243,7 +243,9 @@ def test_contrastive_stats_of_late_anchors_and_wide_masks():
     )  # fmt: skip
     z = rows.double() @ columns.double().T
     chosen = ((bits >> torch.arange(32)) & 1) != 0
-    torch.testing.assert_close(parts[0, 0, 0].double(), torch.where(chosen, torch.exp2(z), 0).sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        parts[0, 0, 0].double(), torch.where(chosen, torch.exp2(z), 0).sum(1), rtol=1e-5, atol=1e-5
+    )
     for part in parts[2:, 0, 0].double() / 0.6931471805599453:
         torch.testing.assert_close(part, torch.where(chosen, z, 0).sum(1), rtol=1e-5, atol=1e-5)
 
@@ -284,7 +286,7 @@ def test_lists_that_start_late(negatives):
     counts = torch.full((1,), 32, dtype=torch.int32)
     blocks = dict(BLOCK_C=32, BLOCK_R=32, BLOCK_K=16, PRECISION="ieee")
     flags = dict(NEGATIVES=negatives, HAS_EXTRA=True, HAS_NEGATIVES=True)
-    stats, grads = [], []
+    stats = []
     far = empty(32, torch.float32)
     near = torch.empty(32, 16)
     for is_far, out, width_out in ((False, near, 16), (True, far.start, far.stride)):
