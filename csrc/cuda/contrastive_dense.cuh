@@ -37,7 +37,7 @@ constexpr int kDenseStatsBytes = kDenseStages * kStageBytes + 4 * kTile * sizeof
 // Block (x, y, z): the x-th row of tiles of the anchors, share y of the columns, stream z. first_shift: the shift of
 // all sums, or -inf for the largest logit of the row so far.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 1 : 2)
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
     contrastive_stats_kernel(ContrastiveRows<T> rows, ContrastiveMasks masks, float first_shift, StatsParts parts) {
   const bool fixed_shift = first_shift != -INFINITY;
   const int64_t first_row = (masks.first_row / kTile + blockIdx.x) * kTile;
@@ -141,7 +141,7 @@ constexpr int kWeightsBytes = kDenseStages * kStageBytes + sizeof(WeightTables);
 // One block, one tile, one stream. With a shared exponential (shift > 0) tables.grad_lse holds grad_lse_i
 // exp2(shift - lse_i), so that one exponential serves both directions.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, std::is_same_v<T, float> ? 1 : 2)
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
     contrastive_weights_kernel(ContrastiveRows<T> rows, ContrastiveMasks masks, ContrastiveTables tables, float shift,
                                int64_t first_row, int64_t out_rows, int64_t out_width, T* out) {
   const TilePlace tile =

@@ -71,7 +71,8 @@ __device__ inline void store_words(const uint32_t (*words)[kTileWords], uint32_t
 
 // One block, one tile; with `symmetric` a tile of the upper triangle and its mirror image.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) pairs_above_kernel(PairSearch<T> job) {
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
+    pairs_above_kernel(PairSearch<T> job) {
   const int64_t row_tiles = (job.rows + kTile - 1) / kTile, column_tiles = (job.columns + kTile - 1) / kTile;
   const TilePlace tile =
       job.symmetric ? triangle_tile(blockIdx.x) : rectangle_tile(blockIdx.x, row_tiles, column_tiles);

@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kTileThreads) topk_kernel(RowSearch<T> job, in
 // out[i][j] = the ordered key of pair (i, j), by the caller's key_ids; kEmptyKey where it may not be chosen or is NaN
 // or -inf. One block, one tile: the unfused route, for long lists.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) ordered_keys_kernel(RowSearch<T> job, int64_t first_row, int64_t* out) {
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
+    ordered_keys_kernel(RowSearch<T> job, int64_t first_row, int64_t* out) {
   const int64_t first_tile_row = first_row + static_cast<int64_t>(blockIdx.y) * kTile;
   const Places at;
   const Choice<T> choice{job};

@@ -1,9 +1,9 @@
 // Tiles of s_ij = <a_i, b_j> in fp32, by 8 warps: 128 x 128 products, or another shape.
 //
 // Operands are row-major with rows of whole 16-byte chunks, fewer than 2^31 - 128 of them (offsets are 64-bit). A step
-// brings 128 bytes of each row of the tile into one of `Stages` buffers by asynchronous copies; chunk c of row r lies at
-// chunk c ^ (r % 8), so that neither ldmatrix nor the fp32 loads meet bank conflicts. Rows past the end repeat the last
-// row (the caller ignores their products); chunks past the end of a row are zero.
+// brings 128 bytes of each row of the tile into one of `Stages` buffers by asynchronous copies; chunk c of row r lies
+// at chunk c ^ (r % 8), so that neither ldmatrix nor the fp32 loads meet bank conflicts. Rows past the end repeat the
+// last row (the caller ignores their products); chunks past the end of a row are zero.
 //
 // Every s_ij is one sum in ascending order of the depth, whatever tile or warp computes it: equal for all tilings, and
 // s_ij = s_ji bit for bit. bf16 and fp16 run on the matrix units (m16n8k16), fp32 in IEEE fused multiply-adds.
@@ -20,6 +20,10 @@ namespace hpk::gpu {
 constexpr int kTile = 128;          // rows and columns of the common tile
 constexpr int kTileThreads = 256;
 constexpr int kRowBytes = 128;      // of a row in a step
+
+// Of kernels whose blocks are to share a multiprocessor: 128 registers a thread, too few for fp32 without spills.
+template <class T>
+constexpr int kBlocksPerMultiprocessor = std::is_same_v<T, float> ? 1 : 2;
 
 // The rows and columns of a tile that this thread holds: acc[m][n][2 * h + b] belongs to (row(m, h), column(n, b)).
 // Over (n, b) in order the columns ascend. WarpRows x WarpColumns warps have 16 M x 8 N products each; N is even.
