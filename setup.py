@@ -41,9 +41,7 @@ KERNELS_BF16 = {"avx512_bf16": AVX512_BF16}
 CUDA_ARCHS = "80;90a;90-virtual"
 OLDEST_CUDA_ARCH = 80  # asynchronous copies and bf16 products
 # One release for all parts, and the first of CUDA 13: PTX of a later one needs a later driver.
-CUDA_PACKAGES = [
-    f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
-]
+CUDA_PACKAGES = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime")]
 
 NO_COMPILER = (
     "hpkernels needs a C++17 compiler (GCC 9 or Clang 10, or newer) to build, and {name!r} was not found: install one "

@@ -155,7 +155,7 @@ def test_build_requirements(checkout, python_without_torch, path_without_nvcc, t
 
     for switch in ("", "1", "auto"):
         assert [name.partition("==")[0] for name in asked(HPKERNELS_CUDA=switch)] == [
-            "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl",
+            "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime",
         ]  # fmt: skip
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()

@@ -1,6 +1,6 @@
 """Compile every CUDA C++ kernel for GPUs that are not here, and keep what the compiler says of it.
 
-    python -m tests.cuda.aot            writes benchmarks/results/aot_cuda.json
+    python -m tests.cuda.aot            brings benchmarks/results/aot_cuda.json up to date: compiles what has changed
     python -m tests.cuda.aot --check    whether the table is of the sources as they are now, and within limits
 
 Needs nvcc for the first. No figure was measured on a GPU: registers, stack, spills and static shared memory are the
@@ -122,10 +122,18 @@ def table_faults(files: dict[str, dict]) -> list[str]:
 
 def check() -> list[str]:
     """What is wrong with the committed table: faults, and files that it lacks or has in an older form."""
-    files = json.loads(RESULTS.read_text())["files"]
+    files = recorded()
+    return [f"{name}: changed, new or gone: `python -m tests.cuda.aot`" for name in stale(files)] + table_faults(files)
+
+
+def recorded() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text())["files"] if RESULTS.exists() else {}
+
+
+def stale(files: dict[str, dict]) -> list[str]:
+    """Names of files that a table does not have as they are now, or has although they are gone."""
     sources = {path.name: source_hash(path) for path in SOURCES.glob("*.cu")}
-    stale = sorted(name for name in sources | files if files.get(name, {}).get("source") != sources.get(name))
-    return [f"{name}: changed, new or gone; run `python -m tests.cuda.aot`" for name in stale] + table_faults(files)
+    return sorted(name for name in sources | files if files.get(name, {}).get("source") != sources.get(name))
 
 
 def compile_all(names: list[str], jobs: int) -> dict[str, dict]:
@@ -142,12 +150,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare aot_cuda.json with the sources; compile nothing")
     parser.add_argument("--files", nargs="*", help="compile these and print; write nothing")
+    parser.add_argument("--all", action="store_true", help="compile files that have not changed, too")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.check:
         wrong = check()
     else:
-        files = compile_all(arguments.files or sorted(path.name for path in SOURCES.glob("*.cu")), arguments.jobs)
+        known = {} if arguments.files or arguments.all else recorded()
+        names = arguments.files or [name for name in stale(known) if (SOURCES / name).exists()]
+        files = known | compile_all(names, arguments.jobs)
+        files = {name: entry for name, entry in files.items() if (SOURCES / name).exists()}
         wrong = table_faults(files)
         for file, entry in files.items():
             for arch, kernels in entry["kernels"].items():
