@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 NEIGHBOURS = 16  # k of top-k
+QUICK_POOL = 256  # rows of the pools of a quick run
 STREAMS = 2  # z and z_local
 COPY_NUMBERS = 1 << 26  # of the copy that gives the ceiling of byte rates
 PRODUCT_ROWS = 16384  # at most, of the square product that gives the ceiling of arithmetic rates
@@ -89,7 +90,7 @@ def _case(kind: str, title: str, peers: tuple[str, ...], images: tuple[int, int]
     quick_grid = tuple(side // 2 for side in sizes.get("grid", (28, 28)))
     shapes = [Shape(count, **sizes) for count in images]
     return Case(
-        kind, title, peers, (shapes[0],), (shapes[1],), (Shape(2, **(sizes | {"grid": quick_grid})),), repetitions
+        kind, title, peers, (shapes[0],), (shapes[1],), (Shape(2, **(sizes | {"grid": quick_grid, "pool": QUICK_POOL})),), repetitions
     )
 
 
@@ -120,7 +121,7 @@ CASES: dict[str, Case] = {
         "step", "loss step, rho 0.02, against N", (*OURS, *BACKENDS, "published", "chunked"),
         cpu=tuple(Shape(b) for b in (2, 4, 8, 16, 32, 64, 128)),
         cuda=tuple(Shape(b) for b in (4, 8, 16, 32, 64, 128, 256)),
-        quick=tuple(Shape(b, (14, 14)) for b in (1, 4)),
+        quick=tuple(Shape(b, (14, 14), pool=QUICK_POOL) for b in (1, 2, 4)),
         repetitions=3,
         up_to={"published": 12544, "chunked": 12544},
     ),
@@ -128,7 +129,7 @@ CASES: dict[str, Case] = {
         "step", "loss step, rho 1, against D", (*OURS, *BACKENDS, "chunked"),
         cpu=tuple(Shape(4, code=d, rate=1.0) for d in (64, 128, 256, 512, 1024)),
         cuda=tuple(Shape(32, code=d, rate=1.0) for d in (64, 128, 256, 512, 1024)),
-        quick=tuple(Shape(1, (14, 14), code=d, rate=1.0) for d in (64, 1024)),
+        quick=tuple(Shape(1, (14, 14), code=d, pool=QUICK_POOL, rate=1.0) for d in (64, 1024)),
         repetitions=5,
     ),
 }  # fmt: skip
