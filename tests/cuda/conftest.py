@@ -49,24 +49,30 @@ def build_shim(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shim(tmp_path_factory) -> Iterator[ModuleType]:
-    """The compiled library, in the place of hpkernels._cuda for the session."""
+def library(tmp_path_factory) -> ModuleType:
+    """The compiled library as a module; it is not yet in the place of hpkernels._cuda."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_shim"
     folder.mkdir(exist_ok=True)
     spec = importlib.util.spec_from_file_location("hpkernels._cuda", build_shim(folder))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def shim(library) -> Iterator[ModuleType]:
+    """The library in the place of hpkernels._cuda, while the tests of one file run."""
     import hpkernels
     from hpkernels import dispatch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "hpkernels._cuda", module)
-        patch.setattr(hpkernels, "_cuda", module, raising=False)
+        patch.setitem(sys.modules, "hpkernels._cuda", library)
+        patch.setattr(hpkernels, "_cuda", library, raising=False)
         patch.setitem(dispatch.MISSING, "cuda", None)
-        patch.setattr(dispatch, "_cuda_takes", module.device_type)
+        patch.setattr(dispatch, "_cuda_takes", library.device_type)
         dispatch.implementation.cache_clear()
-        yield module
+        yield library
         dispatch.implementation.cache_clear()
 
 
@@ -78,27 +84,27 @@ def _on_shim(op: str) -> Iterator[ModuleType]:
         sys.modules.pop(name, None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def search(shim) -> Iterator[ModuleType]:
     yield from _on_shim("similarity_search")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def contrastive(shim) -> Iterator[ModuleType]:
     yield from _on_shim("contrastive")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_mix(shim) -> Iterator[ModuleType]:
     yield from _on_shim("local_mix")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pair_bits(shim) -> Iterator[ModuleType]:
     yield from _on_shim("pair_bits")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def normalize(shim) -> Iterator[ModuleType]:
     yield from _on_shim("normalize")
 

@@ -1,6 +1,7 @@
 """Fixtures: the tiny ViT in a file, a handful of painted photographs, a finished run."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -45,3 +46,9 @@ def run(tmp_path_factory, photos, vit_file):
     hpseg.train(photos, out, weights=vit_file, steps=20, **SMALL)
     torch.set_num_threads(threads)
     return out
+
+
+@pytest.fixture
+def scored_run(run, tmp_path):
+    """A copy of the finished run, for tests that leave scores in its folder."""
+    return shutil.copytree(run, tmp_path / "scored_run")

@@ -158,12 +158,12 @@ def test_stego_protocol_is_the_published_resize_and_crop():
     assert view.shown is view.picture
 
 
-def test_flip_and_crf(run, tree):
-    results = evaluate(run, tree, protocol="stego", flip=True, crf=True, device="cpu")
+def test_flip_and_crf(scored_run, tree):
+    results = evaluate(scored_run, tree, protocol="stego", flip=True, crf=True, device="cpu")
     assert results["flip"] is True and results["protocol"] == "stego"
     assert 0 <= results["trained_crf"]["miou"] <= 100 and "trained head + CRF" in format_table(results)
     with pytest.raises(UsageError, match="protocol: expected one of default, stego"):
-        evaluate(run, tree, protocol="paper", device="cpu")
+        evaluate(scored_run, tree, protocol="paper", device="cpu")
 
 
 def test_codes_of_a_mirrored_description_are_averaged(run):

@@ -35,36 +35,34 @@ def two_sets(tmp_path):
     return tmp_path / "fit", tmp_path / "held"
 
 
-def test_probes_learn_what_is_there_and_repeat(run, two_sets):
+def test_probes_learn_what_is_there_and_repeat(scored_run, two_sets):
     fit, held = two_sets
     settings = dict(score_on=held, steps=60, batch_size=4, lr=2e-2, device="cpu")
-    results = probe(run, fit, **settings)
+    results = probe(scored_run, fit, **settings)
     assert results["linear"]["accuracy"] > 85 and results["classes"] == ["dark", "bright"]
     assert results["linear"]["cluster_of"] == [0, 1] and results["pixels"] == 2 * (48 * 64 - 5)
-    assert json.loads((run / "probe.json").read_text()) == results
-    before = load_file(run / "probe.safetensors")
+    assert json.loads((scored_run / "probe.json").read_text()) == results
+    before = load_file(scored_run / "probe.safetensors")
     assert before["linear.weight"].shape[0] == 2
-    probe(run, fit, **settings)
-    after = load_file(run / "probe.safetensors")
+    probe(scored_run, fit, **settings)
+    after = load_file(scored_run / "probe.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "linear probe" in format_table(results)
-    for name in ("probe.json", "probe.safetensors"):
-        (run / name).unlink()
 
 
-def test_what_is_kept_changes_nothing(run, two_sets, monkeypatch):
+def test_what_is_kept_changes_nothing(scored_run, two_sets, monkeypatch):
     from hpseg.evaluation import probes
 
     fit, held = two_sets
     scores = []
     for limit in (1 << 30, 0):
         monkeypatch.setattr(probes, "CACHE_BYTES", limit)
-        scores.append(probe(run, fit, score_on=held, steps=5, batch_size=3, device="cpu"))
+        scores.append(probe(scored_run, fit, score_on=held, steps=5, batch_size=3, device="cpu"))
     assert scores[0] == scores[1]
 
 
-def test_held_out_labels_are_needed(run, two_sets):
+def test_held_out_labels_are_needed(scored_run, two_sets):
     with pytest.raises(UsageError, match="score_on: expected a folder"):
-        probe(run, two_sets[0], device="cpu")
+        probe(scored_run, two_sets[0], device="cpu")
     with pytest.raises(UsageError, match="protocol: expected one of"):
-        probe(run, two_sets[0], score_on=two_sets[1], protocol="paper", device="cpu")
+        probe(scored_run, two_sets[0], score_on=two_sets[1], protocol="paper", device="cpu")
