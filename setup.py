@@ -107,7 +107,9 @@ class BuildNative(build_ext):
         flags.append(f'-DHPK_CUDA_ARCHS="{";".join(archs)}"')
         # Objects for other targets lie elsewhere, so that a change of the targets compiles anew.
         temp = Path(self.build_temp) / "cuda" / "_".join(archs)
-        sources = [*sorted(ext.folder.glob("*.cu")), *sorted(ext.folder.glob("*.cpp"))]
+        # The long ones first: started last, one would be compiled alone while other processors wait.
+        kernels = sorted(ext.folder.glob("*.cu"), key=lambda path: -path.stat().st_size)
+        sources = [*kernels, *sorted(ext.folder.glob("*.cpp"))]
         jobs = [(source, temp / f"{source.name}.o", [*command, *flags]) for source in sources]
         self._compile(jobs, ext)
         libraries = Path(nvcc).resolve().parents[1] / "lib"  # where the compiler packages have them
