@@ -1,10 +1,10 @@
 """`python -m benchmarks`: measure, print the tables, write results, plots and the README's tables.
 
-    python -m benchmarks                        everything of this device, then plots and README.md (figures to commit)
-    python -m benchmarks --quick                toy shapes, to see that it runs: nothing outside ./benchmark-quick changes
-    python -m benchmarks --case topk --case stages_rho_1 --peers hpkernels,torch.topk
-    python -m benchmarks --list
-    python -m benchmarks --readme               plots and README.md's tables from benchmarks/results, measuring nothing
+python -m benchmarks                        everything of this device, then plots and README.md (figures to commit)
+python -m benchmarks --quick                toy shapes, to see that it runs: nothing outside ./benchmark-quick changes
+python -m benchmarks --case topk --case stages_rho_1 --peers hpkernels,torch.topk
+python -m benchmarks --list
+python -m benchmarks --readme               plots and README.md's tables from benchmarks/results, measuring nothing
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
             for row in found:
                 measured.note(row)
                 rows.append(row | _provenance(head, row["peer"]))
-            paths = results.write(options.out, head | {"rows": rows})  # after every race: an end by a time limit loses little
+            paths = results.write(
+                options.out, head | {"rows": rows}
+            )  # after every race: an end by a time limit loses little
     except KeyboardInterrupt:
         complete = False
     finally:
@@ -85,7 +87,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     parser.add_argument("--readme", action="store_true", help="plots and README.md's tables from benchmarks/results")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, on cuda bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, on cuda bfloat16"
+    )
     parser.add_argument("--images", type=int, help="images of a step, in cases of one shape")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every contender")
     parser.add_argument("--seconds", type=float, default=30.0, help="a race ends early after this long")
@@ -97,7 +101,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.out is None:
         partial = options.case or options.peers or options.images
-        options.out = Path("benchmark-quick" if options.quick else "benchmark-partial") if options.quick or partial else RESULTS
+        options.out = (
+            Path("benchmark-quick" if options.quick else "benchmark-partial") if options.quick or partial else RESULTS
+        )
     return options
 
 

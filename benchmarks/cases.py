@@ -2,7 +2,7 @@
 
 A contender is a function of the inputs, one repetition of the job; each does the same job. `flop` is the arithmetic of
 the job when nothing is done twice, by inner dimension, and `nbytes` its memory traffic: the same numbers for every
-contender, so rates compare as times do. This module is imported by the worker processes only; importing it imports torch.
+contender, so rates compare as times do. Imported by the worker processes only, as importing it imports torch.
 """
 
 from __future__ import annotations
@@ -97,10 +97,13 @@ def step(inputs: StepInputs, loss: Callable[..., Tensor], **options) -> Tensor:
 
 def _common(inputs: StepInputs) -> dict:
     batch = inputs.batch
-    return dict(
-        head_features=batch.head_features, head_pool=batch.head_pool, head_weight=HEAD_WEIGHT,
-        tokens_per_image=batch.tokens, negative_rate=inputs.rate,
-    )  # fmt: skip
+    return {
+        "head_features": batch.head_features,
+        "head_pool": batch.head_pool,
+        "head_weight": HEAD_WEIGHT,
+        "tokens_per_image": batch.tokens,
+        "negative_rate": inputs.rate,
+    }
 
 
 def _step_hpkernels(inputs: StepInputs, backend: str | None) -> Tensor:
@@ -144,6 +147,10 @@ class SearchInputs:
 
 def _search_inputs(shape: Shape, device: str, dtype: torch.dtype) -> SearchInputs:
     return SearchInputs(make_shaped(shape, device, dtype))
+
+
+def _search_hpkernels(inputs: SearchInputs, backend: str | None) -> list[hpkernels.PairMask]:
+    return [hpkernels.hidden_positives(*space, backend=backend) for space in inputs.spaces]
 
 
 def _search_products(inputs: SearchInputs) -> None:
@@ -247,7 +254,7 @@ def _supcon(loss: Callable[[Tensor, Tensor, float], Tensor]) -> Contender:
 
 
 def _supcon_hpkernels(inputs: SupconInputs, backend: str | None) -> Tensor:
-    """"anchors": every anchor with a positive counts the same. Equal temperatures: no published scale on top."""
+    """ "anchors": every anchor with a positive counts the same. Equal temperatures: no published scale on top."""
 
     def loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
         return hpkernels.masked_contrastive_loss(
@@ -271,7 +278,9 @@ def _supcon_plain(chunked: bool, compiled: bool) -> Contender:
 
 def _topk_inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return tuple(
-        make_batch(shape.images, shape.grid, channels=shape.channels, code=8, pool=1, seed=seed, device=device, dtype=dtype).features
+        make_batch(
+            shape.images, shape.grid, channels=shape.channels, code=8, pool=1, seed=seed, device=device, dtype=dtype
+        ).features
         for seed in range(2)
     )  # fmt: skip
 
@@ -305,7 +314,7 @@ KINDS: dict[str, Kind] = {
     ),
     "search": Kind(
         inputs=_search_inputs,
-        contenders=ours(lambda s, backend: [hpkernels.hidden_positives(*space, backend=backend) for space in s.spaces]) | {
+        contenders=ours(_search_hpkernels) | {
             "torch.mm": _search_products,
             "chunked": lambda s: [plain.hidden_positives(*space) for space in s.spaces],
         },
@@ -343,7 +352,9 @@ KINDS: dict[str, Kind] = {
         flop=lambda shape: {shape.code: 2 * 2.0 * shape.rows**2 * shape.code},  # logits; the product of G + G^T
     ),
     "product": Kind(
-        inputs=_product_inputs, contenders={"torch.mm": lambda abc: torch.mm(abc[0], abc[1], out=abc[2])}, flop=_pairs_flop
+        inputs=_product_inputs,
+        contenders={"torch.mm": lambda abc: torch.mm(abc[0], abc[1], out=abc[2])},
+        flop=_pairs_flop,
     ),
     "copy": Kind(
         inputs=_copy_inputs,

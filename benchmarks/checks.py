@@ -1,8 +1,8 @@
 """Correctness gates: a contender's answer on a small input against plain torch in fp64, or it yields no figures.
 
 Run by the benchmark before it measures, in processes of their own, and by tests/test_benchmarks.py. The function gated
-is the one that is timed. Every contender is held to fp32 rounding. For a run in bf16 or fp16 the kernels (ours and other
-libraries') are held to that dtype too, on inputs whose decisions no rounding can turn; plain torch is not, its rounding
+is the one that is timed. Every contender is held to fp32 rounding. For a run in bf16 or fp16 the kernels (ours and
+other libraries') are held to that dtype too, on inputs whose decisions no rounding can turn; plain torch is not, its rounding
 there is its own. A contender that takes no fp32 is gated in the run's dtype alone.
 """
 
@@ -103,7 +103,9 @@ def check_topk(contender: cases.Contender, device: str, dtype: torch.dtype, rate
         return
     best = torch.topk(similarity, NEIGHBOURS).values
     values, indices = found
-    _compare({"values": values, "indices": similarity.gather(1, indices.long())}, {"values": best, "indices": best}, dtype)
+    _compare(
+        {"values": values, "indices": similarity.gather(1, indices.long())}, {"values": best, "indices": best}, dtype
+    )
 
 
 def check_local_mix(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
@@ -171,7 +173,13 @@ def _converted(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
     names = ("features", "pool", "head_features", "head_pool")
     mask = None if batch.mask is None else batch.mask.to(device)
     streams = {name: place(getattr(batch, name)).clone().requires_grad_() for name in ("z", "z_local")}
-    return Batch(**{name: place(getattr(batch, name)) for name in names}, **streams, tokens=batch.tokens, mask=mask, seed=batch.seed)
+    return Batch(
+        **{name: place(getattr(batch, name)) for name in names},
+        **streams,
+        tokens=batch.tokens,
+        mask=mask,
+        seed=batch.seed,
+    )
 
 
 def _step_answer(batch: Batch, loss: Tensor) -> Answer:

@@ -8,8 +8,8 @@ pairs meets positives scattered at random, which no real batch has. Here a patch
 
 with m a common direction, c_k the classes shared by all images, g_bk smooth random fields over the grid (each image
 sees `CLASSES_PER_IMAGE` of the classes), v_b(p) a smooth field of vectors private to the image, n_p white noise of
-unit length. A pool row is one patch of an image that is not in the batch. The density of the positives is set by the noise of
-the pool's rows: the noisier they are, the lower the best match R_i in the pool, and the more pairs exceed it. The
+unit length. A pool row is one patch of an image that is not in the batch. The density of the positives is set by the
+noise of the pool's rows: the noisier they are, the lower the best match R_i in the pool, and the more pairs exceed it. The
 positives stay coherent: most of a sparse mask lies within images, in patches of like surroundings.
 """
 
@@ -43,7 +43,9 @@ class Batch:
     z: Tensor  # (N, D) requires grad
     z_local: Tensor  # (N, D) requires grad
     tokens: int  # T
-    mask: Tensor | None = None  # bool (T, N), the random columns of the denominator; None: every contender draws its own
+    mask: Tensor | None = (
+        None  # bool (T, N), the random columns of the denominator; None: every contender draws its own
+    )
     seed: int | None = None  # from which hpkernels draws them; None: a new one a call
 
 
@@ -203,7 +205,11 @@ def _field(leading: tuple[int, ...], grid: tuple[int, int], generator: torch.Gen
 
 def _sparse_logits(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Keep CLASSES_PER_IMAGE random classes of each row (image), the others get a large negative logit."""
-    present = torch.rand(logits.shape[:2], generator=generator, device=generator.device).topk(CLASSES_PER_IMAGE, dim=1).indices
+    present = (
+        torch.rand(logits.shape[:2], generator=generator, device=generator.device)
+        .topk(CLASSES_PER_IMAGE, dim=1)
+        .indices
+    )
     absent = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device).scatter(1, present, False)
     return logits.masked_fill(absent.reshape(*absent.shape, *[1] * (logits.ndim - 2)), -1e4)
 

@@ -34,9 +34,15 @@ ANY = (torch.float32, *HALVES)
 PACKAGES = {
     "pytorch-metric-learning": Package("pytorch_metric_learning", "pytorch-metric-learning", ("cpu", "cuda"), ANY, ""),
     "cut-cross-entropy": Package(
-        "cut_cross_entropy", "cut-cross-entropy", ("cuda",), HALVES, "its Triton kernels take bf16 and fp16 tensors on a GPU"
+        "cut_cross_entropy",
+        "cut-cross-entropy",
+        ("cuda",),
+        HALVES,
+        "its Triton kernels take bf16 and fp16 tensors on a GPU",
     ),
-    "inf-cl": Package("inf_cl", "inf-cl", ("cuda",), HALVES, "its Triton kernels need a GPU and multiply in TF32, not in fp32"),
+    "inf-cl": Package(
+        "inf_cl", "inf-cl", ("cuda",), HALVES, "its Triton kernels need a GPU and multiply in TF32, not in fp32"
+    ),
     "keops": Package("pykeops", "pykeops", ("cpu", "cuda"), ANY, ""),
     "faiss": Package("faiss", "faiss-cpu", ("cpu",), (torch.float32,), "faiss-cpu takes fp32 on a CPU"),
 }

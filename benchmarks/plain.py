@@ -33,7 +33,7 @@ def hidden_positive_step(
     negative_mask: Tensor | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Forward and backward of the loss of `hpkernels.hidden_positive_loss`; gradients are left in the streams' `.grad`."""
+    """Forward and backward of `hpkernels.hidden_positive_loss`; gradients are left in the streams' `.grad`."""
     n, tokens = features.shape[0], tokens_per_image
     with torch.no_grad():
         searches = [_with_thresholds(features, pool), _with_thresholds(head_features, head_pool)]
@@ -91,7 +91,7 @@ def topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def supcon_step(z: Tensor, labels: Tensor, temperature: float, *, chunked: bool, compiled: bool = False) -> Tensor:
-    """Forward and backward of the supervised contrastive loss, mean over anchors with a positive; gradient in `z.grad`."""
+    """Forward and backward of SupCon, mean over anchors with a positive; the gradient is left in `z.grad`."""
     unit = F.normalize(z, dim=1)
     leaf = unit.detach().requires_grad_()
     counts = torch.bincount(labels)[labels] - 1
@@ -120,7 +120,7 @@ def _supcon_rows(own, x, own_labels, labels, inverse, first, temperature) -> Ten
 
 
 def local_mix(code: Tensor, attention: Tensor, grid: tuple[int, int], *, sigma: float = 28.0) -> Tensor:
-    """`hpkernels.local_mix` with the nine neighbours of a token gathered, never a T x T mask; weights image by image."""
+    """`hpkernels.local_mix` with a token's nine neighbours gathered, no T x T mask; weights image by image."""
     with torch.no_grad():
         places, valid = _neighbour_places(grid, code.device)
         weights = torch.stack([_neighbour_weights(image, places, valid, sigma) for image in attention]).to(code.dtype)

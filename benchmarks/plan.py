@@ -1,7 +1,7 @@
 """The registry of cases and peers: what is measured, at which sizes on which device, by whom. Imports no torch.
 
-A case is a kind of work (benchmarks/cases.py has the code of each) at one or several shapes. On a GPU the shapes are those of
-training; on a CPU the same work with fewer images (`cpu` beside `cuda` below), and with `--quick` a toy.
+A case is a kind of work (benchmarks/cases.py has the code of each) at one or several shapes. On a GPU the shapes are
+those of training; on a CPU the same work with fewer images (`cpu` beside `cuda` below), and with `--quick` a toy.
 """
 
 from __future__ import annotations
@@ -78,42 +78,40 @@ class Case:
     cpu: tuple[Shape, ...]
     cuda: tuple[Shape, ...]
     quick: tuple[Shape, ...] = ()
-    repetitions: int = 9
+    repetitions: int = 5
     up_to: dict[str, int] = field(default_factory=dict)  # rows beyond which a peer is left out on a CPU, for its time
 
     def shapes(self, device: str, quick: bool) -> tuple[Shape, ...]:
         return self.quick if quick else self.cuda if device == "cuda" else self.cpu
 
 
-def _case(kind: str, title: str, peers: tuple[str, ...], images: tuple[int, int] = (8, 64), repetitions=9, **sizes) -> Case:
+def _case(
+    kind: str, title: str, peers: tuple[str, ...], images: tuple[int, int] = (8, 64), repetitions=5, up_to=None, **sizes
+) -> Case:
     """A case at one shape; images on a CPU and on a GPU."""
-    quick_grid = tuple(side // 2 for side in sizes.get("grid", (28, 28)))
-    shapes = [Shape(count, **sizes) for count in images]
-    return Case(
-        kind, title, peers, (shapes[0],), (shapes[1],), (Shape(2, **(sizes | {"grid": quick_grid, "pool": QUICK_POOL})),), repetitions
-    )
+    cpu, cuda = (Shape(count, **sizes) for count in images)
+    quick = replace(cpu, images=2, grid=(cpu.grid[0] // 2, cpu.grid[1] // 2), pool=QUICK_POOL)
+    return Case(kind, title, peers, (cpu,), (cuda,), (quick,), repetitions, up_to or {})
 
 
 CASES: dict[str, Case] = {
-    "step_rho_0.02": _case("step", "loss step, rho 0.02", STEP_COMPILED, repetitions=5),
-    "step_rho_1": _case("step", "loss step, rho 1", STEP_COMPILED, repetitions=5, rate=1.0),
-    "search": _case("search", "its two searches alone", (*OURS, *BACKENDS, "torch.mm", "chunked")),
+    "step_rho_0.02": _case("step", "loss step, rho 0.02", STEP_COMPILED),
+    "step_rho_1": _case("step", "loss step, rho 1", STEP_COMPILED, rate=1.0),
+    "search": _case("search", "its two searches alone", (*OURS, *BACKENDS, "torch.mm", "chunked"), repetitions=9),
     "topk": _case(
         "topk", f"topk_similarity, k {NEIGHBOURS}",
-        (*OURS, *BACKENDS, "torch.mm", "torch.topk", "chunked", "faiss", "keops"), repetitions=5,
+        (*OURS, *BACKENDS, "torch.mm", "torch.topk", "chunked", "faiss", "keops"), up_to={"keops": 1568},
     ),
-    "local_mix": _case("local_mix", "local_mix, forward + backward", (*OURS, *BACKENDS, "published", "torch"), repetitions=5),
-    "local_mix_qk": _case(
-        "local_mix_qk", "the same from queries and keys", (*OURS, *BACKENDS, "published", "torch"), repetitions=5
-    ),
+    "local_mix": _case("local_mix", "local_mix, forward + backward", (*OURS, *BACKENDS, "published", "torch")),
+    "local_mix_qk": _case("local_mix_qk", "the same from queries and keys", (*OURS, *BACKENDS, "published", "torch")),
     "supcon": _case(
         "supcon", "supervised contrastive loss, forward + backward",
         (*OURS, *BACKENDS, "torch", "torch-compiled", "chunked", "chunked-compiled", "pytorch-metric-learning",
-         "cut-cross-entropy", "inf-cl", "keops"), (4, 64), 5,
+         "cut-cross-entropy", "inf-cl", "keops"), (2, 64),
     ),
-    "step_s16": _case("step", "loss step, ViT-S/16 (T 196)", STEP, (32, 64), 5, grid=(14, 14)),
-    "step_b8": _case("step", "loss step, ViT-B/8 (C 768)", STEP, (8, 64), 5, channels=768),
-    "step_dinov2": _case("step", "loss step, DINOv2's grid (T 1,024)", STEP, (6, 64), 5, grid=(32, 32)),
+    "step_s16": _case("step", "loss step, ViT-S/16 (T 196)", STEP, (32, 64), grid=(14, 14)),
+    "step_b8": _case("step", "loss step, ViT-B/8 (C 768)", STEP, channels=768),
+    "step_dinov2": _case("step", "loss step, DINOv2's grid (T 1,024)", STEP, (6, 64), grid=(32, 32)),
     "step_p0.1": _case("step", "loss step, 0.1 % positives", (*OURS, *BACKENDS, "chunked"), density=0.001),
     "step_p0.3": _case("step", "loss step, 0.3 % positives", (*OURS, *BACKENDS, "chunked"), density=0.003),
     "step_p1": _case("step", "loss step, 1 % positives", (*OURS, *BACKENDS, "chunked"), density=0.01),
@@ -130,7 +128,6 @@ CASES: dict[str, Case] = {
         cpu=tuple(Shape(4, code=d, rate=1.0) for d in (64, 128, 256, 512, 1024)),
         cuda=tuple(Shape(32, code=d, rate=1.0) for d in (64, 128, 256, 512, 1024)),
         quick=tuple(Shape(1, (14, 14), code=d, pool=QUICK_POOL, rate=1.0) for d in (64, 1024)),
-        repetitions=5,
     ),
 }  # fmt: skip
 QUICK = ("step_rho_0.02", "step_rho_1", "search", "topk", "local_mix", "local_mix_qk", "supcon", "scaling_n")
@@ -160,6 +157,7 @@ class Race:
     shape: Shape
     repetitions: int
     memory: bool = True
+    left_out: tuple[str, ...] = ()  # peers that would take minutes a repetition at this size
 
 
 def names() -> list[str]:
@@ -169,7 +167,12 @@ def names() -> list[str]:
 
 
 def build_plan(
-    *, device: str, quick: bool = False, cases: list[str] | None = None, peers: list[str] | None = None, images: int | None = None
+    *,
+    device: str,
+    quick: bool = False,
+    cases: list[str] | None = None,
+    peers: list[str] | None = None,
+    images: int | None = None,
 ) -> list[Race]:
     """The races of a run; one of kind "stages" has the library alone. `images` replaces that of one-shape cases.
 
@@ -187,16 +190,20 @@ def build_plan(
             if any((race.kind, race.shape) == (case.kind, shape) for race in races if name not in STAGES):
                 continue  # a scaling shape that is measured already; plots and tables find it by its sizes
             wanted = OURS + BACKENDS if name in STAGES else case.peers
-            chosen = tuple(p for p in wanted if _wanted(p, case, shape, device, quick, peers))
+            chosen = tuple(p for p in wanted if _wanted(p, device, quick, peers))
+            late = tuple(
+                p for p in chosen if not peers and device == "cpu" and shape.rows > case.up_to.get(p, shape.rows)
+            )
+            chosen = tuple(p for p in chosen if p not in late)
             if chosen:
                 kind = "stages" if name in STAGES else case.kind
                 repetitions = 2 if quick else case.repetitions
-                races.append(Race(name, kind, chosen, shape, repetitions, memory=not (quick and races)))
+                races.append(Race(name, kind, chosen, shape, repetitions, memory=not (quick and races), left_out=late))
     return races
 
 
 def ceilings(races: list[Race], quick: bool) -> list[Race]:
-    """The copy, and a product at every inner dimension of the races: what the machine gives, against which rates are held."""
+    """The copy, and a product at every inner dimension of the races: what the machine gives."""
     repetitions = 2 if quick else 5
     rows = max((race.shape.rows for race in races if not race.case.startswith("scaling")), default=6272)
     widths = sorted({k for race in races for k in INNER.get(race.kind, lambda shape: ())(race.shape)})
@@ -205,9 +212,9 @@ def ceilings(races: list[Race], quick: bool) -> list[Race]:
     return [Race("copy", "copy", ("torch",), Shape(1), repetitions, memory=False), *products]
 
 
-def _wanted(peer: str, case: Case, shape: Shape, device: str, quick: bool, peers: list[str] | None) -> bool:
+def _wanted(peer: str, device: str, quick: bool, peers: list[str] | None) -> bool:
     if peers is not None:
         return peer in peers
     if quick and (peer.endswith("-compiled") or peer == "keops"):
         return False  # their compilers take longer than all the rest
-    return device != "cpu" or not (peer in BACKENDS or shape.rows > case.up_to.get(peer, shape.rows))
+    return device != "cpu" or peer not in BACKENDS

@@ -1,4 +1,4 @@
-"""Time and memory of a step against N, log-log, from a results file. matplotlib is imported to draw, and for nothing else."""
+"""Time and memory of a step against N, log-log, from a results file. matplotlib is imported to draw only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def why_not() -> str | None:
 
 def series(run: dict, column: str) -> dict[str, list[tuple[int, float]]]:
     """{peer: [(N, value)]} of the steps that differ from the scaling case's in N alone."""
-    (like,) = {(s.tokens, s.channels, s.code, s.pool, s.rate, s.density) for s in CASES["scaling_n"].shapes(run["setting"]["device"], run["setting"]["quick"])}
+    (like,) = {
+        (s.tokens, s.channels, s.code, s.pool, s.rate, s.density)
+        for s in CASES["scaling_n"].shapes(run["setting"]["device"], run["setting"]["quick"])
+    }
     found: dict[str, list[tuple[int, float]]] = {}
     for row in run["rows"]:
         if row["kind"] != "step" or row["status"] != tidy.OK or column not in row:
@@ -74,7 +77,9 @@ def _plot(found: dict[str, list[tuple[int, float]]], label: str, scale: float, f
         axes.grid(True, which="major", alpha=0.3)
         axes.legend(frameon=False)
         where = run["versions"]["gpu"] if run["setting"]["device"] == "cuda" else run["versions"]["cpu"]
-        axes.set_title(f"{where}, {run['setting']['dtype']}, rho 0.02, {STREAMS} streams, commit {run['commit']}", fontsize=8)
+        axes.set_title(
+            f"{where}, {run['setting']['dtype']}, rho 0.02, {STREAMS} streams, commit {run['commit']}", fontsize=8
+        )
         figure.savefig(file, metadata={"Date": None})
         pyplot.close(figure)
     return file

@@ -2,8 +2,8 @@
 
 Image by image, the T x N similarities of that image's patches to the whole batch are formed, compared with both
 thresholds, turned into masks stored as floating point numbers, and multiplied with exponentials that autograd keeps
-until the backward pass: four T x N tables an image, N^2 numbers each over the batch. Nothing here is made slow on purpose:
-products are library products, the thresholds are found in one product, and the random mask is drawn once per call.
+until the backward pass: four T x N tables an image, N^2 numbers each over the batch. Nothing here is made slow on
+purpose: products are library products, the thresholds are found in one product, and the random mask is drawn once per call.
 
 Hidden Positives: Seong et al., CVPR 2023. The numbers agree with `hpkernels` (tests/test_benchmarks.py); where the
 published code would give NaN (an image without any positive, a row with an empty denominator) so does this.
@@ -56,7 +56,9 @@ def hidden_positive_loss(
     for start in range(0, n, tokens):
         rows = slice(start, start + tokens)
         own = [(x[rows], best[rows]) for x, best in searches]
-        loss = body([x[rows] for x in streams], streams, own, searches, negatives, others, head_weight, temperature, reweight)
+        loss = body(
+            [x[rows] for x in streams], streams, own, searches, negatives, others, head_weight, temperature, reweight
+        )
         total = total + loss
         others = others.roll(tokens, 1)
     return total * (temperature / base_temperature) * tokens / (len(streams) * n)

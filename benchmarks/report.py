@@ -1,4 +1,4 @@
-"""Tables from a results file, and the block of README.md that holds the short ones. Nothing here measures; nothing is typed in."""
+"""Tables from a results file, and the block of README.md that holds the short ones. Nothing is measured or typed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ TITLES = {name: case.title for name, case in CASES.items()} | CEILING_TITLES
 def render(run: dict) -> str:
     """All tables of one run, in Markdown: one row for each case, peer and size."""
     stage_tables = [_stage_table(run, case, peer) for case in STAGES for peer in _stage_peers(run, case)]
-    parts = [_heading(run), _full_table(run), _scaling_table(run, SCALING), _scaling_table(run, SCALING_D), *stage_tables]
+    parts = [
+        _heading(run),
+        _full_table(run),
+        _scaling_table(run, SCALING),
+        _scaling_table(run, SCALING_D),
+        *stage_tables,
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -26,7 +32,9 @@ def summary(run: dict, folder: Path, readme: Path) -> str:
     """The short tables and the plots of one run, for the README."""
     device = run["setting"]["device"]
     images = [file for file in plots.files(folder, device) if file.is_file()]
-    links = " ".join(f"![{file.stem.replace('_', ', ')} of a step against N]({_relative(file, readme)})" for file in images)
+    links = " ".join(
+        f"![{file.stem.replace('_', ', ')} of a step against N]({_relative(file, readme)})" for file in images
+    )
     stage_table = _stage_table(run, next(iter(STAGES)), OURS[0])
     full = f"Every peer and size: `{_relative(folder / device, readme)}.md`, `.csv`, `.json`."
     parts = [_heading(run), _short_table(run), links, stage_table, marks.render(run) if device == "cuda" else "", full]
@@ -34,7 +42,7 @@ def summary(run: dict, folder: Path, readme: Path) -> str:
 
 
 def rewrite_readme(readme: Path, folder: Path) -> None:
-    """Put the short tables of folder/cpu.json and folder/cuda.json between the README's markers, the long ones beside them.
+    """Put the short tables of the folder's results between the README's markers, the long ones beside the results.
 
     Results of an older format are passed over; without any of this format the README stays as it is.
     """
@@ -68,8 +76,9 @@ def _heading(run: dict) -> str:
     step = next((row for case in CASES if (row := tidy.find(run, case, OURS[0])) and row["kind"] == "step"), None)
     if step:
         lines.append(
-            f"Unless a row says otherwise {step['N'] // step['T']} images of {step['T']} patches (N = {step['N']:,}), C {step['C']}, "
-            f"D {step['D']}, pools of {step['pool']:,}; a step is the search and the forward and backward pass of both streams."
+            f"Unless a row says otherwise {step['N'] // step['T']} images of {step['T']} patches (N = {step['N']:,}), "
+            f"C {step['C']}, D {step['D']}, pools of {step['pool']:,}; a step is the search and the forward and backward "
+            "pass of both streams."
         )
     if step and "density_p" in step:
         lines.append(f"P is {step['density_p']:.2%} and Q {step['density_q']:.2%} dense.")
@@ -92,13 +101,23 @@ def _short_table(run: dict) -> str:
             table += [[TITLES[case], f"no figures: {reason}", "", "", ""]] if reason else []
             continue
         others = [row for row in _rows(run, case) if row is not ours and row["status"] == tidy.OK]
-        table.append([TITLES[case], _time(ours), _memory(ours), _share(ours), "; ".join(_against(row, ours) for row in others)])
-    header = ["job", "hpkernels: p50 (p20 - p80)", "peak extra memory", "of the ceiling", "others: times its time, times its memory"]
+        table.append(
+            [TITLES[case], _time(ours), _memory(ours), _share(ours), "; ".join(_against(row, ours) for row in others)]
+        )
+    header = [
+        "job",
+        "hpkernels: p50 (p20 - p80)",
+        "peak extra memory",
+        "of the ceiling",
+        "others: times its time, times its memory",
+    ]
     return markdown(header, table) if table else ""
 
 
 def _against(row: dict, ours: dict) -> str:
-    memory = f", {row['peak_bytes'] / ours['peak_bytes']:.1f}x" if row.get("peak_bytes") and ours.get("peak_bytes") else ""
+    memory = (
+        f", {row['peak_bytes'] / ours['peak_bytes']:.1f}x" if row.get("peak_bytes") and ours.get("peak_bytes") else ""
+    )
     return f"{row['peer']} {row['p50_ms'] / ours['p50_ms']:.1f}x{memory}"
 
 
@@ -124,8 +143,13 @@ def _scaling_table(run: dict, case: str) -> str:
         title, axis = "How a step at rho 0.02 grows with N:", "N"
     else:
         rows = [row for row in _rows(run, case) if row["status"] == tidy.OK]
-        times = {peer: [(r["D"], r["p50_ms"]) for r in rows if r["peer"] == peer] for peer in dict.fromkeys(r["peer"] for r in rows)}
-        sizes = {peer: [(r["D"], r["peak_bytes"]) for r in rows if r["peer"] == peer and "peak_bytes" in r] for peer in times}
+        times = {
+            peer: [(r["D"], r["p50_ms"]) for r in rows if r["peer"] == peer]
+            for peer in dict.fromkeys(r["peer"] for r in rows)
+        }
+        sizes = {
+            peer: [(r["D"], r["peak_bytes"]) for r in rows if r["peer"] == peer and "peak_bytes" in r] for peer in times
+        }
         title, axis = f"How a step at rho 1, N = {rows[0]['N']:,}, grows with D:" if rows else "", "D"
     if not times or not any(row["case"] == case for row in run["rows"]):
         return ""
@@ -135,7 +159,13 @@ def _scaling_table(run: dict, case: str) -> str:
         cells = [f"{n:,}"]
         for peer, points in times.items():
             time, size = dict(points).get(n), dict(sizes.get(peer, [])).get(n)
-            cells.append("" if time is None else f"{_milliseconds(time)} ms, {_size(size)}" if size else f"{_milliseconds(time)} ms")
+            cells.append(
+                ""
+                if time is None
+                else f"{_milliseconds(time)} ms, {_size(size)}"
+                if size
+                else f"{_milliseconds(time)} ms"
+            )
         table.append(cells)
     return f"{title}\n\n{markdown([axis, *times], table)}"
 

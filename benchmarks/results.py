@@ -33,7 +33,7 @@ class Ceilings:
             self.copy = row["gbs"] * 1e9
 
     def least_seconds(self, flop: dict[int, float], nbytes: float) -> tuple[str, float]:
-        """The longer of the times the arithmetic and the bytes take at the measured rates, and which it is; ("", 0) if unknown."""
+        """Time of the arithmetic or of the bytes at the measured rates, the longer, and its name; ("", 0) if unknown."""
         times = []
         if flop and all(k in self.product for k in flop):
             times.append(("product", sum(value / self.product[k] for k, value in flop.items())))
@@ -44,7 +44,15 @@ class Ceilings:
 
 def shape_fields(race: Race) -> dict:
     s: Shape = race.shape
-    fields = {"N": s.rows, "T": s.tokens, "C": s.channels, "D": s.code, "pool": s.pool, "rho": s.rate, "density": s.density}
+    fields = {
+        "N": s.rows,
+        "T": s.tokens,
+        "C": s.channels,
+        "D": s.code,
+        "pool": s.pool,
+        "rho": s.rate,
+        "density": s.density,
+    }
     kept = {
         "search": ("N", "T", "C", "D", "pool", "density"),
         "topk": ("N", "C"),

@@ -23,13 +23,14 @@ from benchmarks import stages
 from benchmarks.plan import OURS, Race, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_WARM_UPS = 4
+MAX_WARM_UPS = 3
 SLOW = 10.0  # seconds of a repetition: one is warm-up enough, and one is enough beyond the time of a race
 MIN_REPETITIONS = 3  # of others, however long the race takes
 # Memory is counted with every block over 1 MiB in pages of its own: what is live, not how the heap happens to break up.
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 FAULTS_SETTLED = 0.95  # of the repetition before: fewer new faults than that means still warming
 LONGEST_REASON = 300  # characters
+LEFT_OUT = "left out at this size: it would take minutes a repetition (ask for it with --peers)"
 DENSITY_PANELS = 16  # of 128 rows, from which the density of a shape is found
 
 
@@ -122,7 +123,7 @@ def contender(setting: Setting, **environment: str) -> Iterator[Contender]:
 
 
 class Gates:
-    """Verdicts of benchmarks/checks.py and densities of inputs, each found once a run, in a process beside the measurements'."""
+    """Verdicts of benchmarks/checks.py and densities of inputs, each found once a run, in a process of their own."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -148,7 +149,9 @@ class Gates:
         key = replace(shape, rate=0.0)
         if key not in self.densities:
             try:
-                self.densities[key] = self._ask("density", shape=asdict(shape), device=self.setting.device, panels=panels)
+                self.densities[key] = self._ask(
+                    "density", shape=asdict(shape), device=self.setting.device, panels=panels
+                )
             except ContenderFailed:
                 self.densities[key] = {}
         return self.densities[key]
@@ -170,7 +173,9 @@ class Gates:
 def run(race: Race, setting: Setting, gates: Gates, ceilings: tidy.Ceilings, say: Callable[[str], None]) -> list[dict]:
     """The rows of a race. No row has figures whose peer's gate is not green, and none of a case where ours is not."""
     rows = {peer: _row(race, peer, setting, gates.verdict(race, peer)) for peer in race.peers}
-    wrong = next((rows[peer] for peer in OURS if peer in rows and rows[peer]["status"] in (tidy.RED, tidy.FAILED)), None)
+    wrong = next(
+        (rows[peer] for peer in OURS if peer in rows and rows[peer]["status"] in (tidy.RED, tidy.FAILED)), None
+    )
     for row in rows.values():
         if wrong and row["status"] == tidy.OK:
             row |= {"status": wrong["status"], "reason": f"{wrong['peer']}: {wrong['reason']}"}
@@ -185,6 +190,7 @@ def run(race: Race, setting: Setting, gates: Gates, ceilings: tidy.Ceilings, say
             found = [row for peer in race.peers for row in _stages(race, rows[peer], setting, ceilings)]
         else:
             _run_race(race, rows, running, setting, ceilings)
+    found += [_row(race, peer, setting, {"state": tidy.SKIPPED, "reason": LEFT_OUT}) for peer in race.left_out]
     for row in found:
         say(line(row))
     return found

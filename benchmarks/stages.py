@@ -1,9 +1,9 @@
 """Where a loss step of ours spends its time, and what each stage has to do. Imports torch only to measure.
 
 Times are those of the library's ops in torch's profiler. One op call handles denominator and positives, so these are
-told apart by inputs: the same step is run with a pool that leaves a patch about one positive, and what statistics and gradient
-take less then is the stage "positives". Arithmetic counts logits twice where they are (statistics and gradient): storing them
-would take N^2 numbers.
+told apart by inputs: the same step is run with a pool that leaves a patch about one positive, and what statistics and
+gradient take less then is the stage "positives". Arithmetic counts logits twice where they are (statistics and
+gradient): storing them would take N^2 numbers.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def _sum(*parts: dict[int, float]) -> dict[int, float]:
     return {k: sum(part.get(k, 0.0) for part in parts) for part in parts for k in part}
 
 
-def measure(run: Callable[[], float], device: str, prepare: Callable[[bool], None], repetitions: int) -> dict[str, float]:
-    """Seconds by stage and of the whole step (medians). `prepare(few)` puts the inputs in place, few: one positive a row."""
+def measure(
+    run: Callable[[], float], device: str, prepare: Callable[[bool], None], repetitions: int
+) -> dict[str, float]:
+    """Seconds by stage and of the whole step (medians). `prepare(few)` sets the inputs; few: one positive a row."""
     prepare(True)
     few = _by_op(run, device, repetitions)
     prepare(False)

@@ -14,7 +14,10 @@ from benchmarks.plan import Shape
 
 SMALL = Shape(images=2, grid=(14, 14), channels=96, code=128, pool=512, heads=3)
 CONTENDERS = [
-    (kind, peer) for kind in checks.GATES for peer in KINDS[kind].contenders if not peer.endswith("-compiled") and peer != "keops"
+    (kind, peer)
+    for kind in checks.GATES
+    for peer in KINDS[kind].contenders
+    if not peer.endswith("-compiled") and peer != "keops"
 ]
 
 

@@ -101,7 +101,9 @@ def test_gate(kind: str, peer: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "peer"), [(k, p) for k in checks.GATES for p in KINDS[k].contenders if p.endswith("-compiled")])
+@pytest.mark.parametrize(
+    ("kind", "peer"), [(k, p) for k in checks.GATES for p in KINDS[k].contenders if p.endswith("-compiled")]
+)
 def test_gate_of_what_torch_compiles(kind: str, peer: str) -> None:
     assert checks.gate(kind, peer, "cpu", torch.float32) == {"state": "ok"}
 
@@ -120,7 +122,9 @@ def test_gate_is_red_on_a_wrong_answer(kind: str, monkeypatch: pytest.MonkeyPatc
     wrong = KINDS[kind].contenders | {"hpkernels": WRONG[kind]}
     monkeypatch.setitem(KINDS, kind, replace(KINDS[kind], contenders=wrong))
     verdict = checks.gate(kind, "hpkernels", "cpu", torch.float32)
-    assert verdict["state"] == "red" and ("relative difference" in verdict["reason"] or "decisions differ" in verdict["reason"])
+    assert verdict["state"] == "red" and (
+        "relative difference" in verdict["reason"] or "decisions differ" in verdict["reason"]
+    )
 
 
 def test_a_missing_peer_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +188,14 @@ def test_registry_is_consistent() -> None:
 
 def test_paper_size_on_a_gpu() -> None:
     shape = CASES["step_rho_0.02"].cuda[0]
-    assert (shape.images, shape.tokens, shape.channels, shape.code, shape.pool, shape.density) == (64, 784, 384, 512, 2048, 0.002)
+    assert (shape.images, shape.tokens, shape.channels, shape.code, shape.pool, shape.density) == (
+        64,
+        784,
+        384,
+        512,
+        2048,
+        0.002,
+    )
     assert max(s.rows for s in CASES["scaling_n"].cuda) > 200_000
 
 
@@ -202,6 +213,11 @@ def test_a_cpu_plan_has_no_gpu_backends_and_keeps_to_its_sizes() -> None:
     races = build_plan(device="cpu")
     assert not any(peer in BACKENDS for race in races for peer in race.peers)
     assert max(race.shape.rows for race in races if "published" in race.peers) <= 12544
+    assert any("published" in race.left_out for race in races) and not any(
+        set(race.peers) & set(race.left_out) for race in races
+    )
+    asked = build_plan(device="cpu", cases=["scaling_n"], peers=["published"])
+    assert max(race.shape.rows for race in asked if "published" in race.peers) > 12544
     asked = build_plan(device="cpu", cases=["topk"], peers=["hpkernels-cuda", "faiss"])
     assert [race.peers for race in asked] == [("hpkernels-cuda", "faiss")]
 
@@ -244,6 +260,13 @@ def test_no_figures_where_our_gate_is_red() -> None:
     rows = runner.run(TINY, SETTING, verdicts, results.Ceilings(), lambda line: None)
     assert [row["status"] for row in rows] == [results.RED, results.RED]
     assert not any("p50_ms" in row for row in rows) and "values: off" in rows[1]["reason"]
+
+
+def test_what_is_left_out_is_said() -> None:
+    race = replace(TINY, peers=("hpkernels",), left_out=("keops",))
+    rows = runner.run(race, SETTING, _Verdicts(), results.Ceilings(), lambda line: None)
+    assert [(row["peer"], row["status"]) for row in rows] == [("hpkernels", "ok"), ("keops", "skipped")]
+    assert "left out" in rows[1]["reason"]
 
 
 def test_no_figures_for_a_peer_whose_gate_is_red() -> None:
@@ -343,7 +366,13 @@ def test_unknown_peer_is_refused(capsys: pytest.CaptureFixture) -> None:
 
 def test_stages_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"contrastive_stats": 2.0, "contrastive_grad": 3.0, "pairs_above": 1.0, stages.WHOLE: 7.0}
-    real = {"contrastive_stats": 2.5, "contrastive_grad": 5.0, "pairs_above": 1.0, "count_bits": 0.5, stages.WHOLE: 10.0}
+    real = {
+        "contrastive_stats": 2.5,
+        "contrastive_grad": 5.0,
+        "pairs_above": 1.0,
+        "count_bits": 0.5,
+        stages.WHOLE: 10.0,
+    }
     answers = iter((few, real))
     monkeypatch.setattr(stages, "_by_op", lambda run, device, repetitions: next(answers))
     asked = []
@@ -357,7 +386,9 @@ def test_stages_of_a_real_step() -> None:
     race = Race("stages_rho_0.02", "stages", ("hpkernels",), Shape(2, (8, 8), channels=32, code=32, pool=64), 1)
     rows = runner.run(race, SETTING, _Verdicts(), results.Ceilings(), lambda line: None)
     by_stage = {row["stage"]: row["p50_ms"] for row in rows}
-    assert set(stages.STAGES) <= set(by_stage) and all(by_stage[stage] > 0 for stage in ("pools", "search", "statistics", "gradient"))
+    assert set(stages.STAGES) <= set(by_stage) and all(
+        by_stage[stage] > 0 for stage in ("pools", "search", "statistics", "gradient")
+    )
     parts = sum(value for stage, value in by_stage.items() if stage != stages.WHOLE)
     assert parts == pytest.approx(by_stage[stages.WHOLE], rel=0.02)
 
@@ -369,7 +400,12 @@ def _gpu_run() -> dict:
     def row(case: str, peer: str, p50: float, **more) -> dict:
         kind = CASES[case].kind if case in CASES else "stages"
         figures = {"p20_ms": p50, "p50_ms": p50, "p80_ms": p50}
-        return common | {"case": case, "kind": kind, "peer": peer, "rho": 1.0 if case.endswith("_1") else 0.02} | figures | more
+        return (
+            common
+            | {"case": case, "kind": kind, "peer": peer, "rho": 1.0 if case.endswith("_1") else 0.02}
+            | figures
+            | more
+        )
 
     rows = [
         row("step_rho_0.02", "hpkernels", 16.0, peak_bytes=2**30 + 1), row("step_rho_0.02", "published", 320.0),
@@ -395,7 +431,9 @@ def test_marks() -> None:
     assert found["step, rho 1", "hpkernels"] == ["not measured yet", ""]  # measured at another N
     assert found["local_mix", "hpkernels"] == ["not measured yet", ""]
     assert not any(peer == "hpkernels-triton" for _, peer in found)
-    assert "| dense gradient | 50 % or more of torch.mm's rate | hpkernels | not measured yet |  |" in marks.render(_gpu_run())
+    assert "| dense gradient | 50 % or more of torch.mm's rate | hpkernels | not measured yet |  |" in marks.render(
+        _gpu_run()
+    )
 
 
 def test_plots_take_only_what_differs_in_n(tmp_path: Path) -> None:
@@ -421,5 +459,7 @@ def test_plots_and_tables_of_committed_results(device: str, tmp_path: Path) -> N
 
 def test_nothing_but_the_plots_imports_matplotlib() -> None:
     folder = Path(plan.__file__).parent
-    users = {file.name for file in folder.rglob("*.py") if "matplotlib" in file.read_text().replace("matplotlib is not", "")}
+    users = {
+        file.name for file in folder.rglob("*.py") if "matplotlib" in file.read_text().replace("matplotlib is not", "")
+    }
     assert users <= {"plots.py"}

@@ -1,4 +1,4 @@
-"""Every op and both losses on a real GPU, on both GPU backends: right, bitwise repeatable, capturable, never synchronising.
+"""Every op and both losses on both GPU backends: right, bitwise repeatable, capturable, never synchronising.
 
 Answers are held to the fp64 reference on the CPU, on inputs whose decisions no rounding can turn (patches of a few
 classes, a pool between them), in every dtype. Everything goes through the public functions.
@@ -107,7 +107,9 @@ def _loss(**options) -> Callable[[Inputs, str | None], Answer]:
             z, inputs.features, inputs.pool, z_local=z_local, head_features=inputs.head_features, head_pool=inputs.head_pool,
             head_weight=inputs.head_weight, tokens_per_image=TOKENS, seed=inputs.seed, backend=backend, **options,
         )  # fmt: skip
-        return dict(zip(("loss", "gradient", "local gradient"), (loss.detach(), *torch.autograd.grad(loss, (z, z_local)))))
+        return dict(
+            zip(("loss", "gradient", "local gradient"), (loss.detach(), *torch.autograd.grad(loss, (z, z_local))))
+        )
 
     return call
 
@@ -115,7 +117,9 @@ def _loss(**options) -> Callable[[Inputs, str | None], Answer]:
 def _supcon(inputs: Inputs, backend: str | None) -> Answer:
     z = inputs.z.detach().requires_grad_()
     pairs = hk.PairMask.from_labels(inputs.labels)
-    loss = hk.masked_contrastive_loss(z, pairs, temperature=0.1, base_temperature=0.1, weighting="anchors", backend=backend)
+    loss = hk.masked_contrastive_loss(
+        z, pairs, temperature=0.1, base_temperature=0.1, weighting="anchors", backend=backend
+    )
     return {"loss": loss.detach(), "gradient": torch.autograd.grad(loss, z)[0]}
 
 
@@ -188,7 +192,7 @@ def expected(name: str, dtype: torch.dtype, width: int = 72) -> Answer:
 
 
 def check(answer: Answer, oracle: Answer, dtype: torch.dtype) -> None:
-    """Same numbers to the budget; same bits, indices and counts exactly. Near ties of top-k may be told apart either way."""
+    """Numbers to the budget; bits and counts exactly. Near ties of top-k may be told apart either way."""
     for what, right in oracle.items():
         found = answer[what].cpu()
         if right.is_floating_point():
