@@ -104,6 +104,14 @@ CASES: dict[str, Case] = {
     ),
     "local_mix": _case("local_mix", "local_mix, forward + backward", (*OURS, *BACKENDS, "published", "torch")),
     "local_mix_qk": _case("local_mix_qk", "the same from queries and keys", (*OURS, *BACKENDS, "published", "torch")),
+    "scaling_n": Case(
+        "step", "loss step, rho 0.02, against N", (*OURS, *BACKENDS, "published", "chunked"),
+        cpu=tuple(Shape(b) for b in (2, 4, 8, 16, 32, 64, 128)),
+        cuda=tuple(Shape(b) for b in (4, 8, 16, 32, 64, 128, 256)),
+        quick=tuple(Shape(b, (14, 14), pool=QUICK_POOL) for b in (1, 2, 4)),
+        repetitions=3,
+        up_to={"published": 12544, "chunked": 12544},
+    ),
     "supcon": _case(
         "supcon", "supervised contrastive loss, forward + backward",
         (*OURS, *BACKENDS, "torch", "torch-compiled", "chunked", "chunked-compiled", "pytorch-metric-learning",
@@ -115,14 +123,6 @@ CASES: dict[str, Case] = {
     "step_p0.1": _case("step", "loss step, 0.1 % positives", (*OURS, *BACKENDS, "chunked"), density=0.001),
     "step_p0.3": _case("step", "loss step, 0.3 % positives", (*OURS, *BACKENDS, "chunked"), density=0.003),
     "step_p1": _case("step", "loss step, 1 % positives", (*OURS, *BACKENDS, "chunked"), density=0.01),
-    "scaling_n": Case(
-        "step", "loss step, rho 0.02, against N", (*OURS, *BACKENDS, "published", "chunked"),
-        cpu=tuple(Shape(b) for b in (2, 4, 8, 16, 32, 64, 128)),
-        cuda=tuple(Shape(b) for b in (4, 8, 16, 32, 64, 128, 256)),
-        quick=tuple(Shape(b, (14, 14), pool=QUICK_POOL) for b in (1, 2, 4)),
-        repetitions=3,
-        up_to={"published": 12544, "chunked": 12544},
-    ),
     "scaling_d": Case(
         "step", "loss step, rho 1, against D", (*OURS, *BACKENDS, "chunked"),
         cpu=tuple(Shape(4, code=d, rate=1.0) for d in (64, 128, 256, 512, 1024)),
