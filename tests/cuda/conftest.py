@@ -54,7 +54,8 @@ def library(tmp_path_factory) -> ModuleType:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_shim"
     folder.mkdir(exist_ok=True)
-    spec = importlib.util.spec_from_file_location("hpkernels._cuda", build_shim(folder))
+    # Not by the name of the extension that may be installed: pybind11 would give that one again.
+    spec = importlib.util.spec_from_file_location("cuda_shim._cuda", build_shim(folder))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
