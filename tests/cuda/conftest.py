@@ -23,9 +23,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-# Kernels read and write packed numbers through other types, as the GPU's compiler lets them.
+# Kernels read and write packed numbers through other types, as the GPU's compiler lets them. The namespace has another
+# name, so that no type is the one of an installed hpkernels._cuda.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
-         "-DHPK_CUDA_SHIM"]  # fmt: skip
+         "-DHPK_CUDA_SHIM", "-Dhpk=hpk_shim"]  # fmt: skip
 
 
 def build_shim(folder: Path) -> Path:
