@@ -11,9 +11,10 @@ csrc/cuda/*.cu, *.cpp     each compiled once by nvcc, for all targets of HPKERNE
 The CUDA compiler is $CUDA_HOME/bin/nvcc, else nvcc on the PATH, else (Linux) that of NVIDIA's compiler packages, which
 an isolated build fetches as build requirements.
 
-Environment: CXX (the compiler), HPKERNELS_JOBS (parallel compilations, default: all CPUs), HPKERNELS_CUDA (0: build
-without _cuda; 1: fail without a CUDA compiler; auto), HPKERNELS_CUDA_ARCHS (default "80;90a;90-virtual": machine code
-for sm_80 and sm_90a, and PTX for 90, from which drivers compile for what comes after; "90+PTX" means both).
+Environment: CXX (the compiler), HPKERNELS_JOBS (parallel compilations, default: all CPUs), HPKERNELS_CPU_MAX_ISA (the
+newest instruction set that _cpu is built for, default: all that the compiler knows), HPKERNELS_CUDA (0: build without
+_cuda; 1: fail without a CUDA compiler; auto), HPKERNELS_CUDA_ARCHS (default "80;90a;90-virtual": machine code for sm_80
+and sm_90a, and PTX for 90, from which drivers compile for what comes after; "90+PTX" means both).
 """
 
 import os
@@ -68,6 +69,9 @@ class BuildNative(build_ext):
         if _cuda_wanted() != "0" and _find_nvcc() is None:
             print(f"hpkernels: built without hpkernels._cuda: {NO_CUDA_COMPILER}", file=sys.stderr)
         super().run()
+        if all(extension.name != "hpkernels._cuda" for extension in self.extensions):
+            # One of an earlier build would go into the package, though this build is without.
+            Path(self.get_ext_fullpath("hpkernels._cuda")).unlink(missing_ok=True)
 
     def build_extension(self, ext):
         getattr(self, "build" + ext.name.rpartition(".")[2])(ext)
@@ -77,10 +81,10 @@ class BuildNative(build_ext):
 
         compiler = _find_compiler()
         variants = KERNELS | KERNELS_BF16
-        isas = [name for name, flags in variants.items() if name == "baseline" or _accepts(compiler, flags)]
+        isas = [name for name in _wanted_isas() if name == "baseline" or _accepts(compiler, variants[name])]
         includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), *_python_includes())]
-        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
-                  "-fno-trapping-math", "-pthread", "-Wall", "-Wextra", "-Wno-psabi",
+        common = ["-std=c++17", *self._optimisation(), "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
+                  "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wall", "-Wextra", "-Wno-psabi",
               # GCC 12 finds its own intrinsics headers wanting.
               "-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized", *includes]
         common += [f"-DHPK_HAVE_{name.upper()}=1" for name in isas]
@@ -94,8 +98,14 @@ class BuildNative(build_ext):
                     flags = [*common, *variants[isa], f"-DHPK_ISA={isa}", f"-DHPK_ISA_{isa.upper()}=1"]
                     jobs.append((source, temp / isa / f"{source.stem}.o", flags))
         self._compile([(source, output, [*compiler, *flags]) for source, output, flags in jobs], ext)
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        if not self.debug and sys.platform != "darwin":
+            shared.append("-Wl,-s")
         self._link(ext, [*compiler, *shared, *(str(output) for _, output, _ in jobs), "-pthread"])
+
+    def _optimisation(self):
+        """Of a debug build, `build_ext --debug`: what sanitizers (.ci/sanitize) and debuggers read best."""
+        return ["-O1", "-g1", "-D_GLIBCXX_ASSERTIONS"] if self.debug else ["-O3"]
 
     def build_cuda(self, ext):
         import pybind11
@@ -141,6 +151,14 @@ def _find_compiler():
         if shutil.which(command[0]):
             return command
     raise SystemExit(NO_COMPILER.format(name=candidates[0][0]))
+
+
+def _wanted_isas():
+    known = [*KERNELS, *KERNELS_BF16]
+    newest = os.environ.get("HPKERNELS_CPU_MAX_ISA", "") or known[-1]
+    if newest not in known:
+        raise SystemExit(f"HPKERNELS_CPU_MAX_ISA must be one of {', '.join(known)}, got {newest!r}")
+    return known[: known.index(newest) + 1]
 
 
 def _accepts(compiler, flags):

@@ -49,6 +49,25 @@ void grad(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, int64_t fir
   }
 }
 
+// Groups instead of bits. Of the gradients only lse and grad_lse are read.
+template <class T>
+void group_lse(uintptr_t x, int64_t rows, int64_t depth, int64_t first, int64_t count, uintptr_t query, uintptr_t key,
+               double temperature, uintptr_t lse, int threads) {
+  const ContrastiveArgs<T> args{pointer<const T>(x), 1, rows, depth, first, count, {}, temperature, threads};
+  const hpk::ContrastiveGroups groups{pointer<const int32_t>(query), pointer<const int32_t>(key)};
+  HPK_DISPATCH(contrastive_group_lse(args, groups, pointer<T>(lse)));
+}
+
+template <class T>
+void group_grad(uintptr_t x, int64_t rows, int64_t depth, int64_t first, int64_t count, uintptr_t query, uintptr_t key,
+                double temperature, uintptr_t lse, uintptr_t grad_lse, uintptr_t zeros, uintptr_t grad_x, int threads) {
+  const ContrastiveArgs<T> args{pointer<const T>(x), 1, rows, depth, first, count, {}, temperature, threads};
+  const hpk::ContrastiveGroups groups{pointer<const int32_t>(query), pointer<const int32_t>(key)};
+  const hpk::ContrastiveGrads<T> grads{pointer<const T>(lse), pointer<const T>(grad_lse), pointer<const T>(zeros),
+                                       pointer<const T>(zeros), pointer<T>(grad_x)};
+  HPK_DISPATCH(contrastive_group_grad(args, groups, grads));
+}
+
 }  // namespace
 
 HPK_BIND(contrastive) {
@@ -58,4 +77,8 @@ HPK_BIND(contrastive) {
   m.def("contrastive_stats_f64", &stats<double>, Release());
   m.def("contrastive_grad_f32", &grad<float>, Release());
   m.def("contrastive_grad_f64", &grad<double>, Release());
+  m.def("contrastive_group_lse_f32", &group_lse<float>, Release());
+  m.def("contrastive_group_lse_f64", &group_lse<double>, Release());
+  m.def("contrastive_group_grad_f32", &group_grad<float>, Release());
+  m.def("contrastive_group_grad_f64", &group_grad<double>, Release());
 }

@@ -34,9 +34,9 @@ bool bit(unsigned value, int index) { return (value >> index) & 1; }
 
 // The CPU must have the instructions and the operating system must save the registers (XCR0).
 Isa detect() {
-  const Registers one = cpuid(1, 0), seven = cpuid(7, 0), seven_one = cpuid(7, 1);
+  [[maybe_unused]] const Registers one = cpuid(1, 0), seven = cpuid(7, 0), seven_one = cpuid(7, 1);
   const bool osxsave = bit(one.c, 27);
-  const unsigned long long state = osxsave ? enabled_state() : 0;
+  [[maybe_unused]] const unsigned long long state = osxsave ? enabled_state() : 0;
   Isa best = Isa::baseline;
 #ifdef HPK_HAVE_AVX2
   const bool bmi = bit(seven.b, 3) && bit(seven.b, 8) && bit(one.c, 23) && bit(one.c, 29);
@@ -51,7 +51,6 @@ Isa detect() {
 #endif
 #endif
 #endif
-  static_cast<void>(seven_one);
   return best;
 }
 #else

@@ -1,6 +1,8 @@
 #include "cpu/memory.h"
 
 #include <atomic>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -10,7 +12,12 @@
 namespace hpk {
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)  // knows the end and the last use of a block that is as asked for and not kept
+constexpr size_t kStep = 1, kSmall = SIZE_MAX;
+#else
+constexpr size_t kStep = 64;
 constexpr size_t kSmall = 64 << 10;  // below this the system's allocator keeps pages itself
+#endif
 constexpr size_t kKept = 8 << 20;  // more would stand beside the loss's own peak
 
 struct Block {
@@ -30,11 +37,23 @@ Cache& cache() {
   return *instance;
 }
 
+// Becomes Python's MemoryError. Its text is made beforehand: there may be no memory for it later.
+class NoMemory : public std::bad_alloc {
+ public:
+  explicit NoMemory(size_t bytes) noexcept {
+    std::snprintf(text_, sizeof text_, "hpkernels: no memory for %zu bytes of scratch space", bytes);
+  }
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[96];
+};
+
 std::atomic<bool> poison{false};
 
 // Sizes in steps of an eighth of their magnitude, so that slightly different calls share blocks.
 size_t capacity_for(size_t bytes) {
-  size_t step = 64;
+  size_t step = kStep;
   while (bytes >= kSmall && step * 16 <= bytes)
     step *= 2;
   return (bytes + step - 1) / step * step;
@@ -60,8 +79,7 @@ void* take_cached(size_t capacity) {
 void* take_memory(size_t bytes) {
   const size_t capacity = capacity_for(bytes ? bytes : 1);
   void* block = capacity >= kSmall ? take_cached(capacity) : nullptr;
-  if (!block) block = std::aligned_alloc(64, capacity);
-  if (!block) throw std::bad_alloc();
+  if (!block && posix_memalign(&block, 64, capacity)) throw NoMemory(capacity);
   if (poison) std::memset(block, 0xff, capacity);
   return block;
 }

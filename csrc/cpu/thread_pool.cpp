@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if !defined(_WIN32)
@@ -65,8 +66,7 @@ class Pool {
     std::lock_guard<std::mutex> one_at_a_time(run_mutex_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (; started_ < job.threads - 1; ++started_)
-        std::thread([this, worker = started_ + 1] { serve(worker); }).detach();
+      start(job.threads - 1);
       job_ = &job;
       generation_.fetch_add(1);
     }
@@ -83,6 +83,15 @@ class Pool {
   }
 
  private:
+  // Where the system has no room for another thread, those there are do the work: results do not depend on how many.
+  void start(int helpers) {
+    try {
+      for (; started_ < helpers; ++started_)
+        std::thread([this, worker = started_ + 1] { serve(worker); }).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
   void serve(int worker) {
     uint64_t seen = 0;
     while (true) {

@@ -32,7 +32,7 @@ void bind(py::module_& m, const std::string& suffix) {
            float first_shift, float over_temperature, int shares, uintptr_t parts, uintptr_t stream) {
           const ContrastiveRows<T> job{pointer<const T>(x), rows, depth, scale};
           const unsigned panels = tiles_between(masks.first_row, masks.first_row + masks.anchors, kTile);
-          launch(contrastive_stats_kernel<T>, dim3(panels, shares, static_cast<unsigned>(streams)), dim3(kTileThreads),
+          launch(contrastive_stats_kernel<T, BitWords>, dim3(panels, shares, static_cast<unsigned>(streams)), dim3(kTileThreads),
                  kDenseStatsBytes, stream, job, masks, first_shift,
                  StatsParts{pointer<float>(parts), over_temperature});
         });
@@ -67,7 +67,7 @@ void bind(py::module_& m, const std::string& suffix) {
                                       add,               pointer<const float>(out_scale),
                                       pointer<const int64_t>(slots), above};
           launch(contrastive_listed_grad_kernel<T>, panels_of_lists(masks, pairs, pieces<T>(depth)),
-                 dim3(kTileThreads), sizeof(PanelMemory<T>), stream, job, masks, tables, pairs, target);
+                 dim3(kTileThreads), sizeof(ListedPanelMemory<T>), stream, job, masks, tables, pairs, target);
         });
   m.def(("contrastive_column_side_" + suffix).c_str(),
         [](uintptr_t x, int64_t rows, int64_t depth, const ContrastiveMasks& masks, float scale,
@@ -75,7 +75,7 @@ void bind(py::module_& m, const std::string& suffix) {
            uintptr_t stream) {
           const ContrastiveRows<T> job{pointer<const T>(x), rows, depth, scale};
           const dim3 grid(static_cast<unsigned>(masks.period), shares, pieces<T>(depth));
-          launch(contrastive_column_side_kernel<T>, grid, dim3(kTileThreads), sizeof(PanelMemory<T>), stream, job,
+          launch(contrastive_column_side_kernel<T>, grid, dim3(kTileThreads), sizeof(ListedPanelMemory<T>), stream, job,
                  masks, tables, slots, pointer<T>(workspace));
         });
   m.def(("contrastive_column_sum_" + suffix).c_str(),

@@ -60,11 +60,12 @@ __global__ void __launch_bounds__(kTileThreads)
   if (!slots.fit() || first >= end) return;
   const int t = blockIdx.x;
   const PanelPlaces at;
-  auto& memory = *reinterpret_cast<PanelMemory<T>*>(dynamic_shared());
+  auto& memory = *reinterpret_cast<ListedPanelMemory<T>*>(dynamic_shared());
   PanelSums<T> sums(memory, rows.depth);
   const SteppedRows<T> named{rows.x, t, static_cast<int>(masks.period), static_cast<int>(rows.rows / masks.period)};
   const int tiles = (named.count + kPanel - 1) / kPanel;
   ListWalk<NegativesRow> walk(memory.list, NegativesRow{masks, t, first, end}, first / 32, (end + 31) / 32);
+  const auto weight_of = [&](int i, int j, float z) { return pair_weight(masks, tables, Pairs::kNamed, i, j, z); };
   int turn = 0;
   while (const int panels = walk.next())
     for (int panel = 0; panel < panels; ++panel, ++turn) {
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads)
       __syncthreads();  // the slots of the last panel are read
       if (threadIdx.x < kPanel) memory.slots[threadIdx.x] = slots.slot(columns.at(threadIdx.x), t);
       sums.clear();
-      add_tiles(sums, memory, rows, masks, tables, Pairs::kNamed, columns, named, tiles, at);
+      add_tiles(sums, memory, rows, columns, named, tiles, at, weight_of);
       sums.for_each_pair(at, [&](int row, int column, float low, float high) {
         if (row < columns.count) store_two(workspace + memory.slots[row] * rows.depth + column, low, high);
       });

@@ -32,51 +32,81 @@ __device__ inline float max_over_lanes(float largest) {
   return largest;
 }
 
+// The pairs of a row with a thread's columns of a tile: bit 8 n + b is that of column (n, b).
+struct PairWords {
+  uint32_t inside, positive, extra;  // of the denominator, of P, of Q
+};
+
+// The pairs of a thread's rows as masks of bits have them.
+class BitWords {
+ public:
+  using Masks = ContrastiveMasks;
+  static constexpr bool kPositives = true;
+
+  __device__ BitWords(const Places& at, const Masks& masks, int64_t first_row, int64_t rows)
+      : masks_(masks), rows_(rows), held_(at, masks, first_row, rows) {}
+  // The words of columns first_column ... + 31. All lanes, after the products: held during them they cost a spill.
+  __device__ void load(const Places&, int64_t first_column) {
+    first_column_ = first_column;
+    positives_.load(masks_.positives, held_.mask_rows, masks_.stride, first_column / 32);
+    extra_.load(masks_.extra, held_.mask_rows, masks_.stride, first_column / 32);
+    negatives_.load(masks_.negatives, held_.negatives_rows, masks_.stride, first_column / 32);
+  }
+  // Of row i at (m, h). All lanes.
+  __device__ PairWords of_row(const Places& at, int64_t i, int m, int h) const {
+    const uint32_t others = other_columns(i, first_column_, rows_);
+    const uint32_t positive = positives_.at(m, h, at.lane) & others, extra = extra_.at(m, h, at.lane) & others;
+    const uint32_t inside = masks_.everything ? others : positive | (negatives_.at(m, h, at.lane) & others);
+    const int first_bit = at.lane % 4 * 2;
+    return {inside >> first_bit, positive >> first_bit, extra >> first_bit};
+  }
+
+ private:
+  const Masks& masks_;
+  int64_t rows_, first_column_;
+  HeldRows held_;
+  RowWords positives_, extra_, negatives_;
+};
+
 constexpr int kDenseStatsBytes = kDenseStages * kStageBytes + 4 * kTile * sizeof(RowStats);
 
 // Block (x, y, z): the x-th row of tiles of the anchors, share y of the columns, stream z. first_shift: the shift of
-// all sums, or -inf for the largest logit of the row so far.
-template <class T>
+// all sums, or -inf for the largest logit of the row so far. Words: BitWords, or what else says which pairs there are.
+template <class T, class Words>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
-    contrastive_stats_kernel(ContrastiveRows<T> rows, ContrastiveMasks masks, float first_shift, StatsParts parts) {
+    contrastive_stats_kernel(ContrastiveRows<T> rows, typename Words::Masks masks, float first_shift,
+                             StatsParts parts) {
   const bool fixed_shift = first_shift != -INFINITY;
   const int64_t first_row = (masks.first_row / kTile + blockIdx.x) * kTile;
-  const int64_t tiles = (rows.rows + kTile - 1) / kTile, share = (tiles + gridDim.y - 1) / gridDim.y;
+  const T* x = rows.x + blockIdx.z * rows.rows * rows.depth;
+  const ConsecutiveRows<T> columns = masks.columns(x, rows.rows);
+  const int64_t tiles = (columns.count + kTile - 1) / kTile, share = (tiles + gridDim.y - 1) / gridDim.y;
   const int64_t begin = share * blockIdx.y < tiles ? share * blockIdx.y : tiles;
   const int64_t end = begin + share < tiles ? begin + share : tiles;
-  const T* x = rows.x + blockIdx.z * rows.rows * rows.depth;
 
   const Places at;
-  const HeldRows held(at, masks, first_row, rows.rows);
+  Words words(at, masks, first_row, rows.rows);
   // The sums of a warp's rows: in shared memory, because the products take half of the registers.
   auto of_warp = reinterpret_cast<RowStats (*)[kTile]>(dynamic_shared() + kDenseStages * kStageBytes);
   for (int e = threadIdx.x; e < 4 * kTile; e += kTileThreads) of_warp[0][e] = {{0.0f, first_shift}, 0.0f, 0.0f};
-  TileStream<T, kDenseStages> products({x, rows.rows, first_row}, {x, rows.rows, 0}, begin, end - begin, rows.depth,
+  TileStream<T, kDenseStages> products({x, rows.rows, first_row}, columns, begin, end - begin, rows.depth,
                                        dynamic_shared());
   for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t first_column = tile * kTile + at.warp_column * 32;
     Accumulators acc;
     products.next(acc, at);
-    RowWords positives, extra, negatives;  // loaded now: held during the products they would cost a spill
-    positives.load(masks.positives, held.mask_rows, masks.stride, first_column / 32);
-    extra.load(masks.extra, held.mask_rows, masks.stride, first_column / 32);
-    negatives.load(masks.negatives, held.negatives_rows, masks.stride, first_column / 32);
+    words.load(at, tile * kTile + at.warp_column * 32);
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t others = other_columns(first_row + at.row(m, h), first_column, rows.rows);
-        const uint32_t positive = positives.at(m, h, at.lane) & others;
-        const uint32_t also = extra.at(m, h, at.lane) & others;
-        const uint32_t inside = masks.everything ? others : positive | (negatives.at(m, h, at.lane) & others);
-        const int first_bit = at.lane % 4 * 2;
+        const PairWords pairs = words.of_row(at, first_row + at.row(m, h), m, h);
         RowStats& row = of_warp[at.warp_column][at.row(m, h)];
         float shift = first_shift;
         if (!fixed_shift) {
           float largest = -INFINITY;
 #pragma unroll
           for (int e = 0; e < 8; ++e)
-            if (inside >> (first_bit + e / 2 * 8 + e % 2) & 1)
+            if (pairs.inside >> (e / 2 * 8 + e % 2) & 1)
               largest = fmaxf(largest, acc[m][e / 2][2 * h + e % 2] * rows.scale);
           shift = fmaxf(row.denominator.shift, max_over_lanes(largest));
         }
@@ -84,23 +114,25 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const float p = exp2_fast(fmaf(acc[m][e / 2][2 * h + e % 2], rows.scale, -shift));
-          total += inside >> (first_bit + e / 2 * 8 + e % 2) & 1 ? p : 0.0f;
+          total += pairs.inside >> (e / 2 * 8 + e % 2) & 1 ? p : 0.0f;
         }
         total = over_lanes(total);
         if (at.lane % 4 == 0) {
           row.denominator.raise(shift);
           row.denominator.total += total;
         }
-        if (__ballot_sync(0xffffffffu, (positive | also) != 0) == 0) continue;  // few pairs are positive
-        float pos = 0.0f, ext = 0.0f;
+        if constexpr (Words::kPositives) {
+          if (__ballot_sync(0xffffffffu, (pairs.positive | pairs.extra) != 0) == 0) continue;  // few are positive
+          float pos = 0.0f, ext = 0.0f;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const float s = acc[m][e / 2][2 * h + e % 2];
-          pos += positive >> (first_bit + e / 2 * 8 + e % 2) & 1 ? s : 0.0f;
-          ext += also >> (first_bit + e / 2 * 8 + e % 2) & 1 ? s : 0.0f;
+          for (int e = 0; e < 8; ++e) {
+            const float s = acc[m][e / 2][2 * h + e % 2];
+            pos += pairs.positive >> (e / 2 * 8 + e % 2) & 1 ? s : 0.0f;
+            ext += pairs.extra >> (e / 2 * 8 + e % 2) & 1 ? s : 0.0f;
+          }
+          pos = over_lanes(pos), ext = over_lanes(ext);
+          if (at.lane % 4 == 0) row.pos += pos, row.ext += ext;
         }
-        pos = over_lanes(pos), ext = over_lanes(ext);
-        if (at.lane % 4 == 0) row.pos += pos, row.ext += ext;
       }
   }
   __syncthreads();
@@ -108,7 +140,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
   if (row >= kTile || !masks.is_anchor(first_row + row)) return;
   RowStats sum = of_warp[0][row];
   for (int warp = 1; warp < 4; ++warp) sum.add(of_warp[warp][row]);
-  parts.store(gridDim.y, blockIdx.y, gridDim.z, blockIdx.z, masks.anchors, first_row + row - masks.first_row, sum);
+  parts.store<Words::kPositives>(gridDim.y, blockIdx.y, gridDim.z, blockIdx.z, masks.anchors,
+                                 first_row + row - masks.first_row, sum);
 }
 
 // What the weights of a tile need of its rows and columns.

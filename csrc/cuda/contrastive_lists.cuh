@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kTileThreads)
   if (row >= panel.count) return;
   RowStats sum = of_warp[0][row];
   sum.add(of_warp[1][row]);
-  parts.store(shares, part, gridDim.z, blockIdx.z, masks.anchors, panel.at(row) - masks.first_row, sum);
+  parts.store<true>(shares, part, gridDim.z, blockIdx.z, masks.anchors, panel.at(row) - masks.first_row, sum);
 }
 
 }  // namespace hpk::gpu

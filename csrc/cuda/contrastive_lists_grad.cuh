@@ -18,6 +18,10 @@ struct PanelMemory {
   unsigned char stages[kPanelStages * PanelPlaces::kStageBytes];
   unsigned char chunks[2][kChunkRows * kPieceBytes];
   unsigned char weights[kPanel * kPanel * sizeof(T)];
+};
+
+template <class T>
+struct ListedPanelMemory : PanelMemory<T> {
   ColumnList list;
   int slots[kPanel];
 };
@@ -148,9 +152,10 @@ class PanelSums {
   float sums_[4][kN][4];
 };
 
-// The weight of pair i != j for logit z.
+// The weight of pair (i, j) for logit z; 0 on the diagonal.
 __device__ inline float pair_weight(const ContrastiveMasks& masks, const ContrastiveTables& tables, Pairs pairs,
                                     int64_t i, int64_t j, float z) {
+  if (i == j) return 0.0f;
   bool in = pairs == Pairs::kNegatives, in_t = pairs == Pairs::kNamed;
   float weight = 0.0f;
   if (!in && !in_t) {
@@ -178,11 +183,10 @@ __device__ inline float pair_weight(const ContrastiveMasks& masks, const Contras
   return weight;
 }
 
-// Adds to `sums` the products of the panel's rows a with `tiles` tiles of the rows b, weighted.
-template <class T, class A, class B>
-__device__ inline void add_tiles(PanelSums<T>& sums, PanelMemory<T>& memory, const ContrastiveRows<T>& rows,
-                                 const ContrastiveMasks& masks, const ContrastiveTables& tables, Pairs pairs,
-                                 const A& a, const B& b, int tiles, const PanelPlaces& at) {
+// Adds to `sums` the rows b of `tiles` tiles, for each row i of the panel a with the weights weight_of(i, j, z_ij).
+template <class T, class A, class B, class Weight>
+__device__ inline void add_tiles(PanelSums<T>& sums, PanelMemory<T>& memory, const ContrastiveRows<T>& rows, const A& a,
+                                 const B& b, int tiles, const PanelPlaces& at, const Weight& weight_of) {
   TileStream<T, kPanelStages, PanelPlaces, A, B> products(a, b, 0, tiles, rows.depth, memory.stages);
   for (int tile = 0; tile < tiles; ++tile) {
     PanelPlaces::Accumulators acc;
@@ -206,10 +210,9 @@ __device__ inline void add_tiles(PanelSums<T>& sums, PanelMemory<T>& memory, con
       const float2 z = load_two(
           reinterpret_cast<const float*>(tile_chunk(logits, row, column / 4, kPanel * 4)) + column % 4);
       const int i = a.at(row), j = b.at(place), next = b.at(place + 1);
-      const bool first_there = row < a.count && place < b.count && i != j;
-      const bool second_there = row < a.count && place + 1 < b.count && i != next;
-      sums.set_weights(row, column, first_there ? pair_weight(masks, tables, pairs, i, j, z.x) : 0.0f,
-                       second_there ? pair_weight(masks, tables, pairs, i, next, z.y) : 0.0f);
+      const bool first_there = row < a.count && place < b.count, second_there = row < a.count && place + 1 < b.count;
+      sums.set_weights(row, column, first_there ? weight_of(i, j, z.x) : 0.0f,
+                       second_there ? weight_of(i, next, z.y) : 0.0f);
     }
     sums.add(b, tile * kPanel, at);
   }
@@ -235,13 +238,14 @@ __global__ void __launch_bounds__(kTileThreads)
   if (target.slots && *target.slots <= target.above) return;
   const SteppedRows<T> panel = panel_of_block(rows.x, masks, pairs);
   if (panel.count <= 0) return;
-  auto& memory = *reinterpret_cast<PanelMemory<T>*>(dynamic_shared());
+  auto& memory = *reinterpret_cast<ListedPanelMemory<T>*>(dynamic_shared());
   PanelSums<T> sums(memory, rows.depth);
   const PanelPlaces at;
+  const auto weight_of = [&](int i, int j, float z) { return pair_weight(masks, tables, pairs, i, j, z); };
   ListWalk<ColumnsOfPanel<T>> walk(memory.list, {masks, panel, pairs, rows.rows}, 0, (rows.rows + 31) / 32);
   while (const int tiles = walk.next()) {
     const ListedRows<T> columns{rows.x, memory.list.columns, walk.held()};
-    add_tiles(sums, memory, rows, masks, tables, pairs, panel, columns, tiles, at);
+    add_tiles(sums, memory, rows, panel, columns, tiles, at, weight_of);
   }
 
   const float out_scale = *target.out_scale;

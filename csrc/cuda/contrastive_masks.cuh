@@ -14,6 +14,11 @@ struct ContrastiveMasks {
   int64_t stride, period, first_row, anchors;
   bool everything;  // the denominator is every j != i
 
+  // The columns of a stream: its own rows.
+  template <class T>
+  __device__ ConsecutiveRows<T> columns(const T* x, int64_t rows) const {
+    return {x, rows, 0};
+  }
   __device__ bool is_anchor(int64_t i) const { return i >= first_row && i < first_row + anchors; }
   // Row i of P and Q, of the nearest anchor where i is none.
   __device__ int64_t mask_row(int64_t i) const {
@@ -83,18 +88,22 @@ struct RowStats {
   }
 };
 
-// Where the statistics of a share of the pairs go: (4, shares, streams, anchors) = totals, shifts, pos and ext.
+// Where the statistics of a share of the pairs go: (4, shares, streams, anchors) = totals, shifts, pos and ext, or (2,
+// ...) without the sums of the positives.
 struct StatsParts {
   float* out;
   float over_temperature;
 
+  template <bool kPositives>
   __device__ void store(int64_t shares, int64_t share, int64_t streams, int64_t stream, int64_t anchors, int64_t anchor,
                         const RowStats& row) const {
     const int64_t at = (share * streams + stream) * anchors + anchor, table = shares * streams * anchors;
     out[at] = row.denominator.total;
     out[at + table] = row.denominator.shift;
-    out[at + 2 * table] = row.pos * over_temperature;
-    out[at + 3 * table] = row.ext * over_temperature;
+    if constexpr (kPositives) {
+      out[at + 2 * table] = row.pos * over_temperature;
+      out[at + 3 * table] = row.ext * over_temperature;
+    }
   }
 };
 

@@ -27,12 +27,13 @@ constexpr int kBlocksPerMultiprocessor = std::is_same_v<T, float> ? 1 : 2;
 
 // The rows and columns of a tile that this thread holds: acc[m][n][2 * h + b] belongs to (row(m, h), column(n, b)).
 // Over (n, b) in order the columns ascend. WarpRows x WarpColumns warps have 16 M x 8 N products each; N is even.
-template <int WarpRows, int WarpColumns, int M, int N>
+// A column may come in `Parts`, whose products add up: kColumns rows of the second operand for each part in turn.
+template <int WarpRows, int WarpColumns, int M, int N, int Parts = 1>
 struct TilePlaces {
   static_assert(WarpRows * WarpColumns * 32 == kTileThreads && N % 2 == 0);
   static constexpr int kM = M, kN = N;
-  static constexpr int kRows = WarpRows * M * 16, kColumns = WarpColumns * N * 8;
-  static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
+  static constexpr int kRows = WarpRows * M * 16, kColumns = WarpColumns * N * 8, kColumnRows = Parts * kColumns;
+  static constexpr int kStageBytes = (kRows + kColumnRows) * kRowBytes;
   using Accumulators = float[M][N][4];  // [16 rows][8 columns][element of the fragment]
 
   int lane, warp_row, warp_column;
@@ -64,10 +65,11 @@ struct alignas(16) FourWords {
 };
 
 // acc += the products of one step: on the matrix units, or for fp32 with each product and sum rounded once (IEEE).
-template <class T, int WarpRows, int WarpColumns, int M, int N>
+template <class T, int WarpRows, int WarpColumns, int M, int N, int Parts>
 __device__ inline void multiply_step(float (&acc)[M][N][4], unsigned char* a, unsigned char* b,
-                                     const TilePlaces<WarpRows, WarpColumns, M, N>& at) {
+                                     const TilePlaces<WarpRows, WarpColumns, M, N, Parts>& at) {
   if constexpr (std::is_same_v<T, float>) {
+    static_assert(Parts == 1);
 #pragma unroll 2
     for (int chunk = 0; chunk < 8; ++chunk) {
       FourFloats a_part[M][2];
@@ -93,21 +95,25 @@ __device__ inline void multiply_step(float (&acc)[M][N][4], unsigned char* a, un
   } else {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {  // 16 elements = 2 chunks
-      uint32_t b_part[N][2];
+      uint32_t b_part[Parts][N][2];
 #pragma unroll
-      for (int n = 0; n < N; n += 2) {
-        uint32_t four[4];
-        const int row = (at.warp_column * N + n) * 8 + at.lane % 8 + at.lane / 16 * 8;
-        ldmatrix_x4(four, tile_chunk(b, row, pair * 2 + at.lane / 8 % 2));
-        b_part[n][0] = four[0], b_part[n][1] = four[1];
-        b_part[n + 1][0] = four[2], b_part[n + 1][1] = four[3];
-      }
+      for (int part = 0; part < Parts; ++part)
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+          uint32_t four[4];
+          const int row = part * at.kColumns + (at.warp_column * N + n) * 8 + at.lane % 8 + at.lane / 16 * 8;
+          ldmatrix_x4(four, tile_chunk(b, row, pair * 2 + at.lane / 8 % 2));
+          b_part[part][n][0] = four[0], b_part[part][n][1] = four[1];
+          b_part[part][n + 1][0] = four[2], b_part[part][n + 1][1] = four[3];
+        }
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         uint32_t a_part[4];
         ldmatrix_x4(a_part, tile_chunk(a, (at.warp_row * M + m) * 16 + at.lane % 16, pair * 2 + at.lane / 16));
 #pragma unroll
-        for (int n = 0; n < N; ++n) mma_16816<T>(acc[m][n], a_part, b_part[n]);
+        for (int part = 0; part < Parts; ++part)
+#pragma unroll
+          for (int n = 0; n < N; ++n) mma_16816<T>(acc[m][n], a_part, b_part[part][n]);
       }
     }
   }
@@ -135,8 +141,8 @@ class TileStream {
   __device__ TileStream(const A& a, const B& b, int64_t first_b_tile, int64_t tiles, int64_t depth,
                         unsigned char* stages)
       : a_(a), b_(b), depth_(static_cast<int>(depth)), stages_(stages), steps_((depth_ + kDepth - 1) / kDepth),
-        load_row_(static_cast<int>(first_b_tile) * Shape::kColumns),
-        end_row_(load_row_ + static_cast<int>(tiles) * Shape::kColumns) {
+        load_row_(static_cast<int>(first_b_tile) * Shape::kColumnRows),
+        end_row_(load_row_ + static_cast<int>(tiles) * Shape::kColumnRows) {
     for (int s = 0; s < Stages - 1; ++s) issue();
   }
 
@@ -166,8 +172,8 @@ class TileStream {
     if (load_row_ < end_row_) {
       unsigned char* stage = stages_ + load_slot_ * Shape::kStageBytes;
       copy_rows<Shape::kRows>(stage, a_, 0);
-      copy_rows<Shape::kColumns>(stage + Shape::kRows * kRowBytes, b_, load_row_);
-      if (++load_step_ == steps_) load_step_ = 0, load_row_ += Shape::kColumns;
+      copy_rows<Shape::kColumnRows>(stage + Shape::kRows * kRowBytes, b_, load_row_);
+      if (++load_step_ == steps_) load_step_ = 0, load_row_ += Shape::kColumnRows;
     }
     cp_async_commit();  // an empty group keeps the count of groups in step
     load_slot_ = load_slot_ + 1 == Stages ? 0 : load_slot_ + 1;

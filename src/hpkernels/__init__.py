@@ -5,25 +5,38 @@ The names below are the public interface; everything else may change between ver
 
 from hpkernels import nn
 from hpkernels._version import __version__
+from hpkernels.clustering import Assignment, Clustering, assign_clusters, kmeans
+from hpkernels.density import neighbor_density
+from hpkernels.label_losses import supervised_contrastive_loss
 from hpkernels.losses import LossStats, hidden_positive_loss, masked_contrastive_loss
 from hpkernels.mining import hidden_positives, pairs_above
 from hpkernels.ops.local_mix.op import local_mix, neighbor_mix, neighbor_weights, neighbor_weights_qk
+from hpkernels.ops.neighbor_attention.op import neighbor_attention
 from hpkernels.ops.similarity_search.op import max_similarity, topk_similarity
+from hpkernels.outliers import outlier_distances
 from hpkernels.pairs import PairMask
 
 __all__ = [
+    "Assignment",
+    "Clustering",
     "LossStats",
     "PairMask",
     "__version__",
+    "assign_clusters",
     "hidden_positive_loss",
     "hidden_positives",
+    "kmeans",
     "local_mix",
     "masked_contrastive_loss",
     "max_similarity",
+    "neighbor_attention",
+    "neighbor_density",
     "neighbor_mix",
     "neighbor_weights",
     "neighbor_weights_qk",
     "nn",
+    "outlier_distances",
     "pairs_above",
+    "supervised_contrastive_loss",
     "topk_similarity",
 ]

@@ -24,8 +24,10 @@ def pack(dense: Tensor) -> Tensor:
     weights = (1 << torch.arange(8, device=dense.device)).to(torch.uint8)
     step = max(1, _CHUNK_PAIRS // max(width, 1))
     packed = [
-        (torch.nn.functional.pad(dense[i : i + step].to(torch.uint8), (0, width - columns)).unflatten(1, (-1, 8)) * weights)
-        .sum(-1, dtype=torch.uint8)
+        (
+            torch.nn.functional.pad(dense[i : i + step].to(torch.uint8), (0, width - columns)).unflatten(1, (-1, 8))
+            * weights
+        ).sum(-1, dtype=torch.uint8)
         for i in range(0, rows, step)
     ]
     if not packed or width == 0:

@@ -3,6 +3,12 @@
 Backends: "reference" (plain torch, any device, the specification in code), "cpu" (the C++ extension
 `hpkernels._cpu`), "triton" (NVIDIA and AMD GPUs; on CPU tensors under TRITON_INTERPRET=1, for tests), "cuda" (the CUDA
 C++ extension `hpkernels._cuda`, where it was built).
+
+The compiled ones give the same bits for any number of threads and whatever else is in a batch. The reference promises
+less: it is what torch makes of the equations, so its products round as torch's do, by the number of threads and the
+place of a row among others, and its backward pass takes part in autocast if called inside of it, as torch advises
+against. In return it can be differentiated any number of times and followed by torch.func.
+
 An explicit `backend=` wins, then the environment variable HPKERNELS_BACKEND, then the device's default.
 """
 
@@ -50,7 +56,7 @@ def _cuda_problem(device: str) -> str | None:
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler with us.
-_cuda_problem._dynamo_marked_constant = True
+_cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark of torch's own
 
 
 @functools.cache
@@ -124,11 +130,12 @@ def _not_for_float64(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
 
 def choose(device: torch.device, backend: str | None = None, *tensors: torch.Tensor | None) -> str:
     """The backend for these tensors on `device`. Raises ValueError with the reason if the one asked for cannot run."""
-    if backend is not None:
-        asked, source = backend, "backend"
-    else:
-        asked, source = os.environ.get("HPKERNELS_BACKEND"), "HPKERNELS_BACKEND"
-    if asked:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
+    asked, source = backend, "backend"
+    if asked is None:
+        asked, source = os.environ.get("HPKERNELS_BACKEND") or None, "HPKERNELS_BACKEND"
+    if asked is not None:
         reason = why_not(asked, device, *tensors)
         if reason is not None:
             raise ValueError(f"{source}: {asked!r} cannot be used here: {reason}")

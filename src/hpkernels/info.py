@@ -13,18 +13,19 @@ from hpkernels._version import __version__
 
 OPS = {
     "similarity_search": ("max_similarity", "topk_similarity", "pairs_above"),
-    "contrastive": ("contrastive_stats", "contrastive_grad"),
+    "contrastive": ("contrastive_stats", "contrastive_grad", "group_lse", "group_lse_grad"),
     "local_mix": ("neighbor_weights", "neighbor_weights_qk", "neighbor_mix"),
     "pair_bits": ("random_bits", "count_bits", "transpose_bits", "pairs_from_indices"),
+    "cluster_assign": ("cluster_assign",),
     "normalize": ("normalize_rows",),
 }
 
 
 def _cuda_line() -> str:
-    try:
-        extension = importlib.import_module("hpkernels._cuda")
-    except ImportError:
-        return dispatch.MISSING["cuda"]
+    missing = dispatch.MISSING["cuda"]
+    if missing is not None:
+        return missing
+    extension = importlib.import_module("hpkernels._cuda")
     version = extension.cuda_version
     return f"built with CUDA {version // 1000}.{version % 1000 // 10} for {extension.archs.replace(';', ', ')}"
 

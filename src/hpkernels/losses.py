@@ -1,11 +1,13 @@
 """The losses, as plain composition: normalise, mine, three statistics a row, one weighted average.
 
-Notation of the paper and of the op READMEs: P positives, Q head positives, E the denominator set, l_ij = <x_i, x_j>/tau.
+Notation of the paper and of the op READMEs: P positives, Q head positives, E the denominator set,
+l_ij = <x_i, x_j>/tau.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,18 +15,23 @@ from torch import Tensor
 from hpkernels import dispatch
 from hpkernels._batch import Batch, check_batch, check_loss_options, check_weight, streams_of, tokens_of
 from hpkernels._bits import pack
-from hpkernels._checks import describe
+from hpkernels._checks import check_flag, describe
+from hpkernels._sums import sum_all, sum_last
 from hpkernels.mining import find_rule
 from hpkernels.ops.contrastive.op import contrastive_stats
 from hpkernels.ops.normalize.op import normalize_rows
 from hpkernels.ops.pair_bits import op as pair_bits
 from hpkernels.pairs import PairMask
-from hpkernels.panels import Statistics, panel_rows, panel_statistics
+from hpkernels.panels import Denominator, Statistics, panel_rows, panel_statistics
 from hpkernels.ranks import ALONE, Ranks, meet
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 # Up to this rate, for each image that shares a row of random columns and at most the second figure, the columns are
-# gathered instead of swept. Measured break-even on a CPU: 0.06 for one image, 0.3 for eight (op README). On a GPU, where
-# it was not measured, the limit is what the column lists have room for, with a margin (kernels_sparse.py: 5 / 32).
+# gathered instead of swept. Measured break-even on a CPU: 0.06 for one image, 0.3 for eight (op README). On a GPU,
+# where it was not measured, the limit is what the column lists have room for, with a margin
+# (kernels_sparse.py: 5 / 32).
 SPARSE_RATE_PER_IMAGE, SPARSE_RATE_LIMIT = 0.06, {"cpu": 0.25, "cuda": 0.125}
 
 
@@ -34,6 +41,39 @@ class LossStats(NamedTuple):
     positives_per_anchor: Tensor  # mean number of P pairs of a row
     kept_fraction: Tensor  # share of rows that have a P pair
     mean_lse: Tensor  # mean of LSE_i over rows and streams
+
+
+@overload
+def hidden_positive_loss(
+    z: Tensor, features: Tensor, pool: Tensor | None = None, *, z_local: Tensor | None = None,
+    head_features: Tensor | None = None, head_pool: Tensor | None = None, head_weight: float | Tensor = 0.0,
+    positives_per_anchor: int | None = None, tokens_per_image: int | None = None, temperature: float = 0.8,
+    base_temperature: float = 0.07, negative_rate: float = 0.02, negative_mask: Tensor | None = None,
+    weighting: str = "pairs", seed: int | Tensor | None = None, process_group: ProcessGroup | None = None,
+    return_stats: Literal[False] = False, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def hidden_positive_loss(
+    z: Tensor, features: Tensor, pool: Tensor | None = None, *, z_local: Tensor | None = None,
+    head_features: Tensor | None = None, head_pool: Tensor | None = None, head_weight: float | Tensor = 0.0,
+    positives_per_anchor: int | None = None, tokens_per_image: int | None = None, temperature: float = 0.8,
+    base_temperature: float = 0.07, negative_rate: float = 0.02, negative_mask: Tensor | None = None,
+    weighting: str = "pairs", seed: int | Tensor | None = None, process_group: ProcessGroup | None = None,
+    return_stats: Literal[True], backend: str | None = None,
+) -> tuple[Tensor, LossStats]: ...  # fmt: skip
+
+
+@overload
+def hidden_positive_loss(
+    z: Tensor, features: Tensor, pool: Tensor | None = None, *, z_local: Tensor | None = None,
+    head_features: Tensor | None = None, head_pool: Tensor | None = None, head_weight: float | Tensor = 0.0,
+    positives_per_anchor: int | None = None, tokens_per_image: int | None = None, temperature: float = 0.8,
+    base_temperature: float = 0.07, negative_rate: float = 0.02, negative_mask: Tensor | None = None,
+    weighting: str = "pairs", seed: int | Tensor | None = None, process_group: ProcessGroup | None = None,
+    return_stats: bool, backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossStats]: ...  # fmt: skip
 
 
 def hidden_positive_loss(
@@ -52,8 +92,9 @@ def hidden_positive_loss(
     negative_rate: float = 0.02,
     negative_mask: Tensor | None = None,
     weighting: str = "pairs",
+    head_in_denominator: bool = False,
     seed: int | Tensor | None = None,
-    process_group=None,
+    process_group: ProcessGroup | None = None,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -84,6 +125,7 @@ def hidden_positive_loss(
         negative_mask: bool (T, N) shared by all images, or (N, N); replaces the random draw.
         weighting: "pairs" (published: every positive pair counts the same), "anchors" (every kept row counts the
             same), "separate" (loss version 2: P over rows with P plus lambda times Q over rows with Q).
+        head_in_denominator: E holds the head positives too, so that no pair's probability exceeds 1. Published: not.
         seed: int or 0-dim int64 tensor for the draw; None takes one from torch's default generator of z's device.
         process_group: a torch.distributed.ProcessGroup; see below. None: one process.
         return_stats: also return LossStats.
@@ -117,30 +159,32 @@ def hidden_positive_loss(
     def check() -> Batch:
         return check_batch(
             z, features, pool, z_local, head_features, head_pool, head_weight, positives_per_anchor, tokens_per_image,
-            temperature, base_temperature, negative_rate, negative_mask, weighting, seed, process_group, backend,
+            temperature, base_temperature, negative_rate, negative_mask, weighting, head_in_denominator, seed,
+            process_group, return_stats, backend,
         )  # fmt: skip
 
     batch, ranks = (check(), ALONE) if process_group is None else meet(process_group, check, Batch.describe)
     chosen, tokens, count = batch.backend, batch.tokens, batch.streams[0].shape[0]
     total = ranks.total("z", batch.streams[0])
     rows_at_a_time = panel_rows(count, total, len(batch.graphs), z.device)
-    negatives, denominator = _denominator(batch, negative_mask, total, rows_at_a_time, ranks)
+    denominator = _denominator(batch, negative_mask, head_in_denominator, total, rows_at_a_time, ranks)
     temperature, base_temperature = float(temperature), float(base_temperature)
 
     if ranks is ALONE and rows_at_a_time == count:
         masks = [find_rule(*graph, positives_per_anchor, chosen).mask() for graph in batch.graphs]
-        statistics = _statistics(_unit(batch.streams, chosen), masks, negatives, denominator, temperature, chosen)
+        statistics = _statistics(_unit(batch.streams, chosen), masks, denominator, temperature, chosen)
     else:
         rules = [find_rule(*graph, positives_per_anchor, chosen, ranks) for graph in batch.graphs]
         x = _unit(batch.streams, chosen)
-        statistics = panel_statistics(x, rules, rows_at_a_time, negatives, denominator, temperature, chosen, ranks)
+        statistics = panel_statistics(x, rules, rows_at_a_time, denominator, temperature, chosen, ranks)
     loss, stats = _average(statistics, head_weight, tokens, total, weighting)
     loss = loss * (temperature / base_temperature)
     if not z.is_cpu:
         loss = loss + _poison(*batch.streams, *(x for graph in batch.graphs for x in graph[1::2]))
     if process_group is not None:
-        loss, *stats = ranks.sum(torch.stack([loss, *stats])).unbind()
-    return (loss, LossStats(*stats)) if return_stats else loss
+        loss, *shares = ranks.sum(torch.stack([loss, *stats])).unbind()
+        stats = LossStats(*shares)
+    return (loss, stats) if return_stats else loss
 
 
 def masked_contrastive_loss(
@@ -154,6 +198,7 @@ def masked_contrastive_loss(
     temperature: float = 0.8,
     base_temperature: float = 0.07,
     weighting: str = "pairs",
+    extra_in_denominator: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """`hidden_positive_loss` on pairs of your own: positives and denominator are given as PairMasks.
@@ -161,7 +206,8 @@ def masked_contrastive_loss(
     Args:
         z: (N, D) or (B, T, D), any floating dtype, normalised inside. The gradient flows to it.
         positives: PairMask (N, N), P; its diagonal is ignored. It always enters the denominator.
-        extra_positives: PairMask (N, N), Q, weighted by extra_weight (float or 0-dim tensor); not in the denominator.
+        extra_positives: PairMask (N, N), Q, weighted by extra_weight (float or 0-dim tensor); in the denominator
+            only with extra_in_denominator.
         negatives: PairMask (R, N), R divides N; row i's denominator holds P and the columns of row i mod R.
             None: every other row (as in SupCon, Khosla et al. 2020).
         tokens_per_image, temperature, base_temperature, weighting, backend: as in `hidden_positive_loss`.
@@ -173,41 +219,44 @@ def masked_contrastive_loss(
     (rows,) = streams_of(z, None)
     count = rows.shape[0]
     check_loss_options(temperature, base_temperature, weighting)
+    check_flag("extra_in_denominator", extra_in_denominator)
     _check_pairs("positives", positives, (count, count), z)
     if extra_positives is not None:
         _check_pairs("extra_positives", extra_positives, (count, count), z)
-    check_weight("extra_weight", extra_weight, "extra_positives", extra_positives)
+    check_weight("extra_weight", extra_weight, "extra_positives", extra_positives, z)
     if negatives is not None:
         _check_pairs("negatives", negatives, (None, count), z)
         if count and (negatives.shape[0] == 0 or count % negatives.shape[0]):
             raise ValueError(f"negatives: expected a number of rows that divides N = {count}, got {negatives!r}")
     masks = [mask.off_diagonal() for mask in (positives, extra_positives) if mask is not None]
     chosen = dispatch.choose(z.device, backend, z)
-    bits, denominator = (None, "all") if negatives is None else (negatives.bits, "dense")
-    statistics = _statistics(_unit([rows], chosen), masks, bits, denominator, float(temperature), chosen)
+    bits, form = (None, "all") if negatives is None else (negatives.bits, "dense")
+    denominator = Denominator(bits, form, extra_in_denominator)
+    statistics = _statistics(_unit([rows], chosen), masks, denominator, float(temperature), chosen)
     loss, _ = _average(statistics, extra_weight, tokens, count, weighting)
     loss = loss * (temperature / base_temperature)
     return loss if z.is_cpu else loss + _poison(rows)
 
 
 def _denominator(
-    batch: Batch, negative_mask: Tensor | None, total: int, rows_at_a_time: int, ranks: Ranks
-) -> tuple[Tensor | None, str]:
-    """The packed random columns or those given, and how to evaluate E: "all", "dense" or "sparse"."""
+    batch: Batch, negative_mask: Tensor | None, with_head: bool, total: int, rows_at_a_time: int, ranks: Ranks
+) -> Denominator:
+    """E from the random columns or those given, and the cheapest way to evaluate it."""
     rate, tokens = batch.negative_rate, batch.tokens
     if negative_mask is not None:
         if tuple(negative_mask.shape) not in ((tokens, total), (total, total)):
             expected = f"expected shape {(tokens, total)} or {(total, total)}"
             raise ValueError(f"negative_mask: {expected}, got {describe(negative_mask)}")
-        return pack(negative_mask), "dense"
+        return Denominator(pack(negative_mask), "dense", with_head)
     if rate == 1.0:
-        return None, "all"
-    if rate == 0.0:
-        return None, "sparse"
+        return Denominator(None, "all", with_head)
+    if batch.seed is None:  # rate 0
+        return Denominator(None, "sparse", with_head)
     negatives = pair_bits.random_bits(ranks.of_first(batch.seed), tokens, total, rate, batch.backend)
     limit = SPARSE_RATE_LIMIT.get(negatives.device.type, SPARSE_RATE_LIMIT["cpu"])
     images = rows_at_a_time // tokens
-    return negatives, "sparse" if rate <= min(limit, SPARSE_RATE_PER_IMAGE * images) else "dense"
+    form = "sparse" if rate <= min(limit, SPARSE_RATE_PER_IMAGE * images) else "dense"
+    return Denominator(negatives, form, with_head)
 
 
 def _unit(streams: list[Tensor], backend: str) -> list[Tensor]:
@@ -221,13 +270,13 @@ def _unit(streams: list[Tensor], backend: str) -> list[Tensor]:
 
 
 def _statistics(
-    x: list[Tensor], masks: list[PairMask], negatives: Tensor | None, denominator: str, temperature: float, backend: str
+    x: list[Tensor], masks: list[PairMask], denominator: Denominator, temperature: float, backend: str
 ) -> Statistics:
     """The statistics of all rows at once; masks: P, or P and Q."""
-    P, Q = (*masks, None)[:2]
+    P, Q = masks[0], masks[1] if len(masks) > 1 else None
     bits = (P.bits, _transpose(P, backend), None if Q is None else Q.bits, _transpose(Q, backend))
-    tables = [contrastive_stats(rows, *bits, negatives, denominator, temperature, backend) for rows in x]
-    lse, pos, ext = (torch.cat(table) for table in zip(*tables))
+    evaluate = partial(contrastive_stats, temperature=temperature, backend=backend)
+    lse, pos, ext = denominator.tables(evaluate, x, *bits)
     n_pos = pair_bits.count_bits(P.bits, backend).to(lse.dtype)
     n_ext = torch.zeros_like(n_pos) if Q is None else pair_bits.count_bits(Q.bits, backend).to(lse.dtype)
     return Statistics(lse, pos, ext, n_pos, n_ext)
@@ -243,13 +292,13 @@ def _average(
     images, all_images = max(1, count // tokens), max(1, total // tokens)
 
     def per_image(rows: Tensor) -> Tensor:
-        return rows.reshape(*rows.shape[:-1], images, -1).sum(-1)
+        return sum_last(rows.reshape(*rows.shape[:-1], images, -1))
 
     def average(numerator: Tensor, weight: Tensor) -> Tensor:
         """Mean over streams and images of sum(numerator) / sum(weight); an image without weight adds 0."""
         weight = per_image(weight)
         inverse = torch.where(weight == 0, 0.0, 1.0 / torch.where(weight == 0, 1.0, weight))
-        return (per_image(numerator) * inverse).sum() / (streams * all_images)
+        return sum_all(per_image(numerator) * inverse) / (streams * all_images)
 
     if weighting == "separate":
         loss = average(n_pos * lse - pos, n_pos) + extra_weight * average(n_ext * lse - ext, n_ext)
@@ -259,9 +308,9 @@ def _average(
         if weighting == "anchors":
             rows, weight = rows / torch.where(weight == 0, 1.0, weight), kept
         loss = average(rows, weight)
-    rows = max(1, total)
+    anchors = max(1, total)
     with torch.no_grad():
-        stats = LossStats(n_pos.sum() / rows, kept.sum() / rows, lse.sum() / (rows * streams))
+        stats = LossStats(sum_all(n_pos) / anchors, sum_all(kept) / anchors, sum_all(lse) / (anchors * streams))
     return loss.to(lse.dtype), stats
 
 
@@ -272,8 +321,9 @@ def _transpose(mask: PairMask | None, backend: str) -> Tensor | None:
 
 
 def _poison(*tensors: Tensor | None) -> Tensor:
-    """0, or NaN when an input holds NaN or infinity, which comparisons and unused rows would hide. No synchronisation."""
-    return sum((t.detach() * 0.0).sum().float() for t in tensors if t is not None)
+    """0, or NaN when an input holds NaN or infinity, which comparisons and unused rows would hide, unsynchronised."""
+    zeros = [(t.detach() * 0.0).sum().float() for t in tensors if t is not None]
+    return torch.stack(zeros).sum()
 
 
 def _check_pairs(name: str, pairs: object, shape: tuple[int | None, int], z: Tensor) -> None:

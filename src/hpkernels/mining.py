@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpkernels import dispatch
 from hpkernels._bits import clear_diagonal
-from hpkernels._checks import check_columns, check_float_tensor, describe
+from hpkernels._checks import check_columns, check_float_tensor, check_int, describe
 from hpkernels.ops.normalize.op import normalize_rows
 from hpkernels.ops.pair_bits import op as pair_bits
 from hpkernels.ops.similarity_search import op as search
@@ -121,8 +121,8 @@ def check_rule(name: str, features: Tensor, pool_name: str, pool: Tensor | None,
         check_columns(pool_name, pool, name, features)
         if pool.shape[0] == 0:
             raise ValueError(f"{pool_name}: expected at least one row, got {describe(pool)}")
-    elif not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"positives_per_anchor: expected an int, got {k!r}")
+    else:
+        check_int("positives_per_anchor", k)
 
 
 def find_rule(
@@ -135,14 +135,15 @@ def find_rule(
     ranks: Ranks = ALONE,
 ) -> PairRule:
     """The rule of `hidden_positives` for the patches of all ranks, from this rank's features and part of the pool."""
-    others = ranks.total(name, features) - 1
-    if pool is None and not 1 <= k <= others:
-        raise ValueError(f"positives_per_anchor: expected 1 <= k <= {others} (N - 1), got {k}")
-    unit = normalize_rows(features.detach(), name, backend)
     if pool is not None:
+        unit = normalize_rows(features.detach(), name, backend)
         every_pool = ranks.gather(normalize_rows(pool.detach(), pool_name, backend), pool_name)
         thresholds = search.max_similarity(unit, every_pool, backend=backend)
         return PairsAbove(ranks.gather(unit, name), ranks.gather(thresholds, name), backend)
+    others = ranks.total(name, features) - 1
+    if k is None or not 1 <= k <= others:
+        raise ValueError(f"positives_per_anchor: expected 1 <= k <= {others} (N - 1), got {k}")
+    unit = normalize_rows(features.detach(), name, backend)
     if ranks is ALONE:
         _, indices = search.topk_similarity(unit, unit, k, exclude_self=True, backend=backend)
         return PairsNamed(indices, backend)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,39 @@ from hpkernels.ranks import Ranks
 T = TypeVar("T")
 BITS_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}  # bits of all graphs to hold at a time, by the type of device
 PANEL_MULTIPLE = 128  # anchors: whole tiles of every backend
+
+
+class Denominator(NamedTuple):
+    """E, the pairs of the log-sum-exp: P, the rows of `negatives`, and Q if it has the extra positives too."""
+
+    negatives: Tensor | None  # packed (R, N), the same on all ranks
+    form: str  # as `denominator` of contrastive_stats
+    with_extra: bool = False
+
+    def calls(self, P: Tensor, P_t: Tensor | None, Q: Tensor | None, Q_t: Tensor | None) -> list[tuple[Any, ...]]:
+        """The masks of contrastive_stats: of the call for lse and of that for pos and ext, or of one for all three.
+
+        The kernels hold P and the negatives in E. For Q in it lse takes P | Q as P; the sums need no negatives.
+        """
+        if Q is None or not self.with_extra or self.form == "all":
+            return [(P, P_t, Q, Q_t, self.negatives, self.form)]
+        symmetric = P_t is None and Q_t is None
+        union_t = None if symmetric else (P if P_t is None else P_t) | (Q if Q_t is None else Q_t)
+        return [(P | Q, union_t, None, None, self.negatives, self.form), (P, P_t, Q, Q_t, None, "sparse")]
+
+    def tables(
+        self,
+        evaluate: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        x: list[Tensor],
+        P: Tensor,
+        P_t: Tensor | None,
+        Q: Tensor | None,
+        Q_t: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """lse, pos and ext of all streams; evaluate(rows of some, *masks of a call) has those of its streams."""
+        calls = [zip(*(evaluate(rows, *masks) for rows in x)) for masks in self.calls(P, P_t, Q, Q_t)]
+        found = [[torch.cat(table) for table in call] for call in calls]
+        return found[0][0], found[-1][1], found[-1][2]
 
 
 class Statistics(NamedTuple):
@@ -66,8 +99,7 @@ class _Anchors:
 
     rules: list[PairRule]
     rows_at_a_time: int
-    negatives: Tensor | None
-    denominator: str
+    denominator: Denominator
     temperature: float
     backend: str
     ranks: Ranks
@@ -86,7 +118,7 @@ class _Anchors:
         bits = self.kept or [rule.rows(first_row, rows) for rule in self.rules]
         if rows == self.count:
             self.kept, self.rules = bits, []
-        P, Q = (*bits, None)[:2]
+        P, Q = bits[0], bits[1] if len(bits) > 1 else None
         return function(slice(start, start + rows), first_row, P, Q)
 
 
@@ -98,14 +130,10 @@ class _PanelStatistics(torch.autograd.Function):
         every = [anchors.ranks.gather(rows, "z", dim=1) for rows in x]
 
         def of_panel(_, first_row: int, P: Tensor, Q: Tensor | None) -> tuple[Tensor, ...]:
-            calls = [
-                contrastive_stats_rows(
-                    rows, P, None, Q, None, anchors.negatives, anchors.denominator, anchors.temperature, first_row,
-                    anchors.backend,
-                )  # fmt: skip
-                for rows in every
-            ]
-            tables = [torch.cat(table) for table in zip(*calls)]
+            def evaluate(*given) -> tuple[Tensor, Tensor, Tensor]:
+                return contrastive_stats_rows(*given, anchors.temperature, first_row, anchors.backend)
+
+            tables = anchors.denominator.tables(evaluate, every, P, None, Q, None)
             n_pos = count_bits(P, anchors.backend)
             n_ext = torch.zeros_like(n_pos) if Q is None else count_bits(Q, anchors.backend)
             return *tables, n_pos.to(tables[0].dtype), n_ext.to(tables[0].dtype)
@@ -126,11 +154,14 @@ class _PanelStatistics(torch.autograd.Function):
         grads = [rows.new_empty(len(rows), anchors.count, rows.shape[2]) for rows in every]
 
         def of_panel(own: slice, first_row: int, P: Tensor, Q: Tensor | None) -> None:
-            for rows, table, grad in zip(every, of_call, grads):
-                grad[:, own] = contrastive_grad_rows(
-                    rows, P, None, Q, None, anchors.negatives, anchors.denominator, anchors.temperature, first_row,
-                    *table.unbind(), anchors.backend,
-                )  # fmt: skip
+            calls = anchors.denominator.calls(P, None, Q, None)
+            for rows, (lse, *given), grad in zip(every, of_call, grads):
+                none = torch.zeros_like(lse)
+                parts = [given] if len(calls) == 1 else [(given[0], none, none), (none, *given[1:])]
+                for number, (masks, part) in enumerate(zip(calls, parts)):
+                    how = (*masks, anchors.temperature, first_row, lse, *part, anchors.backend)
+                    share = contrastive_grad_rows(rows, *how)
+                    grad[:, own] = share if number == 0 else grad[:, own] + share
 
         anchors.for_each_panel(of_panel)
         return None, *grads
@@ -140,8 +171,7 @@ def panel_statistics(
     x: list[Tensor],
     rules: list[PairRule],
     rows_at_a_time: int,
-    negatives: Tensor | None,
-    denominator: str,
+    denominator: Denominator,
     temperature: float,
     backend: str,
     ranks: Ranks,
@@ -152,12 +182,11 @@ def panel_statistics(
         x: this rank's unit rows, (S_c, n, D) for each call of the op; all calls share the pairs.
         rules: how to mine the rows of P, and of Q if there is one.
         rows_at_a_time: from `panel_rows`.
-        negatives: packed (R, N), the same on all ranks. denominator: as in `contrastive_stats`.
 
     With several ranks all of them run the backward pass, which exchanges 4 S numbers a row.
     """
     count = x[0].shape[1]
-    anchors = _Anchors(rules, rows_at_a_time, negatives, denominator, temperature, backend, ranks, count)
+    anchors = _Anchors(rules, rows_at_a_time, denominator, temperature, backend, ranks, count)
     apply = _PanelStatistics.apply
     if ranks.group is not None and torch.compiler.is_compiling():  # a compiled graph cannot hold the exchanges
         apply = torch.compiler.disable(apply)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 # Its name since torch 2.14, and before; neither where torch was built without distributed.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _ERRORS = {"TypeError": TypeError, "ValueError": ValueError}
 
 
@@ -64,10 +65,22 @@ class Ranks:
         return x
 
     def _broadcast(self, x: Tensor, rank: int) -> dist.Work:
-        return dist.broadcast(x, dist.get_global_rank(self.group, rank), group=self.group, async_op=True)
+        assert self.group is not None
+        work = dist.broadcast(x, dist.get_global_rank(self.group, rank), group=self.group, async_op=True)
+        assert work is not None  # as this process is of the group
+        return work
 
 
 ALONE = Ranks(None, 0, {})
+
+
+@dataclass
+class _Report:
+    """What one rank tells the others: the name and the text of its error, or the rows and options it goes on with."""
+
+    error: tuple[str, str] | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
 
 
 def meet(
@@ -80,26 +93,25 @@ def meet(
     """
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {group!r}")
-    result = failure = None
-    sizes, options = {}, {}
+    failure: Exception | None = None
+    report = _Report()
     try:
         result = check()
-        sizes, options = describe(result)
+        report.sizes, report.options = describe(result)
     except Exception as error:
-        failure = error
-    report = (failure and (type(failure).__name__, str(failure)), sizes, options)
-    reports = [None] * group.size()
+        failure, report.error = error, (type(error).__name__, str(error))
+    reports = [_Report()] * group.size()
     dist.all_gather_object(reports, report, group=group)
-    for rank, (error, _, _) in enumerate(reports):
-        if error is not None:
-            kind, message = error
+    for rank, other in enumerate(reports):
+        if other.error is not None:
+            kind, message = other.error
             raise _ERRORS.get(kind, RuntimeError)(f"rank {rank} of process_group: {message}") from failure
-    for name, value in reports[0][2].items():
-        for rank, (_, _, others) in enumerate(reports):
-            if others[name] != value:
+    for name, value in reports[0].options.items():
+        for rank, other in enumerate(reports):
+            if other.options[name] != value:
                 raise ValueError(
                     f"{name}: expected the same on every rank of process_group, got {value} on rank 0 and "
-                    f"{others[name]} on rank {rank}"
+                    f"{other.options[name]} on rank {rank}"
                 )
-    every_size = {name: [report[1][name] for report in reports] for name in sizes}
+    every_size = {name: [other.sizes[name] for other in reports] for name in report.sizes}
     return result, Ranks(group, group.rank(), every_size)

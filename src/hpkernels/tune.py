@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -189,10 +190,8 @@ def tune(
     found = []
     for op, kind, d, n in itertools.product([op for op in OPS if op in ops], kinds, widths, rows):
         run = problem(op, DTYPES[kind], d, n, device)
-        winner = best(
-            candidates(op, kind, d), op, lambda: run(kernels), timer,
-            lambda: agrees(op, DTYPES[kind], d, device), spilled,
-        )  # fmt: skip
+        timed, correct = partial(run, kernels), partial(agrees, op, DTYPES[kind], d, device)
+        winner = best(candidates(op, kind, d), op, timed, timer, correct, spilled)
         if winner is None:
             print(f"{op:28} {kind:6} {d:5} {n:7}         -  none passed")
             continue

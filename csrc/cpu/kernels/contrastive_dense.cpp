@@ -12,9 +12,9 @@ void dense_stats(const ContrastiveArgs<T>& args, bool all, const ContrastiveStat
     const T* x = args.x + s * args.rows * args.depth;
     T *lse = out.lse + s * args.count, *pos = out.pos + s * args.count, *ext = out.ext + s * args.count;
     if (args.all_anchors()) {
-      DenseStats<T>(args, masks, x).run(lse, pos, ext);
+      DenseStats<T, DenseMasks<T>>(args, masks, x).run(lse, pos, ext);
     } else {
-      RangeStats<T>(args, masks, x).run(lse, pos, ext);
+      RangeStats<T, DenseMasks<T>>(args, masks, x).run(lse, pos, ext);
     }
   }
 }
@@ -22,7 +22,7 @@ void dense_stats(const ContrastiveArgs<T>& args, bool all, const ContrastiveStat
 template <class T>
 void dense_grad(const ContrastiveArgs<T>& args, bool all, const ContrastiveGrads<T>& grads) {
   const DenseMasks<T> masks(args, all);
-  DenseGrad<T> grad(args, masks);
+  DenseGrad<T, DenseMasks<T>> grad(args, masks);
   for (int64_t s = 0; s < args.streams; ++s)
     grad.run(args.x + s * args.rows * args.depth, grads, s * args.rows, grads.grad_x + s * args.count * args.depth);
 }

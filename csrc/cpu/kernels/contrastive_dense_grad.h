@@ -10,10 +10,10 @@
 namespace hpk::HPK_ISA {
 namespace {
 
-template <class T>
+template <class T, class Masks>
 class DenseGrad {
  public:
-  DenseGrad(const ContrastiveArgs<T>& args, const DenseMasks<T>& masks)
+  DenseGrad(const ContrastiveArgs<T>& args, const Masks& masks)
       : args_(args),
         masks_(masks),
         fixed_(fixed_shift(args)),
@@ -48,16 +48,16 @@ class DenseGrad {
       pack_columns<E::NR>(rows, args_.depth, nullptr, count, args_.depth, packed_columns_.get() + panel * block_);
     });
     const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(args_.threads, panels_));
-    const Scratch<T> scratch(workers * scratch_size());
-    std::fill(scratch.get(), scratch.get() + workers * scratch_size(), T(0));
+    const Scratch<T> scratch(workers * kTile * kTile);
+    std::fill(scratch.get(), scratch.get() + workers * kTile * kTile, T(0));
     std::fill(sums_.get(), sums_.get() + own_panels_ * block_, T(0));
-    const auto scratch_of = [&](int worker) { return scratch.get() + worker * scratch_size(); };
+    const auto tile_of = [&](int worker) { return scratch.get() + worker * kTile * kTile; };
     if (args_.all_anchors()) {
-      meet_as_in_a_tournament(x, scratch_of);
+      meet_as_in_a_tournament(x, tile_of);
     } else {
       parallel_for(args_.threads, own_panels_, [&](int64_t panel, int worker) {
         for (int64_t other = 0; other < panels_; ++other)
-          add_to_rows(x, panel, other, scratch_of(worker));
+          if (masks_.any_in_columns(other * kTile)) add_to_rows(x, panel, other, tile_of(worker));
       });
     }
     parallel_for(args_.threads, own_panels_, [&](int64_t panel, int) {
@@ -77,47 +77,39 @@ class DenseGrad {
   int64_t sum_stride() const { return E::round_cols(args_.depth); }
 
   T* sum_of(int64_t panel) const { return sums_.get() + panel * block_; }
-  // per worker: rows of a panel packed, a tile, a packed tile
-  int64_t scratch_size() const { return E::a_size(kTile, args_.depth) + 2 * kTile * kTile; }
-  T* tile_in(T* scratch) const { return scratch + E::a_size(kTile, args_.depth); }
 
   // Every two panels meet once: in a round no panel plays twice, so a tile may add to both of its panels, and each
   // panel meets the others in a fixed order.
   template <class F>
-  void meet_as_in_a_tournament(const T* x, F&& scratch_of) const {
+  void meet_as_in_a_tournament(const T* x, F&& tile_of) const {
     parallel_for(args_.threads, panels_,
-                 [&](int64_t panel, int worker) { add_to_rows(x, panel, panel, scratch_of(worker)); });
+                 [&](int64_t panel, int worker) { add_to_rows(x, panel, panel, tile_of(worker)); });
     const int64_t players = panels_ + panels_ % 2;
     for (int64_t round = 0; round < players - 1; ++round)
       parallel_for(args_.threads, players / 2, [&](int64_t game, int worker) {
         const int64_t first = game == 0 ? players - 1 : (round + game) % (players - 1);
         const int64_t second = (round + players - 1 - game) % (players - 1);
         if (std::max(first, second) >= panels_) return;  // the odd panel out
-        add_to_rows(x, first, second, scratch_of(worker));
-        add_to_columns(first, second, scratch_of(worker));
+        add_to_rows(x, first, second, tile_of(worker));
+        add_to_columns(first, second, tile_of(worker));
       });
   }
 
   // Computes the coefficients of a panel of anchors and a panel of columns, and adds them times X to the anchors' sums.
-  void add_to_rows(const T* x, int64_t panel, int64_t other, T* a) const {
+  void add_to_rows(const T* x, int64_t panel, int64_t other, T* tile) const {
     const int64_t i0 = args_.first + panel * kTile, rows = own_height(panel), columns = height(other);
-    T *const tile = tile_in(a), *const packed_tile = tile + kTile * kTile;
-    pack_rows<E::MR>(x + i0 * args_.depth, args_.depth, nullptr, rows, args_.depth, a);
-    multiply<E>(rows, columns, args_.depth, a, packed_.get() + other * kTile * args_.depth, tile, kTile);
+    multiply<E>(rows, columns, args_.depth, rows_of(x + i0 * args_.depth, args_.depth),
+                packed_.get() + other * kTile * args_.depth, tile, kTile);
     for (int64_t r = 0; r < rows; ++r)
       coefficients(i0 + r, other * kTile, columns, tile + r * kTile);
-    pack_rows<E::MR>(tile, kTile, nullptr, rows, columns, packed_tile);
-    multiply<E>(rows, args_.depth, columns, packed_tile, packed_columns_.get() + other * block_, sum_of(panel),
-                sum_stride(), true);
+    multiply<E>(rows, args_.depth, columns, rows_of<T>(tile, kTile), packed_columns_.get() + other * block_,
+                sum_of(panel), sum_stride(), true);
   }
 
   // Adds the same coefficients, transposed, times X to the sums of the columns, which are anchors too.
-  void add_to_columns(int64_t panel, int64_t other, T* a) const {
-    const int64_t rows = height(panel), columns = height(other);
-    T *const tile = tile_in(a), *const packed_tile = tile + kTile * kTile;
-    pack_columns<E::MR>(tile, kTile, nullptr, rows, columns, packed_tile);
-    multiply<E>(columns, args_.depth, rows, packed_tile, packed_columns_.get() + panel * block_, sum_of(other),
-                sum_stride(), true);
+  void add_to_columns(int64_t panel, int64_t other, const T* tile) const {
+    multiply<E>(height(other), args_.depth, height(panel), columns_of(tile, kTile),
+                packed_columns_.get() + panel * block_, sum_of(other), sum_stride(), true);
   }
 
   // Replaces the dot products of row i with columns j0 .. by (G_ij + G_ji) / temperature.
@@ -144,7 +136,7 @@ class DenseGrad {
   }
 
   const ContrastiveArgs<T>& args_;
-  const DenseMasks<T>& masks_;
+  const Masks& masks_;
   bool fixed_;
   T scale_;
   int64_t panels_, own_panels_, block_;

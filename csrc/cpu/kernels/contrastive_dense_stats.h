@@ -48,8 +48,8 @@ struct Partials {
 };
 
 // Sums over the columns j0 .. j0 + width - 1 of row i, with the row's dot products.
-template <class T>
-TileSums<T> sums_of_row(const DenseMasks<T>& masks, int64_t i, int64_t j0, int64_t width, const T* dots, T scale,
+template <class T, class Masks>
+TileSums<T> sums_of_row(const Masks& masks, int64_t i, int64_t j0, int64_t width, const T* dots, T scale,
                         T shift) {
   Vec<T> all_sums{}, all_pos{}, all_ext{};
   for (int64_t w = 0; w * kWord < width; ++w) {
@@ -66,8 +66,8 @@ TileSums<T> sums_of_row(const DenseMasks<T>& masks, int64_t i, int64_t j0, int64
 }
 
 // The largest logit in E of the same columns; -inf if there is none.
-template <class T>
-T top_of_row(const DenseMasks<T>& masks, int64_t i, int64_t j0, int64_t width, const T* dots, T scale) {
+template <class T, class Masks>
+T top_of_row(const Masks& masks, int64_t i, int64_t j0, int64_t width, const T* dots, T scale) {
   const Vec<T> none = splat(-std::numeric_limits<T>::infinity());
   Vec<T> top = none;
   for (int64_t w = 0; w * kWord < width; ++w) {
@@ -80,10 +80,10 @@ T top_of_row(const DenseMasks<T>& masks, int64_t i, int64_t j0, int64_t width, c
 
 // ---- all rows: each tile of the upper triangle once
 
-template <class T>
+template <class T, class Masks>
 class DenseStats {
  public:
-  DenseStats(const ContrastiveArgs<T>& args, const DenseMasks<T>& masks, const T* x)
+  DenseStats(const ContrastiveArgs<T>& args, const Masks& masks, const T* x)
       : args_(args),
         masks_(masks),
         x_(x),
@@ -98,13 +98,12 @@ class DenseStats {
     pack_tile_columns(args_, x_, packed_.get());
     const int64_t chunks = (tiles_ + kTilesPerTask - 1) / kTilesPerTask, tasks = tiles_ * chunks;
     const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(args_.threads, tasks));
-    const int64_t a_size = (E::a_size(kTile, args_.depth) + 15) / 16 * 16;
-    const Scratch<T> a(workers * a_size), dots(workers * kTile * kTile);
+    const Scratch<T> dots(workers * kTile * kTile);
     std::fill(dots.get(), dots.get() + workers * kTile * kTile, T(0));
     parallel_for(args_.threads, tasks, [&](int64_t task, int worker) {
       const int64_t row_tile = task / chunks, begin = std::max(row_tile, task % chunks * kTilesPerTask);
       const int64_t end = std::min(tiles_, (task % chunks + 1) * kTilesPerTask);
-      if (begin < end) tile_row(row_tile, begin, end, a.get() + worker * a_size, dots.get() + worker * kTile * kTile);
+      if (begin < end) tile_row(row_tile, begin, end, dots.get() + worker * kTile * kTile);
     });
     reduce(lse, pos, ext);
   }
@@ -121,7 +120,7 @@ class DenseStats {
   }
 
   // The tiles (row_tile, begin .. end - 1) of the upper triangle.
-  void tile_row(int64_t row_tile, int64_t begin, int64_t end, T* a, T* dots) const {
+  void tile_row(int64_t row_tile, int64_t begin, int64_t end, T* dots) const {
     const T shift = fixed_ ? scale_ : -std::numeric_limits<T>::infinity();
     for (int64_t tile = begin; tile < end; ++tile) {
       partials(tile).start(row_tile * edge_, tile_end(row_tile), shift);
@@ -129,7 +128,7 @@ class DenseStats {
     }
     for (int64_t i0 = row_tile * edge_; i0 < tile_end(row_tile); i0 += kTile) {
       const int64_t height = std::min(kTile, args_.rows - i0);
-      pack_rows<E::MR>(x_ + i0 * args_.depth, args_.depth, nullptr, height, args_.depth, a);
+      const Left<T> a = rows_of(x_ + i0 * args_.depth, args_.depth);
       for (int64_t tile = begin; tile < end; ++tile)
         for (int64_t j0 = tile * edge_; j0 < tile_end(tile); j0 += kTile) {
           const int64_t width = std::min(kTile, args_.rows - j0);
@@ -145,7 +144,7 @@ class DenseStats {
     const Partials<T> rows = partials(tile), columns = partials(row_tile);
     if (tile == row_tile) {  // tiles of the diagonal are computed in full: rows only
       for (int64_t r = 0; r < height; ++r)
-        rows.add(i0 + r, sums_of_row(masks_, i0 + r, j0, width, dots + r * kTile, scale_, rows.shift[i0 + r]));
+        rows.add(i0 + r, sums_of_row<T>(masks_, i0 + r, j0, width, dots + r * kTile, scale_, rows.shift[i0 + r]));
       return;
     }
     const int64_t words = (width + kWord - 1) / kWord;
@@ -227,7 +226,7 @@ class DenseStats {
   }
 
   const ContrastiveArgs<T>& args_;
-  const DenseMasks<T>& masks_;
+  const Masks& masks_;
   const T* x_;
   bool fixed_;
   T scale_;
@@ -237,10 +236,10 @@ class DenseStats {
 
 // ---- a range of the rows: each task owns kTile anchors and passes all columns
 
-template <class T>
+template <class T, class Masks>
 class RangeStats {
  public:
-  RangeStats(const ContrastiveArgs<T>& args, const DenseMasks<T>& masks, const T* x)
+  RangeStats(const ContrastiveArgs<T>& args, const Masks& masks, const T* x)
       : args_(args),
         masks_(masks),
         x_(x),
@@ -252,14 +251,12 @@ class RangeStats {
     pack_tile_columns(args_, x_, packed_.get());
     const int64_t panels = (args_.count + kTile - 1) / kTile;
     const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(args_.threads, panels));
-    const int64_t size = (E::a_size(kTile, args_.depth) + 15) / 16 * 16 + kTile * kTile;
-    const Scratch<T> scratch(workers * size);
-    std::fill(scratch.get(), scratch.get() + workers * size, T(0));
+    const Scratch<T> scratch(workers * kTile * kTile);
+    std::fill(scratch.get(), scratch.get() + workers * kTile * kTile, T(0));
     parallel_for(args_.threads, panels, [&](int64_t panel, int worker) {
       const int64_t first = panel * kTile, height = std::min(kTile, args_.count - first);
-      T *const dots = scratch.get() + worker * size, *const a = dots + kTile * kTile;
       RowSums rows[kTile];
-      sweep(args_.first + first, height, a, dots, rows);
+      sweep(args_.first + first, height, scratch.get() + worker * kTile * kTile, rows);
       for (int64_t r = 0; r < height; ++r) {
         lse[first + r] = rows[r].sum == 0 ? T(0) : static_cast<T>(rows[r].shift + std::log(rows[r].sum));
         pos[first + r] = static_cast<T>(rows[r].pos);
@@ -275,16 +272,17 @@ class RangeStats {
     T shift;
   };
 
-  void sweep(int64_t i0, int64_t height, T* a, T* dots, RowSums* rows) const {
+  void sweep(int64_t i0, int64_t height, T* dots, RowSums* rows) const {
     for (int64_t r = 0; r < height; ++r)
       rows[r].shift = fixed_ ? scale_ : -std::numeric_limits<T>::infinity();
-    pack_rows<E::MR>(x_ + i0 * args_.depth, args_.depth, nullptr, height, args_.depth, a);
+    const Left<T> a = rows_of(x_ + i0 * args_.depth, args_.depth);
     for (int64_t j0 = 0; j0 < args_.rows; j0 += kTile) {
+      if (!masks_.any_in_columns(j0)) continue;
       const int64_t width = std::min(kTile, args_.rows - j0);
       multiply<E>(height, width, args_.depth, a, packed_.get() + j0 * args_.depth, dots, kTile);
       for (int64_t r = 0; r < height; ++r) {
-        if (!fixed_) raise(rows[r], top_of_row(masks_, i0 + r, j0, width, dots + r * kTile, scale_));
-        const TileSums<T> part = sums_of_row(masks_, i0 + r, j0, width, dots + r * kTile, scale_, rows[r].shift);
+        if (!fixed_) raise(rows[r], top_of_row<T>(masks_, i0 + r, j0, width, dots + r * kTile, scale_));
+        const TileSums<T> part = sums_of_row<T>(masks_, i0 + r, j0, width, dots + r * kTile, scale_, rows[r].shift);
         rows[r].sum += part.sum;
         rows[r].pos += part.pos;
         rows[r].ext += part.ext;
@@ -299,7 +297,7 @@ class RangeStats {
   }
 
   const ContrastiveArgs<T>& args_;
-  const DenseMasks<T>& masks_;
+  const Masks& masks_;
   const T* x_;
   bool fixed_;
   T scale_;

@@ -171,10 +171,18 @@ T clamped_log_sum_exp(const T* row, int64_t tokens, T low, T high) {
 template <class T, class Args>
 void token_weights(const Args& args, int64_t token, const T* row, const RowScratch<T>& s, T* weights) {
   const int64_t tokens = args.height * args.width;
-  T smallest = row[0], largest_value = row[0];
-  for (int64_t j = 1; j < tokens; ++j) {
+  T smallest = row[0], largest_value = row[0], zero = 0;  // zero: NaN as soon as a logit is not finite
+  for (int64_t j = 0; j < tokens; ++j) {
     smallest = std::min(smallest, row[j]);
     largest_value = std::max(largest_value, row[j]);
+    zero += row[j] * 0;
+  }
+  const Neighbors near = neighbors_of(token, args.height, args.width);
+  std::fill(weights, weights + kTaps, T(0));
+  if (zero != 0) {
+    for (int n = 0; n < near.count; ++n)
+      weights[near.slot[n]] = zero;
+    return;
   }
   T low = smallest, high = largest_value;
   int32_t histogram[kBuckets];
@@ -189,8 +197,6 @@ void token_weights(const Args& args, int64_t token, const T* row, const RowScrat
   }
   const T lse = clamped_log_sum_exp(row, tokens, low, high);
   const T threshold = lse - std::log(static_cast<T>(tokens));  // relative to `high`, so that a constant row keeps all
-  const Neighbors near = neighbors_of(token, args.height, args.width);
-  std::fill(weights, weights + kTaps, T(0));
   for (int n = 0; n < near.count; ++n) {
     const T c = std::min(std::max(row[near.token[n]], low), high) - high;
     if (c >= threshold)
@@ -230,7 +236,7 @@ void weights_of(const WeightsQkArgs<T>& args) {
   const int64_t blocks = ld / E::NR, panels = (tokens + kRows - 1) / kRows;
   const int64_t workers = worker_count(args.threads, group * panels);
   Scratch<T> packed_keys(group * image_size);
-  Scratch<T> packed_queries(workers * E::a_size(kRows, depth)), logits(workers * kRows * ld);
+  Scratch<T> logits(workers * kRows * ld);
   const RowScratches<T> scratch(tokens, workers);
   const T scale = static_cast<T>(args.scale);
   for (int64_t first = 0; first < args.batch; first += group) {
@@ -243,11 +249,10 @@ void weights_of(const WeightsQkArgs<T>& args) {
     });
     parallel_for(args.threads, images * panels, [&](int64_t task, int worker) {
       const int64_t image = task / panels, i0 = task % panels * kRows, rows = std::min(kRows, tokens - i0);
-      T* a = packed_queries.get() + worker * E::a_size(kRows, depth);
       T* panel = logits.get() + worker * kRows * ld;
       const T* queries = args.queries.data + (first + image) * args.queries.image_stride + i0 * args.queries.stride;
-      pack_rows<E::MR>(queries, args.queries.stride, nullptr, rows, depth, a);
-      multiply<E>(rows, tokens, depth, a, packed_keys.get() + image * image_size, panel, ld);
+      multiply<E>(rows, tokens, depth, rows_of(queries, args.queries.stride), packed_keys.get() + image * image_size,
+                  panel, ld);
       for (int64_t r = 0; r < rows; ++r) {
         T* row = panel + r * ld;
         for (int64_t j = 0; j < tokens; ++j)

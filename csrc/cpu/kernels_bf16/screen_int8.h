@@ -24,14 +24,15 @@ struct ScreenInt8 {
     for (int r = 0; r < P; ++r) {
       scales[r] = 0;
       offsets[r] = 0;
-      if (!rows[r]) {
+      const float* x = rows[r];
+      const float norm = x ? norm_bound(x, depth) : 0;
+      bounds[r] = {norm, norm};
+      finite = finite && norm == norm;
+      if (!x || norm != norm) {  // what is not finite has no integers, and their sum would overflow
         for (int64_t g = 0; g < count; ++g)
           out[g * P + r] = 0;
         continue;
       }
-      const float* x = rows[r];
-      const float norm = norm_bound(x, depth);
-      finite = finite && norm == norm;
       __m512 top = _mm512_setzero_ps();
       for (int64_t d = 0; d < depth; d += 16)
         top = _mm512_max_ps(top, _mm512_abs_ps((__m512)load_part(x + d, std::min<int64_t>(16, depth - d))));

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SUFFIX = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+TILE = 128  # rows and columns of a tile, csrc/cuda/tile.cuh
 
 
 def require_supported(**tensors: Tensor | None) -> None:
@@ -50,3 +51,8 @@ def launch(function: Callable[..., None], device: torch.device, *arguments: obje
 def processor_count(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def shares_of_columns(panels: int, columns: int, device: torch.device) -> int:
+    """Shares of the columns, so that panels of rows fill the device twice; depends on shapes and the device only."""
+    return min(max(1, 2 * processor_count(device) // max(1, panels)), -(-columns // TILE))

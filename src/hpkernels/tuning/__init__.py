@@ -52,7 +52,7 @@ def lookup(op: str, dtype: torch.dtype, d: int, n: int, device: torch.device) ->
     return dict(_nearest(op, dtype_class(dtype), d, log2_n, family(device), os.environ.get("HPKERNELS_TUNING")))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _nearest(op: str, kind: str, d: int, log2_n: int, family: str, user_file: str | None) -> dict:
     files = [Path(user_file)] if user_file else []
     for file in [*files, FOLDER / f"{family}.json", FOLDER / "default.json"]:
@@ -89,7 +89,7 @@ def _distance(entry: dict, log2_n: int) -> tuple[float, int]:
     return wide, 0 if entry["log2_n"] is None else abs(entry["log2_n"] - log2_n)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def entries(file: Path) -> list[dict]:
     """The entries of a table. ValueError, naming the file, if it is not one."""
     try:

@@ -28,15 +28,16 @@ def has_fixed_shift(temperature: float) -> bool:
 
 
 def merged(totals: Tensor, shifts: Tensor, pos: Tensor, ext: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, pos, ext), each (S, n), of parts (parts, S, n): sums of exponentials totals * 2^shifts, and logit sums.
+    """(lse, pos, ext), each (S, n), of parts (parts, S, n): sums of exponentials totals * 2^shifts, and logit sums."""
+    return merged_lse(totals, shifts), pos.sum(0), ext.sum(0)
 
-    A row without any exponential has lse 0.
-    """
+
+def merged_lse(totals: Tensor, shifts: Tensor) -> Tensor:
+    """log of the sum over parts (the first dimension) of totals * 2^shifts; 0 without any exponential."""
     shift = shifts.amax(0)
     base = torch.where(shift == -torch.inf, 0.0, shift)
     total = (totals * torch.exp2(shifts - base)).sum(0)
-    lse = torch.where(total == 0, 0.0, torch.log(torch.where(total == 0, 1.0, total)) + base / LOG2E)
-    return lse, pos.sum(0), ext.sum(0)
+    return torch.where(total == 0, 0.0, torch.log(torch.where(total == 0, 1.0, total)) + base / LOG2E)
 
 
 def scaled_gradients(

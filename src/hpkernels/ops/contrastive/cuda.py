@@ -1,6 +1,7 @@
 """Contrastive statistics and their gradient on `hpkernels._cuda`; nothing is synchronised, scratch comes from torch.
 
-fp16 and bf16 run on the matrix units with fp32 sums, fp32 in IEEE arithmetic.
+fp16 and bf16 run on the matrix units with fp32 sums, fp32 in IEEE arithmetic. The denominator by groups is in
+`cuda_groups`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,19 @@ import torch
 from torch import Tensor
 
 from hpkernels import _cuda
-from hpkernels.ops._cuda import SUFFIX, aligned, launch, processor_count, require_supported, whole_chunks
+from hpkernels.ops._cuda import (
+    SUFFIX,
+    TILE,
+    aligned,
+    launch,
+    processor_count,
+    require_supported,
+    shares_of_columns,
+    whole_chunks,
+)
 from hpkernels.ops.contrastive import common
+from hpkernels.ops.contrastive.cuda_groups import group_lse, group_lse_grad  # noqa: F401
 
-_TILE = 128  # rows and columns of a tile, csrc/cuda/tile.cuh
 _SLOT_SHARE = (5, 32)  # capacity of the column side as a share of the pairs (row of the negatives, anchor)
 _SUM_BLOCKS = 4096
 
@@ -54,7 +64,8 @@ def contrastive_stats(
     masks = _Masks(x.shape[1], positives, None, extra, None, negatives, denominator == "all", first_row)
     pairs = _cuda.ContrastivePairs
     families = [pairs.positives] if negatives is None else [pairs.positives, pairs.negatives]
-    shares = len(families) if denominator == "sparse" else _shares(x, n)
+    tiles = -(-n // TILE) * x.shape[0]
+    shares = len(families) if denominator == "sparse" else shares_of_columns(tiles, x.shape[1], x.device)
     parts = torch.empty(4, shares, *shape, dtype=torch.float32, device=x.device)
     scale = common.LOG2E / temperature
     scales = (scale, scale if common.has_fixed_shift(temperature) else -torch.inf, 1 / temperature)
@@ -119,7 +130,7 @@ def _grad_by_workspace(
         _launch("contrastive_weights", padded[s], *padded.shape[1:], masks.native, scale, scale if shared else 0.0,
                 tables, block_row, block_rows, workspace.stride(0), workspace.data_ptr())  # fmt: skip
 
-    return common.grad_by_workspace(x, first_row, n, out_scale, _TILE, _TILE, write_weights)
+    return common.grad_by_workspace(x, first_row, n, out_scale, TILE, TILE, write_weights)
 
 
 def _grad_of_lists(
@@ -186,13 +197,6 @@ def _column_capacity(period: int, n: int) -> int:
 
 def _tables(stream: int, *tables: Tensor) -> _cuda.ContrastiveTables:
     return _cuda.ContrastiveTables(*[table[stream].data_ptr() for table in tables])
-
-
-def _shares(x: Tensor, n: int) -> int:
-    """Shares of the columns, so that the row panels fill the device twice; depends on shapes and the device only."""
-    streams, total, _ = x.shape
-    panels = -(-n // _TILE) * streams
-    return min(max(1, 2 * processor_count(x.device) // panels), -(-total // _TILE))
 
 
 def _launch(function: str, x: Tensor, *arguments: object) -> None:

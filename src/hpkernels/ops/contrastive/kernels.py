@@ -2,7 +2,7 @@
 
 `kernels_dense` and `kernels_dense_grad` sweep every tile of the pairs; `kernels_sparse` visits only listed columns:
 those that a row of the negatives names, and those where a panel of rows has any positive. Both return the same pieces,
-which are put together here.
+which are put together here. `kernels_groups` has the denominator by groups.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpkernels.ops._triton import require_supported
 from hpkernels.ops.contrastive import common, kernels_dense, kernels_dense_grad, kernels_sparse
+from hpkernels.ops.contrastive.kernels_groups import group_lse, group_lse_grad  # noqa: F401
 
 
 def contrastive_stats(

@@ -10,6 +10,7 @@ from hpkernels import _cuda
 from hpkernels.ops._cuda import SUFFIX, common_dtype, launch, require_supported, whole_chunks
 
 _WORKSPACE_BYTES = 64 << 20  # bound of the mean logits alive at a time, but at least one image's
+_LARGEST_GRID = 65535  # blocks of a launch in z: images of a product
 _LARGEST_ROW = 16384  # tokens: a row of fp32 logits in the shared memory of every GPU from sm_80 on
 
 
@@ -46,7 +47,7 @@ def neighbor_weights_qk(
     queries, keys = (whole_chunks(x.transpose(1, 2).flatten(2).to(dtype)) for x in (queries, keys))
     out = torch.empty(batch, tokens, 9, dtype=torch.float32, device=queries.device)
     stride = -(-tokens // 4) * 4  # rows of the workspace are whole 16-byte chunks
-    step = min(batch, max(1, _WORKSPACE_BYTES // max(1, 4 * tokens * stride)))
+    step = max(1, min(batch, _LARGEST_GRID, _WORKSPACE_BYTES // max(1, 4 * tokens * stride)))
     logits = torch.empty(step, 1, tokens, stride, dtype=torch.float32, device=queries.device)
     for first in range(0, batch, step):
         images = slice(first, first + step)

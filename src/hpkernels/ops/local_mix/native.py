@@ -42,7 +42,7 @@ def neighbor_weights_qk(
     low_quantile: float,
     high_quantile: float,
 ) -> Tensor:
-    """Weights (B, T, 9) fp32 (fp64 for fp64) from queries and keys (B, heads, T, d): rows of logits a panel at a time."""
+    """Weights (B, T, 9) fp32 (fp64 for fp64) of queries and keys (B, heads, T, d): logits a panel of rows at a time."""
     dtype = _working_dtype(queries, keys)
     batch, heads = queries.shape[:2]
     queries, keys = (_all_heads(x).to(dtype) for x in (queries, keys))

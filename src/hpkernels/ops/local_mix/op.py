@@ -1,13 +1,23 @@
-"""local_mix, neighbor_weights, neighbor_weights_qk, neighbor_mix: 3 x 3 mixing of patch codes with weights from attention."""
+"""local_mix, neighbor_weights, neighbor_weights_qk, neighbor_mix: 3 x 3 mixing of codes, weights from attention."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels._checks import check_finite, check_float_tensor, check_positive, check_rate, describe
-from hpkernels.ops._autograd import refuse_second_backward
+from hpkernels._checks import (
+    check_finite,
+    check_float_tensor,
+    check_int,
+    check_positive,
+    check_rate,
+    describe,
+    look_finite,
+)
+from hpkernels.ops._autograd import refuse_second_backward, refuse_transforms
 from hpkernels.ops.local_mix import reference
 
 SIGMA = 28.0  # the published constant: the square root of the number of tokens of its 28 x 28 grid
@@ -41,12 +51,14 @@ def local_mix(
     height, width = _check_grid(grid)
     if code.ndim == 4 and tuple(code.shape[2:]) != (height, width):
         raise ValueError(f"code: expected (B, D, {height}, {width}) for grid {tuple(grid)}, got {describe(code)}")
-    options = dict(sigma=sigma, low_quantile=low_quantile, high_quantile=high_quantile, backend=backend)
+    options: dict[str, Any] = dict(sigma=sigma, low_quantile=low_quantile, high_quantile=high_quantile, backend=backend)
     if isinstance(attention, (tuple, list)):
         if len(attention) != 2:
             raise ValueError(f"attention: expected logits or a pair (queries, keys), got {len(attention)} entries")
+        _check_images(attention[0], code)
         weights = neighbor_weights_qk(*attention, grid, **options)
     else:
+        _check_images(attention, code)
         weights = neighbor_weights(attention, grid, **options)
     if code.ndim == 3:
         return neighbor_mix(code, weights, grid, backend=backend)
@@ -133,6 +145,9 @@ def neighbor_mix(code: Tensor, weights: Tensor, grid: tuple[int, int], *, backen
 
     Returns:
         (B, T, D) in code's dtype, accumulated in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: the argument, its value and what was expected. Non-finite input on the CPU.
     """
     height, width = _check_grid(grid)
     check_float_tensor("code", code, ndim=3)
@@ -143,16 +158,29 @@ def neighbor_mix(code: Tensor, weights: Tensor, grid: tuple[int, int], *, backen
         raise ValueError(f"weights: expected shape {(code.shape[0], code.shape[1], 9)}, got {describe(weights)}")
     chosen = dispatch.choose(code.device, backend, code, weights)
     if chosen == "reference":  # plain autograd, so that a second backward works
+        look_finite("code", code)
+        look_finite("weights", weights)
         return reference.neighbor_mix(code, weights, height, width)
+    refuse_transforms(code, weights)
     return _neighbor_mix(code, weights, height, width, chosen)
 
 
 def _check_grid(grid: object) -> tuple[int, int]:
     if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != 2:
         raise TypeError(f"grid: expected a pair (height, width), got {grid!r}")
-    if grid[0] < 1 or grid[1] < 1:
+    height, width = (check_int("grid", side) for side in grid)
+    if height < 1 or width < 1:
         raise ValueError(f"grid: expected height and width of at least 1, got {tuple(grid)}")
-    return grid[0], grid[1]
+    return height, width
+
+
+def _check_images(attention: object, code: Tensor) -> None:
+    """Raise if the attention is of other images than the code."""
+    if not isinstance(attention, Tensor) or attention.is_nested or attention.ndim == 0:
+        return  # said by those who read it
+    if attention.shape[0] != code.shape[0] or attention.device != code.device:
+        expected = f"expected {code.shape[0]} images on {code.device}, as code"
+        raise ValueError(f"attention: {expected}, got {describe(attention)}")
 
 
 def _check_options(sigma: object, low_quantile: object, high_quantile: object) -> tuple[float, float, float]:
@@ -171,13 +199,25 @@ def _check_attention_numbers(attention: Tensor) -> None:
             raise ValueError(f"attention: expected logits without NaN or +inf, got {describe(attention)}")
 
 
+def _checked(weights: Tensor, expected: str) -> Tensor:
+    """NaN stands for logits that overflowed: an error on the CPU."""
+    if weights.device.type == "cpu":
+        tokens = int(weights.isnan().any(-1).sum())
+        if tokens:
+            raise ValueError(f"{expected} in {weights.dtype}, got NaN or infinity for {tokens} tokens")
+    return weights
+
+
 @torch.library.custom_op("hpkernels::neighbor_weights", mutates_args=())
 def _neighbor_weights(
     attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float, backend: str
 ) -> Tensor:
     _check_attention_numbers(attention)
     weights = dispatch.implementation("local_mix", backend).neighbor_weights
-    return weights(attention, height, width, sigma, low_quantile, high_quantile)
+    return _checked(
+        weights(attention, height, width, sigma, low_quantile, high_quantile),
+        "attention: expected logits whose mean over the heads is finite",
+    )
 
 
 @_neighbor_weights.register_fake
@@ -201,7 +241,10 @@ def _neighbor_weights_qk(
     check_finite("queries", queries)
     check_finite("keys", keys)
     weights = dispatch.implementation("local_mix", backend).neighbor_weights_qk
-    return weights(queries, keys, height, width, scale, sigma, low_quantile, high_quantile)
+    return _checked(
+        weights(queries, keys, height, width, scale, sigma, low_quantile, high_quantile),
+        f"queries: expected products with keys, times {scale}, that are finite",
+    )
 
 
 @_neighbor_weights_qk.register_fake
@@ -212,6 +255,8 @@ def _(queries, keys, height, width, scale, sigma, low_quantile, high_quantile, b
 
 @torch.library.custom_op("hpkernels::neighbor_mix", mutates_args=())
 def _neighbor_mix(code: Tensor, weights: Tensor, height: int, width: int, backend: str) -> Tensor:
+    check_finite("code", code)
+    check_finite("weights", weights)
     return dispatch.implementation("local_mix", backend).neighbor_mix(code, weights, height, width)
 
 

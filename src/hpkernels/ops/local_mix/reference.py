@@ -30,6 +30,11 @@ def _quantile(rows: Tensor, q: float) -> Tensor:
     return torch.lerp(ordered[..., low], ordered[..., high], position - low)
 
 
+def _whole_rows(a: Tensor) -> Tensor:
+    """a; a row with a number that is not finite, as after an overflow, is NaN throughout."""
+    return a + (0 * a).sum(-1, keepdim=True)
+
+
 def neighbor_weights(
     attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float
 ) -> Tensor:
@@ -41,12 +46,13 @@ def neighbor_weights(
     a = (attention if attention.dtype == torch.float64 else attention.float()).clamp_min(_LOWEST)
     if a.ndim == 4:
         a = a.mean(1)
+    a = _whole_rows(a)
     index, inside = neighbor_table(height, width, a.device)
     low, high = _quantile(a, low_quantile)[..., None], _quantile(a, high_quantile)[..., None]
     c = torch.minimum(torch.maximum(a, low), high)
     lse = c.logsumexp(-1, keepdim=True)
     taps = c.gather(2, index.expand(a.shape[0], -1, -1))
-    keep = inside & (taps >= lse - torch.log(torch.tensor(float(height * width), dtype=a.dtype, device=a.device)))
+    keep = inside & ~(taps < lse - torch.log(torch.tensor(float(height * width), dtype=a.dtype, device=a.device)))
     return torch.where(keep, sigma * torch.exp(taps - lse), 0.0) / inside.sum(1, keepdim=True)
 
 
@@ -69,7 +75,8 @@ def neighbor_weights_qk(
     weights = torch.empty((batch, tokens, 9), dtype=dtype, device=queries.device)
     for image in range(batch):
         q, k = (x[image].to(dtype).transpose(0, 1).flatten(1) for x in (queries, keys))
-        a = (scale / heads) * (q @ k.T)
+        with torch.autocast(queries.device.type, enabled=False):
+            a = _whole_rows((scale / heads) * (q @ k.T))
         weights[image] = neighbor_weights(a[None], height, width, sigma, low_quantile, high_quantile)[0]
     return weights
 

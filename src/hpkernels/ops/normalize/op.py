@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels._checks import check_finite
-from hpkernels.ops._autograd import refuse_second_backward
+from hpkernels._checks import check_finite, look_finite
+from hpkernels.ops._autograd import refuse_second_backward, refuse_transforms
 from hpkernels.ops.normalize import reference
 
 
@@ -17,25 +17,10 @@ def normalize_rows(x: Tensor, name: str, backend: str) -> Tensor:
     `name` is the caller's argument name: non-finite input raises ValueError with it (CPU, or HPKERNELS_CHECK=1).
     """
     if backend == "reference":  # plain autograd, so that a second backward works
-        _check(x, name)
+        look_finite(name, x)
         return reference.normalize_rows(x, name)
+    refuse_transforms(x)
     return _normalize_rows(x, name, backend)
-
-
-@torch.library.custom_op("hpkernels::check_finite", mutates_args=())
-def _check_op(x: Tensor, name: str) -> Tensor:
-    check_finite(name, x)
-    return x.new_zeros(())
-
-
-@_check_op.register_fake
-def _(x, name):
-    return x.new_empty(())
-
-
-def _check(x: Tensor, name: str) -> None:
-    if not torch.compiler.is_compiling():
-        _check_op(x.detach(), name)
 
 
 @torch.library.custom_op("hpkernels::normalize_rows", mutates_args=())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
-    """fp64 stays fp64; 16-bit inputs stay as they are on a GPU (its matrix units take them) and become fp32 elsewhere."""
+    """fp64 stays fp64; 16-bit inputs stay what they are on a GPU (its matrix units take them), else become fp32."""
     if x.dtype == torch.float64 or (x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)):
         return x.dtype
     return torch.float32

@@ -9,6 +9,23 @@ from hpkernels import dispatch
 from hpkernels._bits import words
 
 
+@torch.library.custom_op("hpkernels::check_padding", mutates_args=())
+def check_padding(bits: Tensor, columns: int) -> Tensor:
+    """Raise where bits past the last column are set, which kernels would take for columns. On the CPU, where looking
+    takes no wait."""
+    if bits.is_cpu and bits.numel():
+        first = columns // 32
+        valid = torch.tensor([(1 << columns % 32) - 1] + [0] * (bits.shape[1] - first - 1), dtype=torch.int32)
+        if first < bits.shape[1] and (bits[:, first:] & ~valid).any():
+            raise ValueError(f"bits: expected zeros past the {columns} columns, got bits that are set there")
+    return bits.new_empty(0)
+
+
+@check_padding.register_fake
+def _(bits, columns):
+    return bits.new_empty(0)
+
+
 @torch.library.custom_op("hpkernels::random_bits", mutates_args=())
 def random_bits(seed: Tensor, rows: int, columns: int, rate: float, backend: str) -> Tensor:
     """Bernoulli bits from a counter-based generator, the same on every backend. See reference.random_bits."""

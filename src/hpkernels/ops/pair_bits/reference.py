@@ -1,4 +1,4 @@
-"""Packed pairs in plain torch: the specification of the random bits, counts and transposes (layout: hpkernels/_bits.py)."""
+"""Packed pairs in plain torch: the specification of random bits, counts and transposes (layout: hpkernels/_bits.py)."""
 
 from __future__ import annotations
 

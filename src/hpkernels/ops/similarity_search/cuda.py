@@ -11,9 +11,16 @@ from torch import Tensor
 
 from hpkernels import _cuda
 from hpkernels._bits import words
-from hpkernels.ops._cuda import SUFFIX, common_dtype, launch, processor_count, require_supported, whole_chunks
+from hpkernels.ops._cuda import (
+    SUFFIX,
+    TILE,
+    common_dtype,
+    launch,
+    require_supported,
+    shares_of_columns,
+    whole_chunks,
+)
 
-_TILE = 128  # rows and columns of a tile, csrc/cuda/tile.cuh
 _LARGEST_LIST = 256  # k of the fused search; above it ordered keys go through torch.topk
 _KEY_BYTES = 256 << 20  # bound of the ordered keys alive at a time for larger k
 _MINUS_INFINITY = -2139095041  # the upper half of the ordered key of -inf
@@ -81,7 +88,7 @@ def _fused(queries: Tensor, keys: Tensor, k: int, choice: tuple) -> Tensor:
     n, device = len(queries), queries.device
     splits = _splits(queries, keys)
     size = 256 if k <= 128 else 512  # of a row's list: k kept and 128 new ones of a tile
-    scratch = 0 if k == 1 else -(-n // _TILE) * _TILE * splits * size
+    scratch = 0 if k == 1 else -(-n // TILE) * TILE * splits * size
     lists = torch.empty(scratch, dtype=torch.int64, device=device)
     out = torch.empty(n, splits, k, dtype=torch.int64, device=device)
     _launch("topk_similarity", queries, *_rows(queries), *_rows(keys), queries.shape[1], k, *choice, splits, size,
@@ -93,7 +100,7 @@ def _fused(queries: Tensor, keys: Tensor, k: int, choice: tuple) -> Tensor:
 def _unfused(queries: Tensor, keys: Tensor, k: int, choice: tuple) -> Tensor:
     """The ordered keys (N, k) of the k best: row blocks of all keys through torch.topk, _KEY_BYTES at a time."""
     n, m = len(queries), len(keys)
-    step = min(n, max(_TILE, _KEY_BYTES // (8 * m) // _TILE * _TILE))
+    step = min(n, max(TILE, _KEY_BYTES // (8 * m) // TILE * TILE))
     scratch = torch.empty(step, m, dtype=torch.int64, device=queries.device)
     best = torch.empty(n, k, dtype=torch.int64, device=queries.device)
     for first in range(0, n, step):
@@ -126,9 +133,7 @@ def _rows(x: Tensor) -> tuple[int, int]:
 
 
 def _splits(queries: Tensor, keys: Tensor) -> int:
-    """Shares of the keys, so that the row panels fill the device twice; depends on shapes and the device only."""
-    panels = max(1, -(-len(queries) // _TILE))
-    return min(max(1, 2 * processor_count(queries.device) // panels), -(-len(keys) // _TILE))
+    return shares_of_columns(-(-len(queries) // TILE), len(keys), queries.device)
 
 
 def _launch(function: str, x: Tensor, *arguments: int) -> None:

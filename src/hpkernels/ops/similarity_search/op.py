@@ -10,7 +10,15 @@ from torch import Tensor
 
 from hpkernels import dispatch
 from hpkernels._bits import words
-from hpkernels._checks import check_columns, check_finite, check_float_tensor, describe
+from hpkernels._checks import (
+    check_columns,
+    check_finite,
+    check_flag,
+    check_float_tensor,
+    check_int,
+    check_int_tensor,
+    describe,
+)
 
 
 def max_similarity(queries: Tensor, keys: Tensor, *, backend: str | None = None) -> Tensor:
@@ -56,16 +64,16 @@ def topk_similarity(
         values float32 (N, k) and indices int64 (N, k). Places without a key hold -inf and -1. No gradient.
     """
     _check_operands("queries", queries, "keys", keys)
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int, got {k!r}")
+    check_int("k", k)
+    check_flag("exclude_self", exclude_self)
     if not 1 <= k <= keys.shape[0]:
         raise ValueError(f"k: expected 1 <= k <= {keys.shape[0]} (the number of keys), got {k}")
     if (query_groups is None) != (key_groups is None):
         missing = "query_groups" if query_groups is None else "key_groups"
         raise ValueError(f"{missing}: expected with the other groups argument, got None")
     if query_groups is not None:
-        _check_groups("query_groups", query_groups, queries)
-        _check_groups("key_groups", key_groups, keys)
+        check_groups("query_groups", query_groups, queries)
+        check_groups("key_groups", key_groups, keys)
     chosen = dispatch.choose(queries.device, backend, queries, keys)
     return _topk_similarity(queries.detach(), keys.detach(), k, exclude_self, query_groups, key_groups, chosen)
 
@@ -96,11 +104,10 @@ def _check_operands(name: str, x: Tensor, other_name: str, other: Tensor) -> Non
     check_columns(other_name, other, name, x)
 
 
-def _check_groups(name: str, groups: Tensor, rows: Tensor) -> None:
+def check_groups(name: str, groups: object, rows: Tensor) -> None:
     if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 tensor, got {describe(groups)}")
-    if groups.shape != rows.shape[:1] or groups.device != rows.device:
-        raise ValueError(f"{name}: expected shape ({rows.shape[0]},) on {rows.device}, got {describe(groups)}")
+    check_int_tensor(name, groups, rows.shape[:1], rows.device)
 
 
 def _check_thresholds(name: str, thresholds: Tensor, rows_name: str, rows: Tensor) -> None:

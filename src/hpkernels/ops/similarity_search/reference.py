@@ -55,7 +55,7 @@ def topk_similarity(
 
 
 def pairs_above(x: Tensor, thresholds: Tensor, keys: Tensor | None, key_thresholds: Tensor | None) -> Tensor:
-    """Bits of s_ij > min(t_i, t_j), i != j, decided from the upper triangle (keys None), or of s_ij > min(t_i, kt_j)."""
+    """Bits of s_ij > min(t_i, t_j), i != j, decided in the upper triangle (keys None), or of s_ij > min(t_i, kt_j)."""
     x, thresholds, keys, key_thresholds = promoted(x, thresholds, keys, key_thresholds)
     if keys is None:
         keys, key_thresholds = x, thresholds
