@@ -8,14 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-import pickle
-import sys
-import threading
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,26 +19,48 @@ from torch.overrides import TorchFunctionMode
 
 import hpkernels
 from hpseg.config import UsageError
+from hpseg.weights import load_weights, missing_file, plain_vit, read_weights, require_reachable, timm_source
 
 EMBEDDED = Path(__file__).parent / "assets" / "vit_tiny8.safetensors"
-REACH_SECONDS = 5.0
 
 
 class Tokens(NamedTuple):
-    """Frozen output for a batch: fp32 features (B, T, C), neighbour weights (B, T, 9) or None; grid (rows, columns).
+    """Frozen output for a batch: fp32 features (B, T, C), neighbour weights (B, T, 9) or None; grid (rows, columns);
+    colours (B, T, 3), the mean RGB of each patch in [0, 1].
 
-    Rows of `features` and `neighbors` are the patches of the grid, row by row.
+    T are the patches of the grid, row by row.
     """
 
     features: Tensor
     neighbors: Tensor | None
     grid: tuple[int, int]
+    colours: Tensor | None = None
 
 
 class Backbone(nn.Module):
-    """Frozen ViT. Attributes: name, patch (pixels), channels, fingerprint (of the weights)."""
+    """Frozen ViT, unless hpseg.finetune trains a copy of it. Attributes: name, source (file its weights come from),
+    patch (pixels), channels, fingerprint (of the weights).
 
-    def __init__(self, vit: nn.Module, name: str, mean: tuple, std: tuple, dtype: str = "fp32"):
+    pos_embed: how a learned table of position embeddings is brought to another grid than its own: "timm" (bicubic,
+    antialiased) or "dino", see `_DinoPositions`. On the table's own grid, and without a table, there is no difference.
+    """
+
+    patch: int
+    channels: int
+    prefix: int
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        name: str,
+        mean: tuple,
+        std: tuple,
+        dtype: str = "fp32",
+        pos_embed: str = "timm",
+        source: str = "",
+    ):
         super().__init__()
         attention = getattr(vit.blocks[-1], "attn", None) if hasattr(vit, "blocks") else None
         if not hasattr(attention, "fused_attn"):
@@ -54,34 +69,34 @@ class Backbone(nn.Module):
                 "or Eva families, for example vit_small_patch8_224.dino"
             )
         self.vit = vit.eval().requires_grad_(False)
-        self.name, self.dtype = name, dtype
+        self.name, self.source, self.dtype, self.pos_embed = name, source, dtype, pos_embed
         patch = vit.patch_embed.patch_size
         if patch[0] != patch[1]:
             raise UsageError(f"backbone: {name!r} has patches of {patch[0]} x {patch[1]} pixels, expected square ones")
         self.patch, self.channels, self.prefix = patch[0], vit.num_features, vit.num_prefix_tokens
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-        self.fingerprint = _fingerprint(vit)
+        self.fingerprint = fingerprint(vit)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in evaluation mode whatever is asked for: it is frozen."""
+        """Stays in evaluation mode whatever is asked for, frozen or trained."""
         return super().train(False)
 
     def snap(self, pixels: int) -> int:
         """The nearest whole number of patches, at least two, in pixels."""
         return max(2, round(pixels / self.patch)) * self.patch
 
-    @torch.no_grad()
     def forward(self, images: Tensor, with_neighbors: bool = False) -> Tokens:
-        """images: (B, 3, H, W) uint8, or float in [0, 1]; H and W multiples of `patch`."""
+        """images: (B, 3, H, W) uint8, or float in [0, 1]; H and W multiples of `patch`. Features carry gradients."""
         if images.shape[-2] % self.patch or images.shape[-1] % self.patch:
             raise ValueError(f"images: expected sides that are multiples of {self.patch}, got {tuple(images.shape)}")
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        colours = F.avg_pool2d(x, self.patch).flatten(2).transpose(1, 2)
         x = (x - self.mean) / self.std
         grid = (x.shape[-2] // self.patch, x.shape[-1] // self.patch)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
             if not with_neighbors:
-                return Tokens(self._features(x), None, grid)
+                return Tokens(self._features(x), None, grid, colours)
             with _last_products(self.vit) as products:
                 features = self._features(x)
         if len(products) != 1:
@@ -89,14 +104,35 @@ class Backbone(nn.Module):
                 f"backbone: the last block of {self.name!r} makes {len(products)} attention products, expected one"
             )
         queries, keys, scale = products[0]
+        queries, keys = queries.detach(), keys.detach()
         patches = slice(self.prefix, None)
         weights = hpkernels.neighbor_weights_qk(queries[:, :, patches], keys[:, :, patches], grid, scale=scale)
-        return Tokens(features, weights, grid)
+        return Tokens(features, weights, grid, colours)
 
     def _features(self, x: Tensor) -> Tensor:
-        return self.vit.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)[
-            0
-        ].float()
+        with _DinoPositions() if self.pos_embed == "dino" else nullcontext():
+            last = self.vit.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)
+        return last[0].float()
+
+
+class _DinoPositions(TorchFunctionMode):
+    """The position embedding as DINO's own code resamples it, of a table of n x m patches for a grid of h x w:
+
+        bicubic, no antialiasing, pixel centres aligned, scale factors ((h + 0.1) / n, (w + 0.1) / m)
+
+    torch samples at the scale it is told and not at h / n: 0.1 was added against a rounding error, and the published
+    heads were trained and scored with what came of it. timm asks torch for the size instead, and here it is changed.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.interpolate or kwargs.get("mode") != "bicubic":
+            return function(*args, **kwargs)
+        table, grid = args[0], kwargs["size"]
+        if tuple(table.shape[-2:]) == tuple(grid):
+            return table
+        scale = tuple((wanted + 0.1) / own for wanted, own in zip(grid, table.shape[-2:], strict=True))
+        return function(table, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 @contextmanager
@@ -134,6 +170,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device: expected auto, cpu or cuda[:N], got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected auto, cpu or cuda[:N], got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device: {name!r} asked for, but torch {torch.__version__} sees no CUDA device")
     return device
@@ -141,31 +179,40 @@ def pick_device(name: str) -> torch.device:
 
 @torch.random.fork_rng(devices=[])  # timm's random initialisation is no business of the caller's random numbers
 def load_backbone(
-    name: str = "embedded", weights: str | Path | None = None, *, pretrained: bool = True, dtype: str = "fp32"
+    name: str = "embedded",
+    weights: str | Path | None = None,
+    *,
+    pretrained: bool = True,
+    dtype: str = "fp32",
+    pos_embed: str = "timm",
 ) -> Backbone:
     """The frozen ViT `name`: "embedded", or a timm name, with the weights of `weights` if given.
 
     With name "embedded" a file in `weights` brings its own architecture and input normalisation: from the `.json` of
     the same stem beside it, {"arch": {VisionTransformer arguments}, "mean": ..., "std": ...}, or else, for a plain ViT
-    with 64 channels a head, from the shapes of its tensors. `pretrained=False` leaves timm's random initialisation.
+    with 64 channels a head, from the shapes of its tensors: the original DINO files need no description, see
+    `hpseg.weights.DINO_FILES`. `pretrained=False` leaves timm's random initialisation. pos_embed: see `Backbone`.
     """
     import timm
 
     if name == "embedded":
         file = Path(weights) if weights is not None else EMBEDDED
         if weights is not None and not file.is_file():
-            raise UsageError(f"weights: no file {file}")
+            raise missing_file(file)
         sidecar = file.with_suffix(".json")
-        facts = json.loads(sidecar.read_text()) if sidecar.is_file() else _plain_vit(read_weights(file), file)
+        facts = _read_facts(sidecar) if sidecar.is_file() else plain_vit(read_weights(file), file)
         arch = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True, **facts["arch"]}
-        vit = timm.models.vision_transformer.VisionTransformer(**arch)
+        try:
+            vit = timm.models.vision_transformer.VisionTransformer(**arch)
+        except (TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
+            raise UsageError(f"weights: {sidecar} describes no ViT of timm ({str(error)[:300]})") from None
         load_weights(vit, file)
-        return Backbone(vit, name, facts["mean"], facts["std"], dtype)
+        return Backbone(vit, name, facts["mean"], facts["std"], dtype, pos_embed, file.name)
 
     options = dict(num_classes=0, dynamic_img_size=True)
     try:
         if weights is None and pretrained:
-            _require_reachable(name)
+            require_reachable(name)
         vit = timm.create_model(name, pretrained=weights is None and pretrained, **options)
     except (
         RuntimeError,
@@ -176,143 +223,27 @@ def load_backbone(
     if weights is not None:
         load_weights(vit, Path(weights))
     data = timm.data.resolve_model_data_config(vit)
-    return Backbone(vit, name, data["mean"], data["std"], dtype)
+    source = Path(weights).name if weights is not None else timm_source(vit) if pretrained else "random"
+    return Backbone(vit, name, data["mean"], data["std"], dtype, pos_embed, source)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The backbone's tensors, fp32, by timm's names, from a .safetensors or torch file.
-
-    Takes the "teacher", "state_dict" or "model" entry where there is one, strips `module.` and `backbone.` and leaves
-    out projection heads.
-    """
-    state = _read_state(path)
-    for entry in ("teacher", "state_dict", "model"):
-        if isinstance(state.get(entry), dict):
-            state = state[entry]
-    tensors = {}
-    for key, value in state.items():
-        while key.startswith(("module.", "backbone.")):
-            key = key.split(".", 1)[1]
-        if isinstance(value, Tensor) and not key.startswith(("head.", "dino_head.", "ibot_head.")):
-            tensors[key] = value.float()
-    if not tensors:
-        raise UsageError(f"weights: {path} holds no backbone tensors, expected a ViT with timm's or DINO's key names")
-    return tensors
-
-
-def load_weights(vit: nn.Module, path: Path) -> None:
-    """Fills `vit` from a file, its position embedding resampled to the grid. A misfit is an error."""
-    tensors = read_weights(path)
-    adapt = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+def _read_facts(path: Path) -> dict:
+    """The description beside a weights file: {"arch": {...}, "mean": [r, g, b], "std": [r, g, b]}."""
     try:
-        missing, unexpected = vit.load_state_dict(adapt(tensors, vit) if adapt else tensors, strict=False)
-    except (RuntimeError, KeyError) as error:
-        raise UsageError(f"weights: {path} does not fit {type(vit).__name__} ({str(error)[:300]})") from None
-    if missing or unexpected:
-        raise UsageError(
-            f"weights: {path} does not fit {type(vit).__name__}: {len(missing)} tensors missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
-        )
-
-
-def _plain_vit(tensors: dict[str, Tensor], path: Path) -> dict:
-    """Architecture of a plain ViT (class token, square grid, 64 channels a head) from the shapes of its tensors."""
-    try:
-        width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-        grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
-        depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
-    except (KeyError, ValueError):
-        raise UsageError(
-            f"weights: {path} is not a plain ViT; name its architecture with --backbone, or put a "
-            f"{path.with_suffix('.json').name} beside it"
-        ) from None
-    return {
-        "arch": {
-            "img_size": grid * patch,
-            "patch_size": patch,
-            "embed_dim": width,
-            "depth": depth,
-            "num_heads": max(1, width // 64),
-        },
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-    }
-
-
-def _read_state(path: Path) -> dict:
-    if not path.is_file():
-        raise UsageError(f"weights: no file {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UsageError(f"weights: {path} is not a readable safetensors file ({error})") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
-        raise UsageError(
-            f"weights: {path} is not a torch file of plain tensors ({str(error).splitlines()[0]})"
-        ) from None
-    if not isinstance(state, dict):
-        raise UsageError(f"weights: {path} holds a {type(state).__name__}, expected a dictionary of tensors")
-    return state
-
-
-def _require_reachable(name: str) -> None:
-    """Says within REACH_SECONDS that timm's weights cannot be had, where a download would retry for minutes."""
-    import timm
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    hint = (
-        "download them elsewhere and pass --weights FILE, or use the ViT that ships with this package: "
-        "--backbone embedded"
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        mean, std = (torch.tensor(facts[name], dtype=torch.float32).view(3) for name in ("mean", "std"))
+        if isinstance(facts["arch"], dict) and mean.isfinite().all() and std.isfinite().all() and std.min() > 0:
+            return facts
+        reason = "its values are of another kind"
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise UsageError(
+        f"weights: {path} is no description of a ViT, which has arch, mean and std, the two of 3 numbers, those of std "
+        f"above 0 ({reason})"
     )
-    if not timm.models.is_model(name.split(".")[0]):
-        return  # timm's own sentence about the name is the better one
-    facts = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
-    if facts is None or not facts.has_weights:
-        raise UsageError(
-            f"backbone: timm has no pretrained weights for {name!r}; name one with a tag, such as "
-            "vit_small_patch8_224.dino, or pass --weights FILE"
-        )
-    if facts.hf_hub_id:
-        files = ("model.safetensors", "pytorch_model.bin")
-        if any(isinstance(try_to_load_from_cache(facts.hf_hub_id, file), str) for file in files):
-            return
-        url = f"{constants.ENDPOINT}/{facts.hf_hub_id}/resolve/main/{files[0]}"
-    else:
-        url = facts.url
-        if (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]).is_file():
-            return
-    problem = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else _unreachable(url)
-    if problem:
-        raise UsageError(f"backbone: the pretrained weights of {name!r} cannot be reached ({problem}); {hint}")
 
 
-def _unreachable(url: str) -> str | None:
-    """Why `url` cannot be fetched, or None. In a thread, because looking up a host name heeds no timeout."""
-    answer: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=REACH_SECONDS).close()
-            answer.append(None)
-        except urllib.error.HTTPError as error:
-            answer.append(f"{url} answers {error.code}")
-        except (OSError, ValueError) as error:
-            answer.append(f"{url}: {getattr(error, 'reason', error)}")
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(REACH_SECONDS)
-    return answer[0] if answer else f"no answer from {url} in {REACH_SECONDS:.0f} s"
-
-
-def _fingerprint(vit: nn.Module) -> str:
+def fingerprint(vit: nn.Module) -> str:
     """Short hash of all weights: a run refuses to predict with a backbone it was not trained on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vit.state_dict().items()):

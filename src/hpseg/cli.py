@@ -1,161 +1,47 @@
-"""The command line: `hpseg train | predict | eval | probe | demo | pretrain`. Nothing heavy is imported before a verb runs."""
+"""The command line: `hpseg VERB ...`. A verb's arguments and what it runs stand together in the module named here.
+
+Such a module has `add_arguments(parser)` and `run(args) -> exit status or None`; it is imported when its verb is asked
+for, and those of hpseg.commands import nothing heavy before they run, so that help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
-from hpseg.config import CHOICES, PRESETS, Config, UsageError
+from hpseg.config import ReportedElsewhere, RunStopped, UsageError
+from hpseg.interruption import Interrupted, handled, interrupt
 
-VERBS = {
-    "train": "find classes in a folder of photographs, without labels",
-    "predict": "write a label map for each photograph",
-    "eval": "score a run against labels, beside k-means on the same frozen features",
-    "probe": "fit a linear and a cluster probe to labels, on the frozen codes of a run",
-    "demo": "train on the photographs in this package and show the result; needs no network",
-    "pretrain": "train a small ViT on your own photographs, without labels",
-}
-HELP = {
-    "classes": "clusters to find",
-    "backbone": "'embedded' or any timm ViT, such as vit_small_patch8_224.dino",
-    "root": "folder of the named data set",
-    "weights": "local checkpoint for the backbone (timm or DINO key names)",
-    "preset": "settings to start from",
-    "size": "side of the square training crop in pixels",
-    "crop": "which part of a photograph is trained on",
-    "predict_size": "short side at prediction in pixels",
-    "cache_features": "run the frozen backbone once per photograph",
-    "workers": "data loading processes, -1 picks",
-    "steps": "optimiser steps",
-    "batch_size": "photographs per step",
-    "dim": "width of the segmentation code",
-    "lr": "learning rate of the segmentation head",
-    "clusters": "final centroids: as trained, or k-means over the training codes",
+VERBS = {  # verb -> (module, what it does)
+    "train": ("hpseg.commands.train", "find classes in a folder of photographs, without labels"),
+    "predict": ("hpseg.commands.predict", "write a label map for each photograph"),
+    "eval": ("hpseg.commands.eval", "score a run against labels, beside k-means on the same frozen features"),
+    "probe": ("hpseg.commands.probe", "fit a linear and a cluster probe to labels, on the frozen codes of a run"),
+    "show": ("hpseg.commands.show", "draw a contact sheet: photographs, clusters, overlays, frozen features"),
+    "export": ("hpseg.commands.export", "write a run as one file for torch alone"),
+    "import-hp": ("hpseg.commands.import_hp", "make a run of a released Hidden Positives checkpoint"),
+    "demo": ("hpseg.demo", "train on the photographs in this package and show the result; needs no network"),
+    "pretrain": ("hpseg.pretrain", "train a small ViT on your own photographs, without labels"),
 }
 
-
-def add_setting_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ("images",)) -> None:
-    """A flag per field of Config; a flag that is not given leaves the preset's value."""
-    for field in dataclasses.fields(Config):
-        if field.name in leave_out:
-            continue
-        flag, text = "--" + field.name.replace("_", "-"), HELP.get(field.name)
-        if field.type == "bool":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-            continue
-        choices = tuple(PRESETS) if field.name == "preset" else CHOICES.get(field.name)
-        kind = {"int": int, "float": float}.get(str(field.type), str)
-        parser.add_argument(
-            flag,
-            type=kind,
-            choices=choices,
-            default=argparse.SUPPRESS,
-            help=text,
-            required=field.name == "classes",
-            metavar=None if choices else str(field.type).split()[0].upper(),
-        )
-
-
-def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
-    if verb == "train":
-        parser.add_argument("images", help="folder of photographs, searched recursively, or the name of a data set")
-        parser.add_argument("--out", required=True, help="folder for the run")
-        parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-        parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-        add_setting_flags(parser)
-    elif verb == "predict":
-        parser.add_argument("run", help="folder made by `hpseg train`")
-        parser.add_argument("images", nargs="+", help="photographs, or folders of them")
-        parser.add_argument(
-            "--out", required=True, help="folder for the label maps (palette PNG, each at its image's size)"
-        )
-        parser.add_argument(
-            "--overlay", type=float, metavar="ALPHA", help="also write overlays of this opacity, 0 to 1"
-        )
-        parser.add_argument("--crf", action="store_true", help="sharpen the regions with a dense CRF")
-        parser.add_argument("--device", default="auto")
-    elif verb == "eval":
-        parser.add_argument("run", help="folder made by `hpseg train`")
-        parser.add_argument("data", help="name of a data set, or a folder with images/ and labels/, paired by stem")
-        parser.add_argument("--root", help="folder of the named data set")
-        parser.add_argument("--split", default="val", help="of the named data set: train or val (default val)")
-        parser.add_argument(
-            "--fit-on", metavar="PHOTOS", help="photographs k-means is fitted to (default: the run's own)"
-        )
-        parser.add_argument("--void", type=int, default=255, help="label id that does not count (default 255)")
-        parser.add_argument("--rgb", action="store_true", help="add k-means on colours as a second baseline")
-        parser.add_argument(
-            "--protocol", default="default", choices=("default", "stego"), help="how pictures are brought to size"
-        )
-        parser.add_argument(
-            "--flip", action=argparse.BooleanOptionalAction, help="average codes with those of the mirror image"
-        )
-        parser.add_argument("--crf", action="store_true", help="score the trained head after a dense CRF, too")
-        parser.add_argument("--seed", type=int, default=0, help="of k-means")
-        parser.add_argument("--device", default="auto")
-    elif verb == "probe":
-        parser.add_argument("run", help="folder made by `hpseg train`")
-        parser.add_argument("data", help="name of a data set, or a folder with images/ and labels/ to fit to")
-        parser.add_argument("--root", help="folder of the named data set")
-        parser.add_argument("--score-on", help="folder with images/ and labels/ to score on, with a folder as data")
-        parser.add_argument("--void", type=int, default=255, help="label id that does not count (default 255)")
-        parser.add_argument(
-            "--protocol", default="default", choices=("default", "stego"), help="how pictures are brought to size"
-        )
-        parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default 1000)")
-        parser.add_argument("--batch-size", type=int, default=16, help="pictures per step (default 16)")
-        parser.add_argument("--lr", type=float, default=1e-3, help="of the linear probe (default 1e-3)")
-        parser.add_argument("--cluster-lr", type=float, default=5e-3, help="of the cluster probe (default 5e-3)")
-        parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--device", default="auto")
-    else:
-        _delegate(verb).add_arguments(parser)
-
-
-def _delegate(verb: str):
-    if verb == "demo":
-        import hpseg.demo as module
-    else:
-        import hpseg.pretrain as module
-    return module
-
-
-def run(verb: str, args: argparse.Namespace) -> int | None:
-    settings = {name: value for name, value in vars(args).items() if name != "verb"}
-    if verb == "train":
-        from hpseg.training import train
-
-        train(**settings)
-    elif verb == "predict":
-        from hpseg.predict import predict_files
-
-        skipped = predict_files(args.run, args.images, args.out, args.overlay, args.device, args.crf)
-        if skipped:
-            print(f"{len(skipped)} unreadable pictures were skipped", file=sys.stderr)
-    elif verb == "eval":
-        from hpseg.evaluation.evaluate import evaluate, format_table
-
-        print(format_table(evaluate(**settings)))
-    elif verb == "probe":
-        from hpseg.evaluation.evaluate import format_table
-        from hpseg.evaluation.probes import probe
-
-        print(format_table(probe(**settings)))
-    else:
-        return _delegate(verb).run(args)
-    return None
+PIPE_CLOSED = 128 + 13  # as of a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; 0 for success, 2 for a mistake in what was asked, 130 when interrupted."""
+    """Runs one command line: 0 success, 1 a run that was stopped, 2 a mistake in what was asked, and 128 and the number
+    of the signal that interrupted it (Ctrl-C 130, SIGTERM 143), or 141 where nobody reads what is printed."""
     # torch's idle threads spin by default and take the processor from hpkernels' own; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="hpseg", description="Unsupervised semantic segmentation with a frozen ViT.")
     parser.add_argument(
+        "-V",
         "--version",
         action=_Version,
         nargs=0,
@@ -164,19 +50,85 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="show the version and exit",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb, text in VERBS.items():
+    command = None
+    for verb, (module, text) in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
         if argv and argv[0] == verb:
-            add_arguments(verb, sub)
-    args = parser.parse_args(argv)
+            command = importlib.import_module(module)
+            command.add_arguments(sub)
+    with _streams():
+        args = parser.parse_args(argv)
+        verb = vars(args).pop("verb")
+        try:
+            with handled(interrupt):
+                for name, value in vars(args).items():
+                    if value == "" or (isinstance(value, list) and "" in value):
+                        raise UsageError(f"{name}: expected something, got an empty text")
+                status = command.run(args) or 0
+                sys.stdout.flush()
+            return status
+        except Exception as error:
+            if isinstance(error, ReportedElsewhere):
+                return 1
+            if isinstance(error, BrokenPipeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter says so once more at its end
+                return PIPE_CLOSED
+            if (reason := _reason(error)) is None:
+                raise
+            print(f"hpseg {verb}: error: {reason}", file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1
+        except KeyboardInterrupt as error:
+            print(f"hpseg {verb}: {error or 'interrupted'}", file=sys.stderr)
+            return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
+
+
+def _reason(error: Exception) -> str | None:
+    """In a sentence, what is wrong with the command line or the machine; None for a mistake of ours."""
+    if isinstance(error, UsageError | RunStopped):
+        return str(error)
+    from hpseg.files import memory_reason, system_reason
+
+    return system_reason(error) or memory_reason(error)
+
+
+class _Messages:
+    """stderr, to which nothing is written when nobody can read it any more: no reason to lose a run."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Inside, printing to stderr never fails, and to stdout not for want of a letter; neither may be closed."""
+    for descriptor in range(3):  # or a file that is opened next gets the number, and what is printed
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    sys.stdout, errors = (stream or open(os.devnull, "w") for stream in before)  # noqa: SIM115
+    for stream in (sys.stdout, errors):
+        with suppress(AttributeError, OSError):  # what stands in for a stream may not know this
+            stream.reconfigure(errors="backslashreplace")
+    sys.stderr = _Messages(errors)
     try:
-        return run(args.verb, args) or 0
-    except UsageError as error:
-        print(f"hpseg {args.verb}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"hpseg {args.verb}: interrupted", file=sys.stderr)
-        return 130
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class _Version(argparse.Action):

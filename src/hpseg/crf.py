@@ -1,8 +1,8 @@
 """Dense CRF in plain torch: mean field with Gaussian pairwise terms, filtered on the permutohedral lattice.
 
 Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs with Gaussian edge potentials", NIPS 2011; Adams,
-Baek and Davis, "Fast high-dimensional filtering using the permutohedral lattice", Eurographics 2010. The lattice, and not
-the exact sum over all pairs, is what published "+ CRF" figures were made with; labels agree with pydensecrf's.
+Baek and Davis, "Fast high-dimensional filtering using the permutohedral lattice", Eurographics 2010. The lattice, and
+not the exact sum over all pairs, is what published "+ CRF" figures were made with; labels agree with pydensecrf's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 SMALLEST_PROBABILITY = 1e-5
 
 
+@torch.no_grad()
 def dense_crf(
     image: Tensor,
     probabilities: Tensor,
@@ -30,8 +31,8 @@ def dense_crf(
 
         Q <- softmax(log p + w_1 K_1 Q + w_2 K_2 Q),  K = D^(-1/2) k D^(-1/2),  k_ij = exp(-|f_i - f_j|^2 / 2)
 
-    with f = (x, y) / gaussian_xy in K_1 and f = (x, y) / bilateral_xy, (r, g, b) / bilateral_rgb in K_2; p is clipped to
-    1e-5 from below. The defaults are the constants of STEGO and Hidden Positives.
+    with f = (x, y) / gaussian_xy in K_1 and f = (x, y) / bilateral_xy, (r, g, b) / bilateral_rgb in K_2; p is clipped
+    to 1e-5 from below. The defaults are the constants of STEGO and Hidden Positives.
 
     Args:
         image: uint8 (H, W, 3), not normalised. The lattice depends on the order of the channels: the published
@@ -55,21 +56,22 @@ def dense_crf(
         (bilateral_weight, torch.cat([position / bilateral_xy, colour / bilateral_rgb], 1)),
     ]
     filters = [_Filter(features, weight) for weight, features in kernels if weight]
-    unary = probabilities.float().flatten(1).T.clamp_min(SMALLEST_PROBABILITY).log()
-    q = unary.softmax(1)
+    # A pixel's classes side by side, and no fresh memory of this size in the loop: it costs as much as a product.
+    unary = probabilities.float().flatten(1).T.clamp_min(SMALLEST_PROBABILITY).log().contiguous()
+    q, logits = unary.softmax(1), torch.empty_like(unary)
     for _ in range(iterations):
-        logits = unary
+        logits.copy_(unary)
         for pairwise in filters:
-            logits = logits + pairwise(q)
-        q = logits.softmax(1)
+            pairwise.add_to(logits, q)
+        torch.softmax(logits, 1, out=q)
     return q.T.reshape(classes, height, width).contiguous()
 
 
 class _Filter:
     """q (N, K) -> weight * D^(-1/2) k D^(-1/2) q, with k the Gaussian kernel of features (N, d) on their lattice.
 
-    Splatting pixels onto lattice vertices, blurring along each axis and slicing are sparse matrices; their products go to
-    buffers made once, because fresh memory of this size costs more than the products.
+    Splatting pixels onto lattice vertices, blurring along each axis and slicing are sparse matrices; their products go
+    to buffers made once, because fresh memory of this size costs more than the products.
     """
 
     def __init__(self, features: Tensor, weight: float):
@@ -82,7 +84,7 @@ class _Filter:
         self.blurs = [self._blur(axis, base) for axis in range(size)]
         self.buffers: dict[int, list[Tensor]] = {}
         self._weigh(barycentric / (1 + 2.0**-dimensions) ** 0.5)
-        degree = self(features.new_ones(n, 1)) + 1e-20
+        degree = self.add_to(features.new_full((n, 1), 1e-20), features.new_ones(n, 1))
         self._weigh(barycentric * degree.rsqrt() * (weight / (1 + 2.0**-dimensions)) ** 0.5)
 
     def _weigh(self, weights: Tensor) -> None:
@@ -92,27 +94,29 @@ class _Filter:
         self.slice = _csr(ends, self.vertex, weights.flatten(), (n, m))
         self.splat = _csr(self.starts, self.order // size, weights.flatten()[self.order], (m, n))
 
-    def __call__(self, q: Tensor) -> Tensor:
+    def add_to(self, out: Tensor, q: Tensor) -> Tensor:
+        """Adds the filtered q (N, K) to out (N, K), which it returns."""
         k = q.shape[1]
         if k not in self.buffers:
-            self.buffers[k] = [q.new_zeros(len(self.codes), k) for _ in range(2)] + [torch.zeros_like(q)]
-        source, target, out = self.buffers[k]
+            self.buffers[k] = [q.new_zeros(len(self.codes), k) for _ in range(2)]
+        source, target = self.buffers[k]
         torch.addmm(source, self.splat, q, beta=0, out=source)
         for blur in self.blurs:
             torch.addmm(target, blur, source, beta=0, out=target)
             source, target = target, source
-        return torch.addmm(out, self.slice, source, beta=0, out=out)
+        return torch.addmm(out, self.slice, source, out=out)
 
     def _blur(self, axis: int, base: Tensor) -> Tensor:
         """A vertex plus half of its two neighbours along a lattice axis (coordinates +-1, on the axis -+d)."""
         m, size = len(self.codes), len(base) + 1
         step = -int(base.sum()) + (int(base[axis]) * size if axis < len(base) else 0)
-        columns = torch.arange(m, device=base.device)[:, None].repeat(1, 3)
-        values = torch.ones(m, 3, device=base.device)
-        for tap, codes in ((1, self.codes + step), (2, self.codes - step)):
-            at = torch.searchsorted(self.codes, codes).clamp_(max=m - 1)
-            values[:, tap] = 0.5 * (self.codes[at] == codes)
-            columns[:, tap] = at
+        vertices = torch.arange(m, device=base.device)
+        after = torch.searchsorted(self.codes, self.codes + step).clamp_(max=m - 1)
+        found = self.codes[after] == self.codes + step
+        before, preceded = torch.zeros_like(vertices), torch.zeros_like(found)
+        before[after[found]], preceded[after[found]] = vertices[found], True  # who is after me has me before it
+        columns = torch.stack([vertices, after, before], 1)
+        values = torch.stack([torch.ones_like(found, dtype=torch.float32), 0.5 * found, 0.5 * preceded], 1)
         ends = torch.arange(0, 3 * m + 1, 3, device=base.device)
         return _csr(ends, columns.flatten(), values.flatten(), (m, m))
 
@@ -180,7 +184,9 @@ def _check(image: Tensor, probabilities: Tensor, iterations: int) -> None:
         expected = f"(K, {image.shape[0]}, {image.shape[1]}) as in image, K >= 1"
         raise ValueError(f"probabilities: expected {expected}, got {_describe(probabilities)}")
     if probabilities.device != image.device:
-        raise ValueError(f"probabilities: expected a tensor on {image.device} as image, got one on {probabilities.device}")
+        raise ValueError(
+            f"probabilities: expected a tensor on {image.device} as image, got one on {probabilities.device}"
+        )
     if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 0:
         raise ValueError(f"iterations: expected an int >= 0, got {iterations!r}")
     if not torch.isfinite(probabilities).all():

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hpseg.config import UsageError
+from hpseg.files import require_folder
 
 TEXTURES = ("stripes", "checks", "dots", "bricks", "cells", "grain")
 PHOTOS = Path(__file__).parent / "assets" / "photos"
@@ -46,7 +47,7 @@ def add_arguments(parser):
 def output_folder(out: Path | None, overwrite: bool) -> Path:
     """The folder to write to. Without `out`: demo, or the first of demo-2, demo-3, ... that is not in use."""
     def in_use(path):
-        return path.is_file() or path.is_dir() and any(path.iterdir())
+        return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
     if out is None:
         number, out = 1, Path("demo")
@@ -55,12 +56,13 @@ def output_folder(out: Path | None, overwrite: bool) -> Path:
             out = Path(f"demo-{number}")
     elif in_use(out) and not overwrite:
         raise UsageError(f"--out: {out} is not empty; name another folder or give --overwrite")
+    require_folder("--out", out)
     return out
 
 
 def write_mosaics(folder: Path, count: int, seed: list[int], labels: bool) -> None:
     """Draw `count` mosaics into folder/images, and with `labels` their masks into folder/labels."""
-    from hpseg.predict import label_image
+    from hpseg.plots import label_image
     from hpseg.procedural import mosaic
 
     rng = np.random.default_rng(seed)
@@ -84,20 +86,6 @@ def blank(text: str, size: tuple[int, int]) -> Image.Image:
     return picture
 
 
-def contact_sheet(rows: list[list[Image.Image]], titles: list[str], height: int = 120) -> Image.Image:
-    """Rows of pictures under column titles; every picture is brought to the same height, every column to one width."""
-    rows = [[p.convert("RGB").resize((round(p.width * height / p.height), height)) for p in row] for row in rows]
-    width, gap = max(p.width for row in rows for p in row), 4
-    sheet = Image.new("RGB", (len(titles) * (width + gap) + gap, len(rows) * (height + gap) + 20), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (width + gap) + width // 2, 10), title, fill="black", anchor="mm")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (gap + x * (width + gap) + (width - picture.width) // 2, 20 + y * (height + gap)))
-    return sheet
-
-
 def same_colours(maps: list[np.ndarray], like: list[np.ndarray]) -> list[np.ndarray]:
     """Renumber the clusters of `maps` one to one so that they agree with the maps `like` on most pixels."""
     from scipy.optimize import linear_sum_assignment
@@ -117,8 +105,9 @@ def pictures(run: Path, train_images: Path, files: list[Path], labels: Path | No
     import torch
 
     from hpseg.data.folder import find_images
-    from hpseg.evaluation.evaluate import KMeans
-    from hpseg.predict import label_image, load, overlay
+    from hpseg.evaluation.segments import KMeans
+    from hpseg.plots import label_image, overlay
+    from hpseg.predict import load
 
     segmenter = load(run)
 
@@ -146,6 +135,7 @@ def pictures(run: Path, train_images: Path, files: list[Path], labels: Path | No
 def run(args) -> None:
     """Do everything `hpseg demo` does; prints the table and leaves results.json, contact_sheet.png and overlays/."""
     from hpseg.evaluation.evaluate import evaluate
+    from hpseg.plots import contact_sheet
     from hpseg.training import train
 
     for name in ("seeds", "steps", "train_images", "test_images"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import colorsys
+import dataclasses
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,120 +13,159 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from hpseg.backbones import Backbone, load_backbone, pick_device
 from hpseg.checkpoints import load_model
 from hpseg.config import Config, UsageError
 from hpseg.crf import dense_crf
-from hpseg.data.folder import find_images
-from hpseg.data.transforms import UnreadableImage, load_image, short_side, to_tensor
-from hpseg.heads import ClusterProbe, SegmentationHead
+from hpseg.data.transforms import ImageLike, as_picture, short_side, to_tensor
+from hpseg.finetune import predicting
+from hpseg.heads import Classifier, ClusterProbe, Head
+from hpseg.labels import Key, LabelMap, Matching, label_map
+from hpseg.methods import method_class
+from hpseg.windows import Windows, slide
 
 CRF_PIXELS = 1 << 19
 
-ImageLike = "str | Path | Image.Image | np.ndarray | Tensor"
-
 
 class Segmenter(nn.Module):
-    """Frozen backbone, trained head and clusters of one run.
+    """Backbone, trained head and clusters of one run.
 
     `segmenter(images)` gives codes (B, dim, rows, columns); `segmenter.predict(image)` gives labels (H, W) uint8.
+    matching: the classes of the clusters, where the run was scored on labels, else None.
     """
 
-    def __init__(self, backbone: Backbone, head: SegmentationHead, clusters: ClusterProbe, config: Config):
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head,
+        clusters: ClusterProbe | Classifier,
+        config: Config,
+        matching: Matching | None = None,
+    ):
         super().__init__()
         self.backbone, self.head, self.clusters, self.config = backbone, head, clusters, config
+        self.matching = matching
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) uint8, or float in [0, 1]; sides multiples of the patch."""
         tokens = self.backbone(images)
-        return self.head(tokens.features).transpose(1, 2).unflatten(2, tokens.grid)
+        return self.head.codes_of(tokens).transpose(1, 2).unflatten(2, tokens.grid)
 
     def pixels(self, picture: Image.Image) -> Tensor:
         """(1, 3, H, W) uint8 on the run's device."""
         return to_tensor(picture)[None].to(next(self.head.parameters()).device)
 
-    def prepare(self, image: ImageLike) -> tuple[Tensor, tuple[int, int]]:
-        """(1, 3, H', W') uint8, short side at `config.predict_size`, whole patches; and the image's own (H, W)."""
+    def prepare(self, image: ImageLike, size: int | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """(1, 3, H', W') uint8, short side at `size` (None: the run's), whole patches; and the image's own (H, W)."""
         picture = as_picture(image)
-        resized = short_side(picture, self.config.predict_size, self.backbone.patch)
+        resized = short_side(picture, size or self.config.predict_size, self.backbone.patch)
         return self.pixels(resized), (picture.height, picture.width)
 
     def similarities(self, codes: Tensor) -> Tensor:
-        """<s, c_k> for codes (B, D, rows, columns) and unit centroids: (B, K, rows, columns)."""
+        """<s, c_k> for codes (B, D, rows, columns) and unit centroids, or scores of classes: (B, K, rows, columns)."""
         return self.clusters(codes.movedim(1, -1)).movedim(-1, 1)
 
     @torch.no_grad()
-    def predict(self, image: ImageLike, *, crf: bool = False) -> np.ndarray:
+    def predict(
+        self,
+        image: ImageLike,
+        *,
+        size: int | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+        crf: bool = False,
+        as_classes: bool = False,
+    ) -> np.ndarray:
         """Cluster of every pixel, (H, W) uint8 at the image's own size.
 
         image: a path, a PIL image, an array (H, W), (H, W, 3) uint8, or a tensor (3, H, W), uint8 or float in [0, 1].
-        crf: sharpen the regions with `hpseg.crf.dense_crf`.
+        size: short side in pixels that the picture is brought to, None for the run's `predict_size`.
+        window, stride: pixels of the resized picture. None shows it to the backbone as a whole up to windows.MAX_TOKENS
+        patches, and beyond in overlapping windows, in memory that does not grow with its height.
+        crf: sharpen the regions with `hpseg.crf.dense_crf`; this needs the codes of all patches at once.
+        as_classes: class ids instead of clusters, labels.NO_CLASS for clusters that no class was matched to.
         """
+        matching = self._require_matching() if as_classes else None
+        if size is not None and size < 16:
+            raise UsageError(f"size: expected at least 16 pixels, got {size}")
         picture = as_picture(image)
-        pixels, size = self.prepare(picture)
-        codes = self(pixels)
-        return label_map(self.refined(picture, codes) if crf else self.similarities(codes), size)
+        pixels, own_size = self.prepare(picture, size)
+        if crf:
+            labels = label_map(self.refined(picture, self.codes(pixels, window, stride)), own_size)
+        else:
+            maps = LabelMap(pixels.shape[2] // self.backbone.patch, own_size)
+            for band in self.bands(pixels, lambda part: {"maps": self.similarities(self(part))}, window, stride):
+                maps.add(band["maps"])
+            labels = maps.labels
+        return labels if matching is None else matching.classes(labels)
+
+    def bands(
+        self,
+        pixels: Tensor,
+        describe: Callable[[Tensor], dict[str, Tensor]],
+        window: int | None = None,
+        stride: int | None = None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """What `describe` makes of a picture (1, 3, H, W), in bands of rows; see `windows.slide` and `predict`."""
+        patch = self.backbone.patch
+        grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+        return slide(pixels, patch, Windows.plan(grid, patch, window, stride), describe)
+
+    def codes(self, pixels: Tensor, window: int | None = None, stride: int | None = None) -> Tensor:
+        """Codes (1, D, rows, columns) of a picture (1, 3, H, W), in windows as `predict` has them; all are kept."""
+        bands = self.bands(pixels, lambda part: {"codes": self(part)}, window, stride)
+        return torch.cat([band["codes"] for band in bands], 2)
+
+    def key(self, as_classes: bool = False) -> Key:
+        """Names and colours of the numbers in this run's label maps."""
+        if as_classes:
+            self._require_matching()
+        return Key.make(self.config.classes, self.matching, as_classes)
+
+    def _require_matching(self) -> Matching:
+        if self.matching is None:
+            raise UsageError("as_classes: the clusters have no classes yet; run `hpseg eval RUN DATA` first")
+        return self.matching
 
     @torch.no_grad()
     def refined(self, picture: Image.Image, codes: Tensor) -> Tensor:
-        """Marginals (1, K, h, w) of a dense CRF on the picture, from softmax_k(2 cos(s, c_k)) of its codes (1, D, ...).
+        """Marginals (1, K, h, w) of a dense CRF on the picture, from softmax_k(2 cos(s, c_k)) of its codes (1, D, ...),
+        or from the softmax of class scores.
 
         As published: codes are first brought to the picture's size, which is at most CRF_PIXELS (a larger picture is
         taken smaller), and the CRF sees the channels in the order blue, green, red.
         """
-        scale = min(1.0, (CRF_PIXELS / (picture.width * picture.height)) ** 0.5)
-        if scale < 1:
-            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            picture = picture.resize(size, Image.Resampling.BILINEAR)
-        size = (picture.height, picture.width)
+        if self.config.learns_classes:
+            return refined_scores(picture, self.similarities(codes.float()))
+        image, size = _for_crf(picture, codes.device)
+        similarities = _resized(self.similarities(codes.float()), size)
         squares = codes.new_zeros(1, 1, *size)
         for part in codes.float().split(64, dim=1):  # all channels at once would be D / K times the result
             squares += _resized(part, size).square().sum(1, keepdim=True)
-        cosines = _resized(self.similarities(codes.float()), size) * squares.clamp_min(1e-24).rsqrt()
-        image = torch.from_numpy(np.array(picture)).flip(2).contiguous().to(codes.device)
+        cosines = similarities * squares.clamp_min(1e-24).rsqrt()
         return dense_crf(image, (2 * cosines[0]).softmax(0))[None]
+
+
+def refined_scores(picture: Image.Image, scores: Tensor) -> Tensor:
+    """The same from the softmax of class scores (1, K, ...), as published for linear probes."""
+    image, size = _for_crf(picture, scores.device)
+    return dense_crf(image, _resized(scores, size)[0].softmax(0))[None]
+
+
+def _for_crf(picture: Image.Image, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
+    """The picture as the CRF sees it, uint8 (H, W, 3), and its (H, W)."""
+    scale = min(1.0, (CRF_PIXELS / (picture.width * picture.height)) ** 0.5)
+    if scale < 1:
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    image = torch.from_numpy(np.array(picture)).flip(2).contiguous().to(device)
+    return image, (picture.height, picture.width)
 
 
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def label_map(similarity: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """argmax over K of (1, K, h, w) similarities brought to `size` bilinearly: (H, W) uint8.
-
-    The argmax does not see the length of a pixel's code, so K maps are resized instead of all channels of the code.
-    Done in bands of rows, so that a large photograph needs no K x H x W floats at once.
-    """
-    similarity, (height, width) = similarity.float(), size
-    labels = np.empty(size, np.uint8)
-    columns = F.interpolate(similarity, (similarity.shape[2], width), mode="bilinear", align_corners=False)
-    for top in range(0, height, 256):
-        rows = torch.arange(top, min(top + 256, height), device=similarity.device)
-        position = ((rows + 0.5) * (columns.shape[2] / height) - 0.5).clamp(0, columns.shape[2] - 1)
-        low = position.floor().long()
-        high = (low + 1).clamp_max(columns.shape[2] - 1)
-        share = (position - low).view(-1, 1)
-        band = columns[0, :, low] * (1 - share) + columns[0, :, high] * share
-        labels[top : top + len(rows)] = band.argmax(0).to(torch.uint8).cpu().numpy()
-    return labels
-
-
-def as_picture(image: ImageLike) -> Image.Image:
-    """A path, PIL image, array or tensor as an upright RGB picture."""
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"image: expected a tensor (3, H, W), got {tuple(image.shape)}")
-        image = image.detach().cpu()
-        image = (image * 255).round().clamp(0, 255).to(torch.uint8) if image.is_floating_point() else image
-        image = image.permute(1, 2, 0).numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (3, 4):
-            raise ValueError(f"image: expected uint8 (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}")
-        image = Image.fromarray(image)
-    return load_image(image)
 
 
 def load(run: str | Path, device: str = "auto") -> Segmenter:
@@ -133,80 +173,46 @@ def load(run: str | Path, device: str = "auto") -> Segmenter:
     run = Path(run)
     tensors, fingerprint = load_model(run)
     config = Config.load(run / "config.json")
-    backbone = load_backbone(config.backbone, config.weights, dtype=config.dtype)
+    if config.weights is not None:
+        path = run / config.weights  # a relative path is one within the run
+        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(run))
+        if not inside and not Path(config.weights).is_absolute():
+            raise UsageError(f"run: the weights that {run / 'config.json'} names lie outside of it: {config.weights!r}")
+        config = dataclasses.replace(config, weights=str(path))
+    # A backbone that was trained is in the run; only the shape of one that comes as a file is in that file.
+    weights = None if config.finetune and config.backbone != "embedded" else config.weights
+    backbone = load_backbone(
+        config.backbone, weights, pretrained=not config.finetune, dtype=config.dtype, pos_embed=config.pos_embed
+    )
+    backbone = predicting(backbone, tensors, config)
     if backbone.fingerprint != fingerprint:
         raise UsageError(
             f"run: {run} was trained on {config.backbone!r} with weights {fingerprint}, but those found now "
             f"are {backbone.fingerprint}"
         )
-    head, clusters = SegmentationHead(backbone.channels, config.dim), ClusterProbe(config.dim, config.classes)
-    for name, part in (("head", head), ("clusters", clusters)):
-        part.load_state_dict(
-            {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        )
-    return Segmenter(backbone, head, clusters, config).to(pick_device(device))
+    if config.labels_used:
+        print(f"{run}: {config.labels_used}", file=sys.stderr)
+    return _joined(backbone, tensors, config, Matching.load(run)).to(pick_device(device))
 
 
-def palette() -> list[int]:
-    """256 RGB colours, flat: the first dozens well apart (hue by the golden ratio, three brightnesses), white last."""
-    colours = []
-    for i in range(255):
-        rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.75, 0.45, 0.95)[i % 3], (0.95, 0.75, 0.55)[i // 3 % 3])
-        colours.extend(round(255 * value) for value in rgb)
-    return colours + [255, 255, 255]
+def assemble(backbone: Backbone, tensors: dict[str, Tensor], config: Config) -> Segmenter:
+    """A segmenter of trained tensors, named as in model.safetensors, which it shares; draws no random numbers.
 
-
-def label_image(labels: np.ndarray) -> Image.Image:
-    """A palette PNG's picture: its pixels are the labels, its palette makes them visible."""
-    picture = Image.fromarray(labels)
-    picture.putpalette(palette())
-    return picture
-
-
-def overlay(image: ImageLike, labels: np.ndarray, alpha: float = 0.5) -> Image.Image:
-    """The photograph with its label colours laid over it; alpha 0 is the photograph, 1 the colours."""
-    if not 0 <= alpha <= 1:
-        raise UsageError(f"overlay: expected an opacity in [0, 1], got {alpha}")
-    return Image.blend(as_picture(image), label_image(labels).convert("RGB"), alpha)
-
-
-def predict_files(
-    run: str | Path,
-    images: Iterable[str | Path],
-    out: str | Path,
-    overlay_alpha: float | None = None,
-    device: str = "auto",
-    crf: bool = False,
-) -> list[str]:
-    """Writes OUT/<name>.png per photograph (files, or folders searched recursively) and, with `overlay_alpha`,
-    OUT/<name>_overlay.jpg. Returns the files that could not be read; they are named and skipped.
-
-    Names keep the path below a given folder. Two inputs that would share a name are an error before anything is
-    written.
+    backbone: the one that training started from.
     """
-    if overlay_alpha is not None and not 0 <= overlay_alpha <= 1:
-        raise UsageError(f"overlay: expected an opacity in [0, 1], got {overlay_alpha}")
-    jobs: dict[Path, Path] = {}
-    for given in map(Path, images):
-        for path in [given] if given.is_file() else find_images(given):
-            name = Path(path.name) if given.is_file() else path.relative_to(given)
-            target = Path(out) / name.with_suffix(".png")
-            if target in jobs:
-                target = Path(out) / f"{name}.png"  # a.jpg beside a.png: keep both apart by their endings
-            if target in jobs:
-                raise UsageError(f"images: {path} and {jobs[target]} would both be written to {target}")
-            jobs[target] = path
-    segmenter, unreadable = load(run, device), []
-    for target, path in tqdm(jobs.items(), desc="predict", unit="image", disable=None):
+    return _joined(predicting(backbone, tensors, config), tensors, config)
+
+
+def _joined(
+    backbone: Backbone, tensors: dict[str, Tensor], config: Config, matching: Matching | None = None
+) -> Segmenter:
+    with torch.device("meta"):
+        head, clusters = method_class(config.method).parts(backbone.channels, config)
+    for name, part in (("head", head), ("clusters", clusters)):
+        of_part = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
         try:
-            picture = load_image(path)
-        except UnreadableImage as error:
-            print(f"skipped {error}", file=sys.stderr)
-            unreadable.append(str(path))
-            continue
-        labels = segmenter.predict(picture, crf=crf)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        label_image(labels).save(target)
-        if overlay_alpha is not None:
-            overlay(picture, labels, overlay_alpha).save(target.with_name(f"{target.stem}_overlay.jpg"), quality=92)
-    return unreadable
+            part.load_state_dict(of_part, assign=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"run: config.json and model.safetensors do not belong together ({reason})") from None
+    return Segmenter(backbone, head, clusters, config, matching)

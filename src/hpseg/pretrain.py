@@ -14,20 +14,23 @@ The result is FILE (the teacher, fp16 safetensors with timm's key names), FILE's
 FILE's .state.pt, from which `--resume` goes on.
 """
 
-import json
 import math
-import os
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from hpseg.config import UsageError
+from hpseg.backbones import pick_device
+from hpseg.checkpoints import explaining_state
+from hpseg.config import RunStopped, UsageError
 from hpseg.crops import MEAN, STATISTICS, STD, Crops, change_colours, random_masks, texture_statistics
 from hpseg.data.folder import find_images
+from hpseg.files import read_torch, require_file, write_atomically, write_json, write_torch
+from hpseg.interruption import Stop
 
 
 def add_arguments(parser):
@@ -158,48 +161,51 @@ def mean_patch(teacher, batches, device, count=16):
 
 
 def save(out, teacher, mean, arch, state):
-    """Write weights, description and resumable state, each to a temporary name first and then renamed.
+    """Write weights, description and resumable state, each all at once.
 
     The mean patch token comes off the final norm's bias, so that cosines between patches see what differs among them.
     """
-    from safetensors.torch import save_file
-    part = out.with_suffix(".part")
     weights = {name: value.detach().clone() for name, value in teacher.vit.state_dict().items()}
     weights["norm.bias"] -= mean
-    save_file({name: value.half().contiguous().cpu() for name, value in weights.items()}, part)
-    os.replace(part, out)
-    part.write_text(json.dumps({"arch": arch, "mean": MEAN, "std": STD, "steps": state["step"],
-                                "options": state["options"]}, indent=1) + "\n")
-    os.replace(part, out.with_suffix(".json"))
-    torch.save(state, part)
-    os.replace(part, out.with_suffix(".state.pt"))
+    write_atomically(out, safetensors.torch.save({n: value.half().contiguous().cpu() for n, value in weights.items()}))
+    write_json(out.with_suffix(".json"), {"arch": arch, "mean": MEAN, "std": STD, "steps": state["step"],
+                                          "options": state["options"]})
+    write_torch(out.with_suffix(".state.pt"), state)
 
 
 def check(args):
     """Refuse bad options, naming them -> the photographs found."""
     if not 0 <= args.procedural <= 1:
         raise UsageError(f"--procedural: expected a fraction from 0 to 1, got {args.procedural}")
+    for name in ("batch_size", "minutes", "steps", "depth", "prototypes", "lr", "patch_size", "heads", "width", "crop"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
+    if args.small_crops < 0:
+        raise UsageError(f"--small-crops: expected at least 0, got {args.small_crops}")
     if args.crop % (2 * args.patch_size):
         raise UsageError(f"--crop: expected a multiple of twice --patch-size {args.patch_size}, got {args.crop}")
     if args.width % args.heads:
         raise UsageError(f"--width: expected a multiple of --heads {args.heads}, got {args.width}")
-    for name in ("batch_size", "minutes", "steps", "depth", "prototypes", "lr"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
     if args.out.suffix != ".safetensors":
         raise UsageError(f"--out: expected a name that ends in .safetensors, got {args.out}")
     if args.resume and not args.out.with_suffix(".state.pt").is_file():
         raise UsageError(f"--resume: there is no {args.out.with_suffix('.state.pt')}")
-    if args.out.exists() and not (args.resume or args.overwrite):
+    if args.out.is_file() and not (args.resume or args.overwrite):
         raise UsageError(f"--out: {args.out} exists; give --resume to go on or --overwrite to start again")
+    for file in (args.out, args.out.with_suffix(".json"), args.out.with_suffix(".state.pt")):
+        require_file("--out", file, overwrite=True)
     return find_images(args.photos)
 
 
 def run(args):
-    """Train as the parsed options say, saving now and then and at the end."""
-    photos = check(args)
+    """Train as the parsed options say, saving now and then, when interrupted, and at the end."""
+    with Stop() as stop:
+        _run(args, check(args), stop)
+
+
+def _run(args, photos, stop):
     torch.manual_seed(args.seed)
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     vit, arch = build_vit(args)
     student = Learner(vit, args.prototypes, STATISTICS).to(device)
     teacher = Learner(build_vit(args)[0], args.prototypes, STATISTICS).to(device).requires_grad_(False)
@@ -210,14 +216,17 @@ def run(args):
                                   lr=args.lr, betas=(0.9, 0.98))
     step, spent = 0, 0.0
     if args.resume:
-        state = torch.load(args.out.with_suffix(".state.pt"), map_location=device, weights_only=True)
-        if state["arch"] != arch or state["options"]["prototypes"] != args.prototypes:
-            raise UsageError(f"--resume: {args.out} was started with {state['arch']}, {state['options']['prototypes']} "
-                             f"prototypes; expected these, got {arch}, {args.prototypes}")
-        student.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["seconds"]
+        file = args.out.with_suffix(".state.pt")
+        state = read_torch("--resume", file)
+        with explaining_state(file):
+            if state["arch"] != arch or state["options"]["prototypes"] != args.prototypes:
+                raise UsageError(f"--resume: {args.out} was started with {state['arch']}, "
+                                 f"{state['options']['prototypes']} prototypes; expected these, got {arch}, "
+                                 f"{args.prototypes}")
+            student.load_state_dict(state["student"])
+            teacher.load_state_dict(state["teacher"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, spent = state["step"], state["seconds"]
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     batches = iter(torch.utils.data.DataLoader(Crops(photos, args, step), batch_size=None, num_workers=1,
                                                prefetch_factor=4))
@@ -231,6 +240,7 @@ def run(args):
 
     bar = tqdm(desc=f"pretrain on {len(photos)} photographs", total=args.steps, initial=step, mininterval=1)
     saved = last = time.monotonic()
+    stop.later = True
     while (progress := step / args.steps if args.steps else spent / (60 * args.minutes)) < 1:
         large, small = (crops.to(device) for crops in next(batches))
         if step == 0:
@@ -243,7 +253,7 @@ def run(args):
             terms = losses(student, teacher, large, small, args.patch_size, generator, texture_only)
         loss = sum(terms.values()) + (args.texture_weight - 1) * terms["texture"]
         if not math.isfinite(loss.item()):
-            raise RuntimeError(f"the loss is {loss.item()} at step {step}: lower --lr and --resume from the last save")
+            raise RunStopped(f"the loss is {loss.item()} at step {step}; lower --lr, and --resume from the last save")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -256,9 +266,12 @@ def run(args):
         bar.update()
         bar.set_postfix({name: f"{term.item():.3f}" for name, term in terms.items()} | {"minutes": f"{spent / 60:.1f}"},
                         refresh=False)
-        if now - saved > args.save_every:
+        if now - saved > args.save_every or stop.number:
             snapshot()
             saved = now
+        if stop.number:
+            bar.close()
+            raise stop.interrupted(f"after step {step}, which is saved; --resume goes on from there")
     snapshot()
     bar.close()
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB after {step} steps, {spent / 60:.1f} minutes")

@@ -87,10 +87,10 @@ def cells(rng, y, x, low=9, high=16):
     sites = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
     sites = (sites + rng.uniform(0, 0.9, sites.shape)) * step + np.array([top, left])
     grid = np.round((np.stack([y, x], -1) - np.array([top, left])) / step).astype(int)
-    best = np.full((2,) + y.shape, np.inf, np.float32)                # nearest and second nearest of the sites around
+    best = np.full((2, *y.shape), np.inf, np.float32)                # nearest and second nearest of the sites around
     for dy in (-2, -1, 0, 1):
         for dx in (-2, -1, 0, 1):
-            cell = np.clip(grid + (dy, dx), 0, (rows - 1, columns - 1))
+            cell = np.clip(grid + np.array([dy, dx]), 0, (rows - 1, columns - 1))
             site = sites[cell[..., 0] * columns + cell[..., 1]]
             inside = (grid[..., 0] + dy == cell[..., 0]) & (grid[..., 1] + dx == cell[..., 1])
             distance = np.where(inside, np.hypot(y - site[..., 0], x - site[..., 1]), np.inf)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hpseg.data.labelled import LabelledSet, class_table, require
+from hpseg.data.labelled import LabelledSet, class_table, read_list, require
 
 CLASSES = (
     "electronic appliance food-thing furniture-thing indoor kitchen accessory animal outdoor person sports vehicle "
-    "ceiling floor food-stuff furniture-stuff rawmaterial textile wall window building ground plant sky solid structural "
-    "water"
+    "ceiling floor food-stuff furniture-stuff rawmaterial textile wall window building ground plant sky solid "
+    "structural water"
 ).split()
 FIRST_STUFF = 12
 # fmt: off
@@ -41,7 +41,7 @@ def open_split(root: Path, split: str) -> LabelledSet:
     curated = [root / "curated" / folder / LISTS[split] for folder in (f"{split}2017", split)]
     listed = next((path for path in curated if path.is_file()), None)
     if listed is not None:
-        ids = listed.read_text().split()
+        ids = read_list(listed)
     else:
         ids = sorted(path.stem for path in images.glob("*.jpg"))
         print(f"cocostuff: no list {curated[0]}; all {len(ids)} images of the split are taken", file=sys.stderr)

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hpseg.config import UsageError
 from hpseg.data.transforms import UnreadableImage, five_crop, jitter, load_image, short_side, square, to_tensor
@@ -83,14 +84,16 @@ class PhotoFolder(Dataset):
         seed: int,
         with_jitter: bool,
         read: Callable[[Path], Image.Image] = load_image,
+        resize: str = "bilinear",
     ):
         self.files, self.size, self.crop, self.seed, self.with_jitter = files, size, crop, seed, with_jitter
-        self.read = read
+        self.read, self.resize = read, resize
         self.patch: int | None = None
+        self.normalisation: tuple[Tensor, Tensor] | None = None  # for jitter, where that is of normalised pictures
 
     def whole(self, patch: int) -> PhotoFolder:
         """The same pictures uncut: short side at `size`, the long one at whole patches."""
-        uncut = PhotoFolder(self.files, self.size, self.crop, self.seed, False, self.read)
+        uncut = PhotoFolder(self.files, self.size, self.crop, self.seed, False, self.read, self.resize)
         uncut.patch = patch
         return uncut
 
@@ -116,16 +119,18 @@ class PhotoFolder(Dataset):
         if which is not None:
             image = five_crop(image, which)
         if self.patch is not None:
-            return to_tensor(short_side(image, self.size, self.patch)), None, unreadable
+            return to_tensor(short_side(image, self.size, self.patch, self.resize)), None, unreadable
         generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch, index)) if self.crop == "random" else None
-        view = to_tensor(square(image, self.size, generator))
-        twin = jitter(view, hash_seed("jitter", self.seed, epoch, index)) if self.with_jitter else None
+        view, twin = to_tensor(square(image, self.size, generator, self.resize)), None
+        if self.with_jitter:
+            twin = jitter(view, hash_seed("jitter", self.seed, epoch, index), self.normalisation)
         return view, twin, unreadable
 
 
 def _collate(items: list[tuple[Tensor, Tensor | None, list[str]]]) -> Views:
     images, jittered, unreadable = zip(*items, strict=True)
-    return Views(torch.stack(images), None if jittered[0] is None else torch.stack(jittered), sum(unreadable, []))
+    named = [name for names in unreadable for name in names]
+    return Views(torch.stack(images), None if jittered[0] is None else torch.stack(jittered), named)
 
 
 def epoch_batches(
@@ -142,16 +147,61 @@ def epoch_batches(
         yield [(epoch, index) for index in order[1][position * batch_size : (position + 1) * batch_size]]
 
 
-def make_loader(dataset: Dataset, batches: Iterator[list] | list[list], workers: int) -> DataLoader:
-    """Loads the given batches of keys in order; workers < 0 takes half of the processors, eight at most."""
+class _Told(Dataset):
+    """Items of a dataset, or the UsageError about one: raised in a loading process, it would come with a traceback."""
+
+    def __init__(self, dataset: Dataset, collate: Callable):
+        self.dataset, self.collate_items = dataset, collate
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except UsageError as error:
+            return error
+
+    def collate(self, items: list) -> Any:
+        errors = [item for item in items if isinstance(item, UsageError)]
+        if errors:
+            return errors[0]
+        batch = self.collate_items(items)
+        if get_worker_info() is not None:  # here, not in a thread of torch's, whose error would be waited for for ever
+            for part in batch:
+                if isinstance(part, Tensor):
+                    part.share_memory_()
+        return batch
+
+
+def load_batches(
+    dataset: Dataset, batches: Iterator[list] | list[list], workers: int, collate: Callable = _collate
+) -> Iterator[Any]:
+    """Loads the given batches of keys in order; workers < 0 takes half of the processors, eight at most, shared by the
+    ranks that torchrun started on this machine.
+
+    RuntimeError that begins with "DataLoader worker" if a loading process dies, as torch has it; UsageError as the
+    dataset raises it.
+    """
     if workers < 0:
-        workers = min(8, max(1, (os.cpu_count() or 1) // 2))
-    return DataLoader(
-        dataset,
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(8, max(1, (os.cpu_count() or 1) // (2 * ranks)))
+    told = _Told(dataset, collate)
+    loader = DataLoader(
+        told,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=told.collate,
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
+    views = iter(loader)
+    while True:
+        try:
+            batch = next(views, None)
+        except (ConnectionError, EOFError) as error:  # it died while it handed a tensor over
+            time.sleep(5)  # torch's handler of the signal raises here; later it would raise anywhere
+            raise RuntimeError(f"DataLoader worker ended while it sent a batch: {type(error).__name__}") from error
+        if batch is None:
+            return
+        if isinstance(batch, UsageError):
+            raise batch
+        yield batch

@@ -1,7 +1,7 @@
 """Data sets with label maps, from their published folder layouts, with no preparation step.
 
-A data set is named on the command line (`hpseg eval RUN cityscapes --root /data/cityscapes`); anything else is a folder of
-one's own with `images/` and `labels/`. Label maps are int64 (H, W), -1 where nothing counts.
+A data set is named on the command line (`hpseg eval RUN cityscapes --root /data/cityscapes`); anything else is a folder
+of one's own with `images/` and `labels/`. Label maps are int64 (H, W), -1 where nothing counts.
 """
 
 from __future__ import annotations
@@ -18,17 +18,28 @@ from PIL import Image
 
 from hpseg.config import UsageError
 from hpseg.data.folder import find_images
-from hpseg.data.transforms import load_image
+from hpseg.data.transforms import UNDECODABLE, UnreadableImage, load_image
 
 # name -> module of this package with `open_split(root, split) -> LabelledSet`
-NAMES = {"cocostuff": "cocostuff", "cityscapes": "cityscapes", "potsdam": "potsdam", "voc": "voc"}
+NAMES = {
+    "cocostuff": "cocostuff",
+    "cityscapes": "cityscapes",
+    "cityscapes19": "cityscapes19",
+    "potsdam": "potsdam",
+    "voc": "voc",
+}
 SPLITS = ("train", "val")
+LARGEST_CLASS = 255  # label maps are written with 8 bits
+PICTURES, LABELS = ("images", "imgs", "img_dir"), ("labels", "ann_dir")  # names of the folders in one of one's own
 
 
 def read_ids(path: Path) -> np.ndarray:
     """The numbers stored in a label picture, int64 (H, W), without turning palette indices into colours."""
-    with Image.open(path) as picture:
-        ids = np.asarray(picture)
+    try:
+        with Image.open(path) as picture:
+            ids = np.asarray(picture)
+    except UNDECODABLE as error:
+        raise UnreadableImage(f"{path}: {error}") from None
     if ids.ndim != 2:
         raise UsageError(
             f"labels: {path} is a {picture.mode} picture, expected one channel of class ids (palette or gray)"
@@ -55,9 +66,22 @@ class LabelledSet:
     def images(self) -> list[Path]:
         return [image for image, _ in self.pairs]
 
+    def class_map(self, path: Path) -> np.ndarray:
+        """The label map in a file, at its own size. UsageError if it cannot be read: scores without it are others."""
+        try:
+            truth = self.to_class(self.read_ids(path))
+        except UnreadableImage as error:
+            raise UsageError(f"labels: expected a label map, cannot read {error}") from None
+        if truth.max(initial=-1) > LARGEST_CLASS:
+            raise UsageError(
+                f"labels: {path} has the id {truth.max()}, expected at most {LARGEST_CLASS}; --void names the one that "
+                "does not count"
+            )
+        return truth
+
     def labels(self, path: Path, size: tuple[int, int]) -> np.ndarray:
         """The label map of a picture of `size` (width, height). UsageError if it has another size."""
-        truth = self.to_class(self.read_ids(path))
+        truth = self.class_map(path)
         if truth.shape != (size[1], size[0]):
             raise UsageError(
                 f"labels: {path} is {truth.shape[1]} x {truth.shape[0]} pixels, its image {size[0]} x {size[1]}"
@@ -102,7 +126,8 @@ def _require_files(name: str, paths: list[Path]) -> None:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UsageError(
-            f"root: {name} expects {missing[0]}, which does not exist ({len(missing)} of {len(paths)} files are missing)"
+            f"root: {name} expects {missing[0]}, which does not exist ("
+            f"{len(missing)} of {len(paths)} files are missing)"
         )
 
 
@@ -113,7 +138,14 @@ def training_images(images: str, root: str | None) -> tuple[list[Path], Callable
         return found.images, found.load_image
     if root is not None:
         raise UsageError(f"root: goes with a data set's name ({', '.join(NAMES)}), got the folder {images!r}")
-    return find_images(images), load_image
+    return find_images(picture_folder(Path(images))), load_image
+
+
+def picture_folder(folder: Path) -> Path:
+    """The folder itself, or its pictures alone where it holds label maps beside them, as `open_folder` has it."""
+    if any((folder / name).is_dir() for name in LABELS):
+        return next((folder / name for name in PICTURES if (folder / name).is_dir()), folder)
+    return folder
 
 
 def require(root: Path, *parts: str, name: str) -> Path:
@@ -134,7 +166,7 @@ def open_folder(root: Path, void: int = 255) -> LabelledSet:
     `imgs/` and `img_dir/` serve as images/, `ann_dir/` as labels/. Ids are classes, `void` does not count.
     """
     folders = {}
-    for part, names in (("images", ("images", "imgs", "img_dir")), ("labels", ("labels", "ann_dir"))):
+    for part, names in (("images", PICTURES), ("labels", LABELS)):
         folders[part] = next((root / name for name in names if (root / name).is_dir()), None)
         if folders[part] is None:
             held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) if root.is_dir() else "no such folder"
@@ -150,8 +182,28 @@ def open_folder(root: Path, void: int = 255) -> LabelledSet:
         )
     if len(pairs) < len(images):
         print(f"{len(images) - len(pairs)} of {len(images)} images have no label and are left out", file=sys.stderr)
-    names: list[str] = []
-    if (root / "classes.json").is_file():
-        content = json.loads((root / "classes.json").read_text())
-        names = [str(name) for name in (content.get("classes", []) if isinstance(content, dict) else content)]
-    return LabelledSet(root.name, pairs, names, lambda ids: np.where(ids == void, -1, ids))
+    return LabelledSet(
+        root.name, pairs, _class_names(root / "classes.json"), lambda ids: np.where(ids == void, -1, ids)
+    )
+
+
+def _class_names(path: Path) -> list[str]:
+    """Names of classes 0, 1, ... from a list in JSON or the list "classes" of an object; none without the file."""
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"data: {path} is not JSON ({error})") from None
+    names = content.get("classes") if isinstance(content, dict) else content
+    if not isinstance(names, list):
+        raise UsageError(f'data: {path}: expected a list of class names, or {{"classes": [...]}}')
+    return [str(name) for name in names]
+
+
+def read_list(path: Path) -> list[str]:
+    """The names in a text file, parted by white space."""
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError:
+        raise UsageError(f"root: {path} is not a text file of names") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hpseg.data.labelled import LabelledSet, class_table, require
+from hpseg.data.labelled import LabelledSet, class_table, read_list, require
 from hpseg.data.transforms import UnreadableImage
 
 CLASSES = ["roads and cars", "buildings and clutter", "vegetation"]
@@ -25,16 +25,19 @@ def read_mat(path: Path, key: str) -> np.ndarray:
 
     try:
         return loadmat(path)[key]
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # of a damaged file scipy raises whatever its parser stumbles over
         raise UnreadableImage(f"{path}: not a MATLAB file with {key!r} ({error})") from None
 
 
 def load_tile(path: Path) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(read_mat(path, "img")[..., :3]))
+    img = read_mat(path, "img")
+    if img.dtype != np.uint8 or img.ndim != 3 or img.shape[2] < 3 or not img.size:
+        raise UnreadableImage(f"{path}: expected img as uint8 (H, W, 4), got {img.dtype} {img.shape}")
+    return Image.fromarray(np.ascontiguousarray(img[..., :3]))
 
 
 def open_split(root: Path, split: str) -> LabelledSet:
-    ids = require(root, LISTS[split], name="potsdam").read_text().split()
+    ids = read_list(require(root, LISTS[split], name="potsdam"))
     return LabelledSet(
         "potsdam",
         [(root / "imgs" / f"{name}.mat", root / "gt" / f"{name}.mat") for name in ids],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpseg.data.labelled import LabelledSet, class_table, require
+from hpseg.data.labelled import LabelledSet, class_table, read_list, require
 
 CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow table dog horse motorbike person plant sheep "
@@ -23,7 +23,7 @@ def open_split(root: Path, split: str) -> LabelledSet:
     root = inner if inner.is_dir() else root
     lists = require(root, "ImageSets", "Segmentation", name="voc")
     augmented = split == "train" and (lists / "train_aug.txt").is_file() and (root / "SegmentationClassAug").is_dir()
-    ids = require(lists, "train_aug.txt" if augmented else f"{split}.txt", name="voc").read_text().split()
+    ids = read_list(require(lists, "train_aug.txt" if augmented else f"{split}.txt", name="voc"))
     labels = root / ("SegmentationClassAug" if augmented else "SegmentationClass")
     pairs = [(root / "JPEGImages" / f"{name}.jpg", labels / f"{name}.png") for name in ids]
     return LabelledSet("voc", pairs, CLASSES, class_table(list(range(len(CLASSES)))))

@@ -2,13 +2,13 @@
 representation. The only verb that fits anything on labels.
 
 Both probes are fitted to the training split and scored on the other one. As published: the linear probe is one linear
-layer from codes to classes, its logits brought to the labels' size bilinearly, cross-entropy over the pixels that count;
-the cluster probe is cosine k-means by gradient descent and never sees a label.
+layer from codes to classes, its logits brought to the labels' size bilinearly, cross-entropy over the pixels that
+count; the cluster probe is cosine k-means by gradient descent and never sees a label.
 """
 
 from __future__ import annotations
 
-import sys
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hpseg.checkpoints import write_atomically, write_json
 from hpseg.config import UsageError
 from hpseg.data.folder import hash_seed
 from hpseg.data.labelled import NAMES, LabelledSet, open_data
-from hpseg.data.transforms import UnreadableImage
+from hpseg.data.transforms import UnreadableImage, skip
 from hpseg.evaluation.evaluate import report
 from hpseg.evaluation.metrics import confusion
 from hpseg.evaluation.protocols import PROTOCOLS
+from hpseg.files import write_atomically, write_json
 from hpseg.heads import ClusterProbe
-from hpseg.predict import Segmenter, label_map, load
+from hpseg.labels import label_map
+from hpseg.predict import Segmenter, load
 
 CACHE_BYTES = 4 << 30  # of codes kept between epochs, in half precision
 
@@ -44,6 +45,7 @@ def probe(
     batch_size: int = 16,
     lr: float = 1e-3,
     cluster_lr: float = 5e-3,
+    strict: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
@@ -51,7 +53,7 @@ def probe(
 
     data: a named data set with `root` (fitted on its train, scored on its val split), or a folder with images/ and
     labels/ together with `score_on`, another such folder. lr: Adam, linear probe (1e-3 in Hidden Positives, 5e-3 in
-    STEGO); cluster_lr: Adam, cluster probe.
+    STEGO); cluster_lr: Adam, cluster probe. strict: a picture that cannot be read is a UsageError.
     """
     if str(data) in NAMES:
         if score_on is not None:
@@ -63,9 +65,17 @@ def probe(
         fit, held_out = open_data(data, root, void=void), open_data(score_on, void=void)
     if protocol not in PROTOCOLS:
         raise UsageError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name}: expected at least 1, got {value}")
+    for name, value in (("lr", lr), ("cluster_lr", cluster_lr)):
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{name}: expected a finite number of at least 0, got {value}")
     segmenter = load(run, device)
-    source = _Codes(segmenter, fit, protocol)
+    source = _Codes(segmenter, fit, protocol, strict)
     classes = len(fit.classes) or source.largest_class() + 1
+    if not classes:
+        raise UsageError(f"data: no labelled pixel in {fit.name}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash_seed("probe", seed))
         linear = nn.Linear(segmenter.config.dim, classes).to(source.device)
@@ -73,7 +83,7 @@ def probe(
     _fit(linear, clusters, source, steps, batch_size, lr, cluster_lr, seed)
 
     counts = {name: np.zeros((classes, 256), np.int64) for name in ("linear", "cluster")}
-    held = _Codes(segmenter, held_out, protocol)
+    held = _Codes(segmenter, held_out, protocol, strict)
     for index in tqdm(range(len(held)), desc="score", unit="image", disable=None, leave=False):
         example = held.read(index)
         if example is None:
@@ -85,6 +95,7 @@ def probe(
             counts[name] += confusion(label_map(maps, truth.shape), truth, classes, 256)
     facts = {"data": str(data), "score_on": str(score_on or "val"), "protocol": protocol}
     facts |= {"images": len(held) - len(held.unreadable), "steps": steps, "seed": seed}
+    facts["labels_used"] = segmenter.config.labels_used
     results = report(counts, held_out, facts, matched={"linear": False, "cluster": True})
     tensors = {f"linear.{name}": value for name, value in linear.state_dict().items()}
     tensors |= {f"cluster.{name}": value for name, value in clusters.state_dict().items()}
@@ -97,18 +108,17 @@ def probe(
 class _Codes:
     """Codes (1, D, h, w) and labels (H, W) of a labelled set; codes are kept while they fit in CACHE_BYTES."""
 
-    def __init__(self, segmenter: Segmenter, labelled: LabelledSet, protocol: str):
+    def __init__(self, segmenter: Segmenter, labelled: LabelledSet, protocol: str, strict: bool):
         self.segmenter, self.labelled, self.view_of = segmenter, labelled, PROTOCOLS[protocol]
         self.device = next(segmenter.head.parameters()).device
         self.kept: dict[int, tuple[Tensor, np.ndarray]] = {}
-        self.kept_bytes, self.unreadable = 0, set()
+        self.kept_bytes, self.unreadable, self.strict = 0, set(), strict
 
     def __len__(self) -> int:
         return len(self.labelled.pairs)
 
     def largest_class(self) -> int:
-        labels = (self.labelled.to_class(self.labelled.read_ids(path)) for _, path in self.labelled.pairs)
-        return max(int(ids.max(initial=-1)) for ids in labels)
+        return max(int(self.labelled.class_map(path).max(initial=-1)) for _, path in self.labelled.pairs)
 
     @torch.no_grad()
     def read(self, index: int) -> tuple[Tensor, np.ndarray] | None:
@@ -121,13 +131,13 @@ class _Codes:
             picture = self.labelled.load_image(image_path)
         except UnreadableImage as error:
             if index not in self.unreadable:
-                print(f"skipped {error}", file=sys.stderr)
+                skip(error, self.strict)
             self.unreadable.add(index)
             return None
         config = self.segmenter.config
         truth = self.labelled.labels(label_path, picture.size)
         view = self.view_of(picture, truth, config.predict_size, self.segmenter.backbone.patch)
-        codes = self.segmenter(self.segmenter.pixels(view.shown))
+        codes = self.segmenter.codes(self.segmenter.pixels(view.shown), view.window)
         half, labels = codes.half().cpu(), view.truth.astype(np.int16)
         size = half.numel() * 2 + labels.nbytes
         if self.kept_bytes + size <= CACHE_BYTES:
@@ -171,6 +181,10 @@ def _fit(
         loss = supervised.sum() / max(1, pixels) + clustering.mean()  # disjoint parameters: one backward pass for both
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
+        if not torch.isfinite(loss):
+            raise UsageError(
+                f"lr, cluster_lr: the loss is {loss.item()} with {lr} and {cluster_lr}; expected smaller ones"
+            )
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

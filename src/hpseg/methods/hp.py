@@ -8,18 +8,20 @@ pulls codes of positives together, for the codes themselves and for codes mixed 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import hpkernels
 from hpseg.backbones import Tokens
 from hpseg.config import Config
-from hpseg.heads import ClusterProbe, SegmentationHead, channel_dropout
-from hpseg.methods import Source
+from hpseg.distributed import Share
+from hpseg.heads import ClusterProbe, Projection, SegmentationHead, channel_dropout
+from hpseg.methods import Method, Source
 from hpseg.pools import draw_tokens
+from hpseg.profile import stage
 
 
 def lambda_at(step: int, config: Config) -> float:
@@ -29,7 +31,7 @@ def lambda_at(step: int, config: Config) -> float:
     return (step - config.lambda_warmup) / (config.steps - config.lambda_warmup)
 
 
-class HiddenPositives(nn.Module):
+class HiddenPositives(Method):
     """The four trained parts (head, momentum head, projection, cluster probe), the pools and the loss of one step."""
 
     TERMS = ("contrastive", "cluster", "consistency")
@@ -37,9 +39,9 @@ class HiddenPositives(nn.Module):
     def __init__(self, channels: int, config: Config):
         super().__init__()
         self.config = config
-        self.head = SegmentationHead(channels, config.dim)
+        self.head = SegmentationHead(channels, config.dim, config.dtype)
         self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.projection = nn.Linear(config.dim, config.dim)
+        self.projection = Projection(config.dim, config.dtype)
         self.clusters = ClusterProbe(config.dim, config.classes)
         self.pools: list[Tensor] = []  # (M, C) features and (M, D) codes
 
@@ -59,19 +61,16 @@ class HiddenPositives(nn.Module):
         if step % self.config.renew_interval == 0:
             self.pools[1] = self._pool(step, self.mining_codes, source)
 
-    def _pool(self, renewal: int, mined: Callable[[Tensor, torch.Generator], Tensor], source: Source) -> Tensor:
-        # Pools see their images as of negative epochs: other random crops than those of training.
-        return draw_tokens(
-            source.images,
-            self.config.pool_size,
-            self.config.pool_images,
-            lambda batches: (mined(f, source.dropout_rng) for f in source.features(batches, -1 - renewal)),
-            source.batch_size,
-            source.pool_rng,
-        )
+    def _pool(self, renewal: int, mined: Callable[[Tensor, Share], Tensor], source: Source) -> Tensor:
+        def encode(batches: list[list[int]]) -> Iterator[tuple[Tensor, Share]]:
+            # Pools see their images as of negative epochs: other random crops than those of training.
+            for features, share in source.features(batches, -1 - renewal):
+                yield mined(features, share), share
 
-    def keys(self, batch: list[tuple[int, int]], seed: int) -> list[tuple[int, int]]:
-        return batch
+        config = self.config
+        return draw_tokens(
+            source.images, config.pool_size, config.pool_images, encode, source.batch_size, source.pool_rng
+        )
 
     def extra_state(self) -> dict[str, Tensor]:
         return {"features_pool": self.pools[0], "codes_pool": self.pools[1]}
@@ -80,57 +79,66 @@ class HiddenPositives(nn.Module):
         device = self.projection.weight.device
         self.pools = [state["features_pool"].to(device), state["codes_pool"].to(device)]
 
-    def mining_features(self, features: Tensor, generator: torch.Generator) -> Tensor:
+    def mining_features(self, features: Tensor, share: Share) -> Tensor:
         """Frozen features as the miner sees them."""
-        return channel_dropout(features, self.config.mining_dropout, generator)
+        return channel_dropout(features, self.config.mining_dropout, share)
 
     @torch.no_grad()
-    def mining_codes(self, features: Tensor, generator: torch.Generator) -> Tensor:
+    def mining_codes(self, features: Tensor, share: Share) -> Tensor:
         """Codes of the momentum head as the miner sees them."""
-        codes = self.momentum_head(features, self.config.dropout, generator)
-        return channel_dropout(codes, self.config.mining_dropout, generator)
+        codes = self.momentum_head(features, self.config.dropout, share)
+        return channel_dropout(codes, self.config.mining_dropout, share)
+
+    def follow(self) -> None:
+        # The published order: the average moves with the parameters of this forward pass, before the optimizer does.
+        self.momentum_head.follow(self.head, self.config.ema_momentum)
 
     def losses(
         self,
         view: Tokens,
-        jittered: Tensor | None,
+        jittered: Tokens | None,
         step: int,
         seed: int,
-        generator: torch.Generator,
+        share: Share,
     ) -> dict[str, Tensor]:
-        """Loss terms of one step, to be summed; moves the momentum head on the way.
+        """Loss terms of one batch, to be summed.
 
-        view: frozen features (B, T, C) and neighbour weights (B, T, 9) of the batch; jittered: features of the same
-        crops after photometric jitter, or None; seed: of the random negatives.
+        view: frozen features (b, T, C) and neighbour weights (b, T, 9) of this rank's share of the batch; jittered:
+        tokens of the same crops after photometric jitter, or None; seed: of the random negatives.
         """
         config = self.config
-        codes = self.head(view.features, config.dropout, generator)
-        mining_codes = self.mining_codes(view.features, generator)
-        local_codes = hpkernels.neighbor_mix(codes, view.neighbors, view.grid)
-        # The published order: the average moves with the parameters of this forward pass, before the optimizer does.
-        self.momentum_head.follow(self.head, config.ema_momentum)
-
+        codes = self.head(view.features, config.dropout, share)
+        mining_codes = self.mining_codes(view.features, share)
         projected = self.projection(codes)
-        projected_local = self.projection(channel_dropout(local_codes, config.mining_dropout, generator))
+        projected_local = None
+        if config.local:
+            # Weights come with the published factor and are proportional to it; it does not decide which of them count.
+            weights = view.neighbors * (config.local_scale / 28)
+            local_codes = hpkernels.neighbor_mix(codes, weights, view.grid)
+            projected_local = self.projection(channel_dropout(local_codes, config.mining_dropout, share))
+        features_pool, codes_pool = (pool[share.ranks.rows(len(pool))] for pool in self.pools)
         weight = lambda_at(step, config)
         # With weight 0 the task-specific search decides nothing and is left out.
         specific = (
-            dict(head_features=mining_codes.flatten(0, 1), head_pool=self.pools[1], head_weight=weight) if weight else {}
+            dict(head_features=mining_codes.flatten(0, 1), head_pool=codes_pool, head_weight=weight) if weight else {}
         )
-        contrastive = hpkernels.hidden_positive_loss(
-            projected,
-            self.mining_features(view.features, generator).flatten(0, 1),
-            self.pools[0],
-            z_local=projected_local,
-            temperature=config.temperature,
-            negative_rate=config.negative_rate,
-            weighting=config.weighting,
-            seed=seed,
-            **specific,
-        )
-        terms = {"contrastive": contrastive, "cluster": self.clusters.loss(codes)}
+        with stage("loss"):
+            contrastive = hpkernels.hidden_positive_loss(
+                projected,
+                self.mining_features(view.features, share).flatten(0, 1),
+                features_pool,
+                z_local=projected_local,
+                temperature=config.temperature,
+                negative_rate=config.negative_rate,
+                weighting=config.weighting,
+                head_in_denominator=config.head_in_denominator,
+                seed=seed,
+                process_group=share.ranks.group,
+                **specific,
+            )
+            terms = {"contrastive": contrastive, "cluster": share.average(self.clusters.loss(codes))}
         if jittered is not None:
-            projected_jittered = self.projection(self.head(jittered, config.dropout, generator))
+            projected_jittered = self.projection(self.head(jittered.features, config.dropout, share))
             distance = F.pairwise_distance(F.normalize(projected, dim=-1), F.normalize(projected_jittered, dim=-1))
-            terms["consistency"] = config.consistency_weight * distance.mean()
+            terms["consistency"] = config.consistency_weight * share.average(distance.mean())
         return terms
