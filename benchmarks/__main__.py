@@ -4,6 +4,7 @@ python -m benchmarks                        everything of this device, then plot
 python -m benchmarks --quick                toy shapes, to see that it runs: nothing outside ./benchmark-quick changes
 python -m benchmarks --case topk --case stages_rho_1 --peers hpkernels,torch.topk
 python -m benchmarks --list
+python -m benchmarks --case kmeans --merge  those rows into the results of the full run, then plots and README.md
 python -m benchmarks --readme               plots and README.md's tables from benchmarks/results, measuring nothing
 """
 
@@ -41,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if not races:
         sys.exit(f"--peers: none of {', '.join(options.peers or ())} is measured in these cases; --list names them")
+    earlier = results.load(options.out / f"{options.device}.json") if options.merge else None
+    if options.merge and earlier is None:
+        sys.exit(f"--merge: expected results of a full run in {options.out}, found none")
     versions = runner.versions(setting)
     head = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -50,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         "versions": versions,
     }
     rows: list[dict] = []
+    paths: list[Path] = []
     gates, measured = runner.Gates(setting), results.Ceilings()
     complete = True
     try:
@@ -61,19 +66,22 @@ def main(arguments: list[str] | None = None) -> int:
             for row in found:
                 measured.note(row)
                 rows.append(row | _provenance(head, row["peer"]))
-            paths = results.write(
-                options.out, head | {"rows": rows}
-            )  # after every race: an end by a time limit loses little
+            if earlier is None:  # after every race: an end by a time limit loses little
+                paths = results.write(options.out, head | {"rows": rows})
     except KeyboardInterrupt:
         complete = False
     finally:
         gates.close()
     run = head | {"rows": rows}
+    if earlier is not None and complete:
+        run = results.merge(earlier, run)
+        paths = results.write(options.out, run)
     print(report.render(run))
     if options.device == "cuda":
         print("\n" + marks.render(run))
-    _say(f"wrote {', '.join(map(str, paths))} after {(time.monotonic() - began) / 60:.0f} minutes")
-    if options.out == RESULTS and options.case is None and options.peers is None and complete:
+    written = ", ".join(map(str, paths)) or "nothing, as the run was ended"
+    _say(f"wrote {written} after {(time.monotonic() - began) / 60:.0f} minutes")
+    if options.out == RESULTS and (options.case is None or options.merge) and options.peers is None and complete:
         _publish(RESULTS, README)
     return 1 if any(row["status"] == results.RED for row in rows) else 0
 
@@ -84,6 +92,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", action="append", choices=names(), help="only this one (repeatable)")
     parser.add_argument("--peers", type=lambda text: text.split(","), help="only these, by commas")
     parser.add_argument("--quick", action="store_true", help="toy shapes, few repetitions: no figures to quote")
+    parser.add_argument(
+        "--merge", action="store_true", help="put the cases measured in the place of theirs in the results of --out"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     parser.add_argument("--readme", action="store_true", help="plots and README.md's tables from benchmarks/results")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -98,9 +109,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = set(options.peers or ()) - set(PEERS)
     if unknown:
         parser.error(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
+    if options.merge and (options.quick or options.peers or options.images):
+        parser.error("--merge: expected whole cases, not --quick, --peers or --images")
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.out is None:
-        partial = options.case or options.peers or options.images
+        partial = (options.case and not options.merge) or options.peers or options.images
         options.out = (
             Path("benchmark-quick" if options.quick else "benchmark-partial") if options.quick or partial else RESULTS
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,19 @@ from torch import Tensor
 import hpkernels
 from benchmarks import peers, plain, published
 from benchmarks.features import Batch, make_attention, make_batch, make_labels
-from benchmarks.plan import BACKENDS, COPY_NUMBERS, HEAD_CHANNELS, NEIGHBOURS, OURS, STREAMS, Shape
+from benchmarks.plan import (
+    BACKENDS,
+    CLUSTERS,
+    COPY_NUMBERS,
+    GROUPS,
+    HEAD_CHANNELS,
+    ITERATIONS,
+    NEIGHBOURS,
+    OURS,
+    SCALES,
+    STREAMS,
+    Shape,
+)  # fmt: skip
 
 HEAD_WEIGHT = 0.5
 TEMPERATURE = 0.1  # of the supervised loss
@@ -254,13 +266,8 @@ def _supcon(loss: Callable[[Tensor, Tensor, float], Tensor]) -> Contender:
 
 
 def _supcon_hpkernels(inputs: SupconInputs, backend: str | None) -> Tensor:
-    """ "anchors": every anchor with a positive counts the same. Equal temperatures: no published scale on top."""
-
     def loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        return hpkernels.masked_contrastive_loss(
-            z, hpkernels.PairMask.from_labels(labels), temperature=temperature, base_temperature=temperature,
-            weighting="anchors", backend=backend,
-        )  # fmt: skip
+        return hpkernels.supervised_contrastive_loss(z, labels, temperature=temperature, backend=backend)
 
     return _supcon(loss)(inputs)
 
@@ -273,16 +280,64 @@ def _supcon_plain(chunked: bool, compiled: bool) -> Contender:
     return run
 
 
+# ------------------------------------------------------------------ density, k-means
+
+
+@dataclass
+class DensityInputs:
+    features: Tensor
+    memory: Tensor
+    groups: Tensor
+    memory_groups: Tensor
+
+
+def _density_inputs(shape: Shape, device: str, dtype: torch.dtype) -> DensityInputs:
+    memory = _features(replace(shape, images=-(-shape.pool // shape.tokens)), 1, device, dtype)[: shape.pool]
+    classes = (torch.arange(rows, device=device) % GROUPS for rows in (shape.rows, shape.pool))
+    return DensityInputs(_features(shape, 0, device, dtype), memory.clone(), *classes)
+
+
+def _density_hpkernels(inputs: DensityInputs, backend: str | None) -> Tensor:
+    return hpkernels.neighbor_density(
+        inputs.features, inputs.memory, scales=SCALES, query_groups=inputs.groups, memory_groups=inputs.memory_groups,
+        backend=backend,
+    )  # fmt: skip
+
+
+def _density_plain(by_group: bool) -> Contender:
+    return lambda inputs: plain.density(
+        inputs.features, inputs.memory, inputs.groups, inputs.memory_groups, SCALES, by_group=by_group
+    )
+
+
+@dataclass
+class KmeansInputs:
+    x: Tensor
+    start: Tensor  # the first centroids
+
+
+def _kmeans_inputs(shape: Shape, device: str, dtype: torch.dtype) -> KmeansInputs:
+    x = _features(shape, 0, device, dtype)
+    return KmeansInputs(x, x[:: max(1, len(x) // CLUSTERS)][:CLUSTERS].clone())
+
+
+def _kmeans_hpkernels(inputs: KmeansInputs, backend: str | None) -> Tensor:
+    return hpkernels.kmeans(
+        inputs.x, len(inputs.start), init=inputs.start, iterations=ITERATIONS, tolerance=0, backend=backend
+    ).centroids
+
+
 # ------------------------------------------------------------------ top-k and the ceilings
 
 
 def _topk_inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return tuple(
-        make_batch(
-            shape.images, shape.grid, channels=shape.channels, code=8, pool=1, seed=seed, device=device, dtype=dtype
-        ).features
-        for seed in range(2)
-    )  # fmt: skip
+    return tuple(_features(shape, seed, device, dtype) for seed in range(2))
+
+
+def _features(shape: Shape, seed: int, device: str, dtype: torch.dtype) -> Tensor:
+    return make_batch(
+        shape.images, shape.grid, channels=shape.channels, code=8, pool=1, seed=seed, device=device, dtype=dtype
+    ).features
 
 
 def _pairs_flop(shape: Shape) -> dict[int, float]:
@@ -350,6 +405,22 @@ KINDS: dict[str, Kind] = {
             "keops": _supcon(peers.keops_supcon),
         },
         flop=lambda shape: {shape.code: 2 * 2.0 * shape.rows**2 * shape.code},  # logits; the product of G + G^T
+    ),
+    "density": Kind(
+        inputs=_density_inputs,
+        contenders=ours(_density_hpkernels) | {
+            "torch.topk": _density_plain(by_group=False),
+            "chunked": _density_plain(by_group=True),
+        },
+        flop=lambda shape: {shape.channels: 2.0 * shape.rows * shape.pool / GROUPS * shape.channels},
+    ),
+    "kmeans": Kind(  # one pass more than iterations: the labels of the last centroids
+        inputs=_kmeans_inputs,
+        contenders=ours(_kmeans_hpkernels) | {
+            "chunked": lambda inputs: plain.kmeans(inputs.x, inputs.start, ITERATIONS),
+            "scikit-learn": lambda inputs: peers.sklearn_kmeans(inputs.x, inputs.start, ITERATIONS),
+        },
+        flop=lambda shape: {shape.channels: (ITERATIONS + 1) * 2.0 * shape.rows * CLUSTERS * shape.channels},
     ),
     "product": Kind(
         inputs=_product_inputs,

@@ -2,8 +2,8 @@
 
 Run by the benchmark before it measures, in processes of their own, and by tests/test_benchmarks.py. The function gated
 is the one that is timed. Every contender is held to fp32 rounding. For a run in bf16 or fp16 the kernels (ours and
-other libraries') are held to that dtype too, on inputs whose decisions no rounding can turn; plain torch is not, its rounding
-there is its own. A contender that takes no fp32 is gated in the run's dtype alone.
+other libraries') are held to that dtype too, on inputs whose decisions no rounding can turn; plain torch is not, its
+rounding there is its own. A contender that takes no fp32 is gated in the run's dtype alone.
 """
 
 from __future__ import annotations
@@ -16,9 +16,18 @@ from torch import Tensor
 
 import hpkernels
 from benchmarks import cases, peers, plain, published
-from benchmarks.cases import KINDS, TEMPERATURE, MixInputs, SearchInputs, StepInputs, SupconInputs
+from benchmarks.cases import (
+    KINDS,
+    TEMPERATURE,
+    DensityInputs,
+    KmeansInputs,
+    MixInputs,
+    SearchInputs,
+    StepInputs,
+    SupconInputs,
+)  # fmt: skip
 from benchmarks.features import Batch, make_attention, make_batch, make_labels
-from benchmarks.plan import NEIGHBOURS
+from benchmarks.plan import ITERATIONS, NEIGHBOURS, SCALES
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 GRID = (9, 11)
@@ -137,6 +146,36 @@ def check_supcon(contender: cases.Contender, device: str, dtype: torch.dtype, ra
     _compare(answer, {"loss": loss.detach(), "gradient": exact.z.grad}, dtype)
 
 
+def check_density(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+    """The mean over the scales of the mean of the largest cosines within the class, anchor by anchor."""
+    features, memory = (
+        make_batch(IMAGES, GRID, channels=96, code=8, pool=1, seed=seed).features.to(dtype) for seed in range(2)
+    )
+    groups, memory_groups = torch.arange(len(features)) % 3, torch.arange(len(memory)) * 7 % 3
+    cosines = F.normalize(features.double(), dim=1) @ F.normalize(memory.double(), dim=1).T
+    expected = []
+    for row, group in zip(cosines, groups):
+        best = row[memory_groups == group].sort(descending=True).values
+        expected.append(sum(best[:k].mean() for k in SCALES) / len(SCALES))
+    inputs = DensityInputs(*(x.to(device) for x in (features, memory, groups, memory_groups)))
+    _compare({"density": contender(inputs)}, {"density": torch.stack(expected)}, dtype)
+
+
+def check_kmeans(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+    """The centroids after the same iterations in fp64, of clusters so far apart that no rounding moves a row."""
+    generator = torch.Generator().manual_seed(3)
+    means = 3 * torch.randn(20, 48, generator=generator)
+    x = (means[torch.arange(900) % 20] + 0.5 * torch.randn(900, 48, generator=generator)).to(dtype)
+    start = x[:23].clone()  # three clusters are shared, so that rows move
+    centroids = start.double()
+    for _ in range(ITERATIONS):
+        labels = torch.cdist(x.double(), centroids).argmin(1)
+        one_hot = F.one_hot(labels, len(centroids)).double()
+        centroids = one_hot.T @ x.double() / one_hot.sum(0)[:, None]
+    inputs = KmeansInputs(x.to(device), start.to(device))
+    _compare({"centroids": contender(inputs)}, {"centroids": centroids}, dtype)
+
+
 GATES: dict[str, Callable[[cases.Contender, str, torch.dtype, float], None]] = {
     "step": check_step,
     "search": check_search,
@@ -144,6 +183,8 @@ GATES: dict[str, Callable[[cases.Contender, str, torch.dtype, float], None]] = {
     "local_mix": check_local_mix,
     "local_mix_qk": check_local_mix_qk,
     "supcon": check_supcon,
+    "density": check_density,
+    "kmeans": check_kmeans,
 }
 
 

@@ -9,8 +9,8 @@ pairs meets positives scattered at random, which no real batch has. Here a patch
 with m a common direction, c_k the classes shared by all images, g_bk smooth random fields over the grid (each image
 sees `CLASSES_PER_IMAGE` of the classes), v_b(p) a smooth field of vectors private to the image, n_p white noise of
 unit length. A pool row is one patch of an image that is not in the batch. The density of the positives is set by the
-noise of the pool's rows: the noisier they are, the lower the best match R_i in the pool, and the more pairs exceed it. The
-positives stay coherent: most of a sparse mask lies within images, in patches of like surroundings.
+noise of the pool's rows: the noisier they are, the lower the best match R_i in the pool, and the more pairs exceed it.
+The positives stay coherent: most of a sparse mask lies within images, in patches of like surroundings.
 """
 
 from __future__ import annotations

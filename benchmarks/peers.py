@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ PACKAGES = {
         "inf_cl", "inf-cl", ("cuda",), HALVES, "its Triton kernels need a GPU and multiply in TF32, not in fp32"
     ),
     "keops": Package("pykeops", "pykeops", ("cpu", "cuda"), ANY, ""),
+    "scikit-learn": Package("sklearn", "scikit-learn", ("cpu",), (torch.float32,), "it takes fp32 and fp64 on a CPU"),
     "faiss": Package("faiss", "faiss-cpu", ("cpu",), (torch.float32,), "faiss-cpu takes fp32 on a CPU"),
 }
 
@@ -122,6 +124,16 @@ def faiss_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     index.add(keys.numpy())
     values, indices = index.search(queries.numpy(), k)
     return torch.from_numpy(values), torch.from_numpy(indices)
+
+
+def sklearn_kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Its own copy and centring of x, and its last pass for labels, are part of the job."""
+    from sklearn.cluster import KMeans
+
+    options = {"n_clusters": len(start), "n_init": 1, "max_iter": iterations, "tol": 0, "algorithm": "lloyd"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged
+        return torch.from_numpy(KMeans(init=start.numpy(), **options).fit(x.numpy()).cluster_centers_)
 
 
 def _supcon(x: Tensor, scaled: Tensor, above_self: Tensor, labels: Tensor) -> Tensor:

@@ -119,6 +119,43 @@ def _supcon_rows(own, x, own_labels, labels, inverse, first, temperature) -> Ten
     return ((inverse > 0) * lse - (positives * logits).sum(1) * inverse).sum()
 
 
+def density(
+    features: Tensor, memory: Tensor, groups: Tensor, memory_groups: Tensor, scales: tuple[int, ...], *, by_group: bool
+) -> Tensor:
+    """`hpkernels.neighbor_density`: torch.topk of the products of one class at a time, or of all of them at once."""
+    x, memory = F.normalize(features, dim=1), F.normalize(memory, dim=1)
+    if not by_group:
+        similarity = (x @ memory.T).masked_fill_(groups[:, None] != memory_groups, -torch.inf)
+        return _mean_of_scales(similarity, scales)
+    out = torch.empty(len(x), device=x.device)
+    for group in groups.unique():
+        rows = (groups == group).nonzero()[:, 0]
+        out[rows] = _mean_of_scales(x[rows] @ memory[memory_groups == group].T, scales)
+    return out
+
+
+def _mean_of_scales(similarity: Tensor, scales: tuple[int, ...]) -> Tensor:
+    best = torch.topk(similarity, min(max(scales), similarity.shape[1])).values
+    return torch.stack([best[:, :k].mean(1) for k in scales]).mean(0)
+
+
+def kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Centroids after Lloyd's iterations, scores a block of rows at a time; an empty cluster stays where it is."""
+    centroids = start
+    for _ in range(iterations):
+        labels = _nearest(x, centroids)
+        sums = torch.zeros_like(centroids).index_add_(0, labels, x)
+        counts = torch.bincount(labels, minlength=len(centroids))[:, None]
+        centroids = torch.where(counts > 0, sums / counts.clamp_min(1), centroids)
+    _nearest(x, centroids)  # the labels that belong to them, as the libraries return
+    return centroids
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    bias = centroids.square().sum(1) / -2
+    return torch.cat([torch.addmm(bias, rows, centroids.T).argmax(1) for rows in x.split(16 * ROWS)])
+
+
 def local_mix(code: Tensor, attention: Tensor, grid: tuple[int, int], *, sigma: float = 28.0) -> Tensor:
     """`hpkernels.local_mix` with a token's nine neighbours gathered, no T x T mask; weights image by image."""
     with torch.no_grad():

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 NEIGHBOURS = 16  # k of top-k
+SCALES, GROUPS = (8, 16, 32), 16  # of neighbor_density: numbers of neighbours, classes
+CLUSTERS, ITERATIONS = 100, 10  # of k-means: centroids, passes that move them
 QUICK_POOL = 256  # rows of the pools of a quick run
 STREAMS = 2  # z and z_local
 COPY_NUMBERS = 1 << 26  # of the copy that gives the ceiling of byte rates
@@ -64,6 +66,7 @@ PEERS = {
     "inf-cl": "its log-sum-exp; the positives by class sums",
     "keops": "LazyTensor: its log-sum-exp, or argKmin",
     "faiss": "IndexFlatIP of faiss-cpu",
+    "scikit-learn": "KMeans(algorithm='lloyd') from the same start",
 }
 
 STEP = (*OURS, *BACKENDS, "published", "chunked")
@@ -117,6 +120,31 @@ CASES: dict[str, Case] = {
         (*OURS, *BACKENDS, "torch", "torch-compiled", "chunked", "chunked-compiled", "pytorch-metric-learning",
          "cut-cross-entropy", "inf-cl", "keops"), (2, 64),
     ),
+    "supcon_16k": Case(
+        "supcon", "supervised contrastive loss, N 16,384, D 128",
+        (*OURS, *BACKENDS, "chunked", "pytorch-metric-learning"),
+        cpu=(Shape(16, (32, 32), code=128),), cuda=(Shape(16, (32, 32), code=128),),
+        quick=(Shape(1, (14, 14), code=128, pool=QUICK_POOL),), repetitions=3,
+    ),
+    "supcon_64k": Case(
+        "supcon", "supervised contrastive loss, N 65,536, D 128", (*OURS, *BACKENDS, "chunked"),
+        cpu=(Shape(64, (32, 32), code=128),), cuda=(Shape(64, (32, 32), code=128),),
+        quick=(Shape(2, (14, 14), code=128, pool=QUICK_POOL),), repetitions=3, up_to={"chunked": 16384},
+    ),
+    "density": Case(
+        "density", f"neighbor_density, {GROUPS} classes, memory of 10,000", (*OURS, *BACKENDS, "torch.topk", "chunked"),
+        cpu=(Shape(16, (25, 32), channels=256, pool=10000),), cuda=(Shape(16, (25, 32), channels=256, pool=10000),),
+        quick=(Shape(1, (14, 14), channels=256, pool=1000),), repetitions=9,
+    ),
+    "density_banks": Case(
+        "density", f"neighbor_density, {GROUPS} classes, memory of 10,000 each", (*OURS, *BACKENDS, "chunked"),
+        cpu=(Shape(16, (25, 32), channels=256, pool=160000),), cuda=(Shape(16, (25, 32), channels=256, pool=160000),),
+        quick=(Shape(1, (14, 14), channels=256, pool=2000),),
+    ),
+    "kmeans": _case(
+        "kmeans", f"k-means, K {CLUSTERS}, {ITERATIONS} iterations", (*OURS, *BACKENDS, "chunked", "scikit-learn"),
+        (64, 256), repetitions=9,
+    ),
     "step_s16": _case("step", "loss step, ViT-S/16 (T 196)", STEP, (32, 64), grid=(14, 14)),
     "step_b8": _case("step", "loss step, ViT-B/8 (C 768)", STEP, channels=768),
     "step_dinov2": _case("step", "loss step, DINOv2's grid (T 1,024)", STEP, (6, 64), grid=(32, 32)),
@@ -130,7 +158,8 @@ CASES: dict[str, Case] = {
         quick=tuple(Shape(1, (14, 14), code=d, pool=QUICK_POOL, rate=1.0) for d in (64, 1024)),
     ),
 }  # fmt: skip
-QUICK = ("step_rho_0.02", "step_rho_1", "search", "topk", "local_mix", "local_mix_qk", "supcon", "scaling_n")
+QUICK = ("step_rho_0.02", "step_rho_1", "search", "topk", "local_mix", "local_mix_qk", "supcon", "density", "kmeans",
+         "scaling_n")
 STAGES = {  # where one call of ours spends its time, and the case it takes apart
     "stages_rho_0.02": "step_rho_0.02",
     "stages_rho_1": "step_rho_1",
@@ -143,6 +172,8 @@ INNER: dict[str, Callable[[Shape], tuple[int, ...]]] = {  # inner dimensions of 
     "search": lambda shape: (shape.channels, shape.code),
     "topk": lambda shape: (shape.channels,),
     "supcon": lambda shape: (shape.code,),
+    "density": lambda shape: (shape.channels,),
+    "kmeans": lambda shape: (shape.channels,),
     "local_mix_qk": lambda shape: (HEAD_CHANNELS,),
 }
 
@@ -205,7 +236,8 @@ def build_plan(
 def ceilings(races: list[Race], quick: bool) -> list[Race]:
     """The copy, and a product at every inner dimension of the races: what the machine gives."""
     repetitions = 2 if quick else 5
-    rows = max((race.shape.rows for race in races if not race.case.startswith("scaling")), default=6272)
+    steps = (race for race in races if race.kind in ("step", "search") and not race.case.startswith("scaling"))
+    rows = max((race.shape.rows for race in steps), default=6272)
     widths = sorted({k for race in races for k in INNER.get(race.kind, lambda shape: ())(race.shape)})
     shapes = [Shape(1, (1, min(rows, PRODUCT_ROWS)), channels=k) for k in widths]
     products = [Race("product", "product", ("torch.mm",), shape, repetitions, memory=False) for shape in shapes]

@@ -3,7 +3,8 @@
 Image by image, the T x N similarities of that image's patches to the whole batch are formed, compared with both
 thresholds, turned into masks stored as floating point numbers, and multiplied with exponentials that autograd keeps
 until the backward pass: four T x N tables an image, N^2 numbers each over the batch. Nothing here is made slow on
-purpose: products are library products, the thresholds are found in one product, and the random mask is drawn once per call.
+purpose: products are library products, the thresholds are found in one product, and the random mask is drawn once
+a call.
 
 Hidden Positives: Seong et al., CVPR 2023. The numbers agree with `hpkernels` (tests/test_benchmarks.py); where the
 published code would give NaN (an image without any positive, a row with an empty denominator) so does this.

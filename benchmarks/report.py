@@ -77,12 +77,25 @@ def _heading(run: dict) -> str:
     if step:
         lines.append(
             f"Unless a row says otherwise {step['N'] // step['T']} images of {step['T']} patches (N = {step['N']:,}), "
-            f"C {step['C']}, D {step['D']}, pools of {step['pool']:,}; a step is the search and the forward and backward "
-            "pass of both streams."
+            f"C {step['C']}, D {step['D']}, pools of {step['pool']:,}; a step is the search and the forward and "
+            "backward pass of both streams."
         )
+    lines += _later(run)
     if step and "density_p" in step:
         lines.append(f"P is {step['density_p']:.2%} and Q {step['density_q']:.2%} dense.")
     return " ".join(lines)
+
+
+def _later(run: dict) -> list[str]:
+    """Of which other runs some of the rows are, by their commits and dates."""
+    runs: dict[tuple[str, str], list[str]] = {}
+    for row in run["rows"]:
+        if row["case"] in CASES and (row["commit"], row["date"]) != (run["commit"], run["date"]):
+            runs.setdefault((row["commit"], row["date"]), []).append(TITLES[row["case"]])
+    return [
+        f"Of commit {commit}, {date}, are: {', '.join(dict.fromkeys(titles))}."
+        for (commit, date), titles in runs.items()
+    ]
 
 
 def _rows(run: dict, case: str) -> list[dict]:

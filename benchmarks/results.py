@@ -6,12 +6,12 @@ import csv
 import json
 from pathlib import Path
 
-from benchmarks.plan import NEIGHBOURS, Race, Shape
+from benchmarks.plan import CLUSTERS, GROUPS, NEIGHBOURS, SCALES, Race, Shape
 
 FORMAT = 2
 COLUMNS = (
     "case", "kind", "peer", "stage", "status", "reason", "device", "dtype",
-    "N", "T", "C", "D", "pool", "heads", "k", "rho", "density", "density_p", "density_q",
+    "N", "T", "C", "D", "pool", "heads", "k", "groups", "rho", "density", "density_p", "density_q",
     "p20_ms", "p50_ms", "p80_ms", "repetitions", "peak_bytes",
     "flop", "bytes", "tflops", "gbs", "ceiling", "percent_of_ceiling",
     "hpkernels", "torch", "triton", "peer_version", "python", "processor", "threads", "commit", "date",
@@ -33,7 +33,7 @@ class Ceilings:
             self.copy = row["gbs"] * 1e9
 
     def least_seconds(self, flop: dict[int, float], nbytes: float) -> tuple[str, float]:
-        """Time of the arithmetic or of the bytes at the measured rates, the longer, and its name; ("", 0) if unknown."""
+        """Time of the arithmetic or of the bytes at the measured rates, the longer, with its name; "", 0 if unknown."""
         times = []
         if flop and all(k in self.product for k in flop):
             times.append(("product", sum(value / self.product[k] for k, value in flop.items())))
@@ -59,10 +59,18 @@ def shape_fields(race: Race) -> dict:
         "local_mix": ("N", "T", "D"),
         "local_mix_qk": ("N", "T", "D"),
         "supcon": ("N", "D"),
+        "density": ("N", "C", "pool"),
+        "kmeans": ("N", "C"),
         "product": ("N", "C"),
         "copy": (),
     }.get(race.kind, tuple(fields))
-    extra = {"topk": {"k": NEIGHBOURS}, "local_mix": {"heads": s.heads}, "local_mix_qk": {"heads": s.heads}}
+    extra = {
+        "topk": {"k": NEIGHBOURS},
+        "local_mix": {"heads": s.heads},
+        "local_mix_qk": {"heads": s.heads},
+        "density": {"k": max(SCALES), "groups": GROUPS},
+        "kmeans": {"k": CLUSTERS},
+    }
     return {name: fields[name] for name in kept} | extra.get(race.kind, {})
 
 
@@ -107,6 +115,23 @@ def load(path: Path) -> dict | None:
         return None
     results = json.loads(path.read_text())
     return results if results.get("format") == FORMAT else None
+
+
+def merge(earlier: dict, run: dict) -> dict:
+    """The earlier results with the rows of a run of some cases in the place of its own of these cases.
+
+    Every row says by its commit and date which run it is of; the head stays the earlier one's. Of the ceilings, those
+    of sizes the earlier run did not measure are added, as its rows are shares of its own.
+    """
+    ceilings = ("product", "copy")
+    known = {_size(row) for row in earlier["rows"] if row["case"] in ceilings}
+    rerun = {row["case"] for row in run["rows"] if row["case"] not in ceilings}
+    kept = [row for row in earlier["rows"] if row["case"] not in rerun]
+    return earlier | {"rows": kept + [row for row in run["rows"] if row["case"] in rerun or _size(row) not in known]}
+
+
+def _size(row: dict) -> tuple:
+    return row["case"], row.get("N"), row.get("C")
 
 
 def find(results: dict, case: str, peer: str, stage: str | None = None) -> dict | None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks import results as tidy
@@ -60,7 +61,8 @@ class Contender:
         environment = os.environ | {"OMP_NUM_THREADS": str(setting.threads), "PYTHONUNBUFFERED": "1"} | environment
         self.setting = setting
         self.slowest = 0.0
-        self.errors = tempfile.TemporaryFile("w+")  # a file, as an unread pipe would fill up and stop the worker
+        # A file, as an unread pipe would fill up and stop the worker.
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the worker)
         self.process = subprocess.Popen(
             command("benchmarks.worker"),
             cwd=ROOT,
@@ -223,17 +225,17 @@ def _run_race(race: Race, rows: dict[str, dict], peers: list[str], setting: Sett
         for peer in peers:  # all at once: their imports take longer than many a job
             running[peer] = stack.enter_context(contender(setting))
         for peer in peers:
-            attempt(peer, lambda: start(peer))
+            attempt(peer, partial(start, peer))
         began = time.monotonic()
         for repetition in range(race.repetitions):
             late = time.monotonic() - began > setting.seconds_per_race
             if late and (repetition >= MIN_REPETITIONS or any(w.slowest > SLOW for w in running.values())):
                 break
             for peer, worker in list(running.items()):
-                attempt(peer, lambda: seconds[peer].append(worker.time()))
+                attempt(peer, lambda peer=peer, worker=worker: seconds[peer].append(worker.time()))
         if race.memory and setting.device == "cuda":  # counted by the allocator, so no fresh process is needed
             for peer, worker in list(running.items()):
-                attempt(peer, lambda: rows[peer].update(worker.ask("memory")))
+                attempt(peer, lambda peer=peer, worker=worker: rows[peer].update(worker.ask("memory")))
     for peer, values in seconds.items():
         if values:
             rows[peer].update(summary(values))

@@ -1,12 +1,14 @@
-"""Segmentation quality on MSRC v2: k-means on RGB, k-means on frozen features, the trained head.
+"""Segmentation quality on MSRC v2: k-means, STEGO, Hidden Positives and its parts, all on the same frozen features.
 
-    python -m benchmarks.quality.msrc MSRCV2 --out OUT [--extra-weights FILE] [--seeds 3] [settings of hpseg train]
+    python -m benchmarks.quality.msrc MSRCV2 --out OUT [--extra-weights FILE] [--methods hp stego]
+        [settings of hpseg train]
 
 MSRCV2 holds images/, labels/ (class ids, 255 is void) and classes.json. Of the images sorted by name every 4th is test;
-the others train, without labels. All three methods see the training images only and are scored on the test images, all
-with as many clusters as there are classes. The embedded backbone is always measured, each --extra-weights FILE as well.
+the others train, without labels. Every method sees the training images only, takes as many steps, finds as many
+clusters as there are classes and is scored on the test images, with one seed after the other. The embedded backbone (or
+--backbone) is measured unless --only-extra, each --extra-weights FILE as well.
 Writes OUT/quality_msrc.json and OUT/quality_msrc.md: mean and standard deviation over the seeds. Backbones measured
-earlier stay in the two files.
+earlier stay in the two files; --readme puts the tables into the README beside this file, too.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from pathlib import Path
 import torch
 
 import hpseg
-from hpseg.cli import add_setting_flags
-from hpseg.config import make_config
+from hpseg.commands.train import add_setting_flags
+from hpseg.config import MACHINE_FIELDS, make_config
 from hpseg.data.folder import find_images
 from hpseg.data.labelled import open_folder
-from hpseg.evaluation.evaluate import TITLES, evaluate_runs
+from hpseg.evaluation.evaluate import evaluate_runs
 
 
 def make_split(source: Path, target: Path, dev: bool = False) -> None:
@@ -51,47 +53,107 @@ def make_split(source: Path, target: Path, dev: bool = False) -> None:
         (target / part / "classes.json").symlink_to((source / "classes.json").resolve())
 
 
-def measure(split: Path, weights: str | None, seeds: int, settings: dict) -> dict:
-    """Trains one run per seed on the backbone and scores all of them and their baselines."""
-    runs, seconds = [], []
-    for seed in range(seeds):
-        runs.append(Path(tempfile.mkdtemp(dir=split)) / "run")
-        began = time.perf_counter()
-        hpseg.train(split / "train" / "images", runs[-1], weights=weights, seed=seed, **settings)
-        seconds.append(round(time.perf_counter() - began, 1))
-    per_seed = evaluate_runs(runs, split / "test", rgb=True)
-    summary = {}
-    for method in TITLES:
-        summary[method] = {}
-        for score in ("miou", "accuracy"):
-            values = [results[method][score] for results in per_seed]
-            summary[method][score] = {
-                "mean": statistics.mean(values),
-                "sd": statistics.stdev(values) if seeds > 1 else 0.0,
-                "values": values,
+def methods(steps: int) -> dict[str, dict]:
+    """Settings of what is trained. Without a local stream and before the warm-up ends, Hidden Positives is reduced to
+    its task-agnostic positives."""
+    never = {"lambda_warmup": steps}
+    return {
+        "stego": {"preset": "stego-small"},
+        "agnostic": {"local": False, **never},
+        "specific": {"local": False},
+        "local": never,
+        "hp": {},
+    }
+
+
+ROWS = {
+    "kmeans_rgb": "k-means, RGB",
+    "kmeans_features": "k-means, frozen features",
+    "stego": "STEGO",
+    "hp": "Hidden Positives: all three",
+    "agnostic": "task-agnostic positives only",
+    "specific": "task-agnostic and task-specific",
+    "local": "task-agnostic and local stream",
+}
+SCORES = ("miou", "accuracy")
+
+
+def measure(split: Path, weights: str | None, seeds: int, chosen: dict[str, dict], settings: dict) -> dict:
+    """Trains one run per method and seed on the backbone and scores all of them and the baselines."""
+    began, runs, seconds = time.perf_counter(), {}, {}
+    folder = Path(tempfile.mkdtemp(dir=split))
+    settings = settings | {"weights": weights, "preview_every": 0}
+    if settings.get("cache_features", True):
+        settings["cache_dir"] = str(folder / "features")
+    for name, own in chosen.items():
+        for seed in range(seeds):
+            run, started = folder / f"{name}_{seed}", time.perf_counter()
+            hpseg.train(split / "train" / "images", run, seed=seed, **(settings | own))
+            runs.setdefault(name, []).append(run)
+            seconds.setdefault(name, []).append(round(time.perf_counter() - started, 1))
+    scored: dict[str, list[dict]] = {}
+    for number, (name, of_method) in enumerate(runs.items()):  # the baselines are the same for all: fitted once
+        results = evaluate_runs(of_method, split / "test", rgb=number == 0, baselines=number == 0)
+        scored[name] = [scores["trained"] for scores in results]
+        if number == 0:
+            scored |= {
+                baseline: [scores[baseline] for scores in results] for baseline in ("kmeans_rgb", "kmeans_features")
             }
     return {
-        "backbone": Path(weights).stem if weights else "embedded",
+        "backbone": Path(weights).stem if weights else settings.get("backbone", "embedded"),
+        "seconds": round(time.perf_counter() - began, 1),
         "train_seconds": seconds,
-        "summary": summary,
-        "clusters": per_seed[0]["clusters"],
-        "images": per_seed[0]["images"],
+        "settings": {name: deciding(settings | own) for name, own in chosen.items()},
+        "summary": {name: {score: spread(of_seeds, score) for score in SCORES} for name, of_seeds in scored.items()},
+        "clusters": results[0]["clusters"],
+        "images": results[0]["images"],
         "iou_per_class": {
-            name: [results["trained"]["iou"][row] for results in per_seed]
-            for row, name in enumerate(per_seed[0]["classes"])
+            name: dict(
+                zip(results[0]["classes"], zip(*(scores["iou"] for scores in of_seeds), strict=True), strict=True)
+            )
+            for name, of_seeds in scored.items()
         },
     }
 
 
-def table(results: list[dict]) -> str:
-    lines = ["| backbone | method | mIoU | accuracy |", "|---|---|---|---|"]
-    for result in results:
-        for method in ("kmeans_rgb", "kmeans_features", "trained"):
-            cells = (
-                "{mean:.1f} ± {sd:.1f}".format(**result["summary"][method][score]) for score in ("miou", "accuracy")
-            )
-            lines.append(f"| {result['backbone']} | {TITLES[method]} | {' | '.join(cells)} |")
+def deciding(settings: dict) -> dict:
+    """All settings of a run but paths and those of the machine."""
+    every = vars(make_config(**settings))
+    return {name: value for name, value in every.items() if name not in (*MACHINE_FIELDS, "images", "weights")}
+
+
+def spread(of_seeds: list[dict], score: str) -> dict:
+    values = [scores[score] for scores in of_seeds]
+    return {
+        "mean": statistics.mean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "values": values,
+    }
+
+
+def table(results: list[dict], rows: dict[str, str] = ROWS) -> str:
+    """mIoU and accuracy, a row per method and two columns per backbone."""
+    heads = [f"{result['backbone']}, {title}" for result in results for title in ("mIoU", "accuracy")]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for name, title in rows.items():
+        cells = [
+            "{mean:.1f} ± {sd:.1f}".format(**result["summary"][name][score]) if name in result["summary"] else ""
+            for result in results
+            for score in SCORES
+        ]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def page(results: list[dict], rows: dict[str, str] = ROWS) -> str:
+    """The table and, for each backbone, how it was measured."""
+    lines = [
+        f"{result['backbone']}: `{result['command']}`, {result['date']}, {result['seconds'] / 60:.0f} minutes, "
+        f"{result['threads']} threads of {result['machine']}, torch {result['torch']}"
+        for result in results
+    ]
+    return f"{table(results, rows)}\n\n" + "\n\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -100,45 +162,60 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--extra-weights", action="append", default=[], metavar="FILE", help="measure this ViT too")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only-extra", action="store_true", default=False, help="leave the embedded backbone out")
+    parser.add_argument("--methods", nargs="+", choices=list(methods(0)), default=list(methods(0)))
+    parser.add_argument("--only-extra", action="store_true", default=False, help="leave --backbone out")
+    parser.add_argument("--readme", action="store_true", default=False, help="renew the table in the README, too")
     parser.add_argument(
         "--dev",
         action="store_true",
         default=False,
         help="split the training images once more and never touch the test images",
     )
-    add_setting_flags(parser, leave_out=("images", "classes", "weights", "seed"))
+    method_fields = ("preset", "method", "local", "lambda_warmup")
+    add_setting_flags(parser, leave_out=("images", "classes", "weights", "seed", "cache_dir", *method_fields))
     settings = vars(parser.parse_args())
-    source, out, extra, seeds, only_extra, dev = (
-        settings.pop(name) for name in ("msrcv2", "out", "extra_weights", "seeds", "only_extra", "dev")
+    source, out, extra, seeds, only_extra, dev, readme, names = (
+        settings.pop(name)
+        for name in ("msrcv2", "out", "extra_weights", "seeds", "only_extra", "dev", "readme", "methods")
     )
-    settings["classes"] = len(open_folder(source).classes)
-    command = f"python -m benchmarks.quality.msrc {shlex.join(sys.argv[1:])}"
-    for path in [str(source), str(out), *extra]:
-        command = command.replace(path, Path(path).name)
-    facts = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "machine": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "settings": vars(make_config(**settings)),
-    }
+    settings = {"classes": len(open_folder(source).classes), "steps": make_config().steps, **settings}
+    chosen = {name: own for name, own in methods(settings["steps"]).items() if name in names}
+    facts = circumstances("msrc", [str(source), str(out), *extra])
     out.mkdir(parents=True, exist_ok=True)
     report = out / "quality_msrc.json"
     results = json.loads(report.read_text())["results"] if report.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
         make_split(source, Path(folder), dev)
         for weights in ([] if only_extra else [None]) + extra:
-            new = {**measure(Path(folder), weights, seeds, settings), **facts}
+            new = {**measure(Path(folder), weights, seeds, chosen, settings), **facts}
             results = [old for old in results if old["backbone"] != new["backbone"]] + [new]
             report.write_text(json.dumps({"results": results}, indent=1) + "\n")
-            commands = "\n".join(
-                f"{result['backbone']}: `{result['command']}`, {result['date']}\n" for result in results
-            )
-            (out / "quality_msrc.md").write_text(f"{table(results)}\n\n{commands}")
+            (out / "quality_msrc.md").write_text(page(results))
+            if readme:
+                put_between(Path(__file__).with_name("README.md"), page(results))
             print(table([new]), flush=True)
+
+
+def circumstances(module: str, paths: list[str]) -> dict:
+    """The command line of a benchmark, folders by their names only, and where and when it runs."""
+    command = f"python -m benchmarks.quality.{module} {shlex.join(sys.argv[1:])}"
+    for path in paths:
+        command = command.replace(path, Path(path).name)
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machine": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def put_between(path: Path, text: str) -> None:
+    """Replaces what stands between the two marks in the file."""
+    begin, end = "<!-- table:begin -->", "<!-- table:end -->"
+    before, rest = path.read_text().split(begin)
+    path.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def processor() -> str:
