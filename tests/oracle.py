@@ -28,13 +28,13 @@ def nearest(features: np.ndarray, k: int) -> np.ndarray:
     return chosen | chosen.T
 
 
-def loss(streams, P, Q, M, weight, tokens, tau=0.8, tau_b=0.07, weighting="pairs") -> float:
+def loss(streams, P, Q, M, weight, tokens, tau=0.8, tau_b=0.07, weighting="pairs", Q_in_E=False) -> float:
     """streams: (N, D) arrays; P, Q: bool (N, N), Q may be None; M: bool (R, N) or None for every column."""
     n = P.shape[0]
     P = P & ~np.eye(n, dtype=bool)
     Q = np.zeros_like(P) if Q is None else Q & ~np.eye(n, dtype=bool)
     rows = np.ones((1, n), bool) if M is None else M
-    E = (P | np.tile(rows, (n // len(rows), 1))) & ~np.eye(n, dtype=bool)
+    E = (P | (Q if Q_in_E else False) | np.tile(rows, (n // len(rows), 1))) & ~np.eye(n, dtype=bool)
     total, images = 0.0, n // tokens
     for x in streams:
         logits = unit(x) @ unit(x).T / tau

@@ -14,7 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
-from benchmarks import checks, marks, peers, plan, plots, published, report, results, runner, stages
+from benchmarks import checks, marks, peers, plain, plan, plots, published, report, results, runner, stages
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.cases import KINDS, search_flop, step_flop
 from benchmarks.features import density, make_batch, make_labels, one_positive_pool
@@ -114,6 +114,8 @@ WRONG = {
     "topk": lambda qk: (torch.topk(qk[0] @ qk[1].T, 16).values, torch.zeros(len(qk[0]), 16, dtype=torch.int64)),
     "local_mix": lambda inputs: 1.001 * KINDS["local_mix"].contenders["torch"](inputs),
     "supcon": lambda inputs: 1.001 * KINDS["supcon"].contenders["chunked"](inputs),
+    "density": lambda inputs: 1.001 * KINDS["density"].contenders["chunked"](inputs),
+    "kmeans": lambda inputs: plain.kmeans(inputs.x, inputs.start, 1),
 }
 
 
@@ -333,6 +335,38 @@ def test_command_writes_tidy_results_tables_and_readme(tmp_path: Path, capsys: p
     assert text.startswith("head\n") and text.endswith("\ntail\n") and "old" not in text
     assert "topk_similarity" in text and "torch.topk" in text
     assert "skipped" in (tmp_path / "cpu.md").read_text()
+
+
+def test_a_run_of_some_cases_takes_the_place_of_theirs(tmp_path: Path) -> None:
+    """Rows keep their own commit and date, and the tables say whose is whose; nothing to merge into is said."""
+
+    def row(case: str, p50: float, commit: str, **fields) -> dict:
+        kind = CASES[case].kind if case in CASES else case
+        row = {"case": case, "kind": kind, "peer": "hpkernels", "status": "ok", "p50_ms": p50, "commit": commit}
+        return row | {"p20_ms": p50, "p80_ms": p50, "date": "2026-01-02" if commit == "new" else "2026-01-01"} | fields
+
+    def run(commit: str, *rows: dict) -> dict:
+        setting = {"device": "cpu", "dtype": "float32", "threads": 1, "quick": False}
+        versions = {"cpu": "a CPU", "torch": "2"}
+        return {"date": rows[0]["date"], "commit": commit, "command": "x", "setting": setting, "versions": versions} | {
+            "rows": list(rows)
+        }
+
+    old = run("old", row("product", 5.0, "old", N=9, C=4), row("topk", 2.0, "old"), row("kmeans", 3.0, "old"))
+    new = run(
+        "new", row("product", 6.0, "new", N=9, C=4), row("product", 7.0, "new", N=9, C=8), row("kmeans", 1.0, "new")
+    )
+    both = results.merge(old, new)
+    assert [(r["case"], r["p50_ms"], r["commit"]) for r in both["rows"]] == [
+        ("product", 5.0, "old"), ("topk", 2.0, "old"), ("product", 7.0, "new"), ("kmeans", 1.0, "new"),
+    ]  # fmt: skip
+    assert both["commit"] == "old" and results.merge(both, new) == both
+    text = report.render(both)
+    assert "Of commit new, 2026-01-02, are: k-means" in text and "commit old, 2026-01-01" in text
+    with pytest.raises(SystemExit, match="found none"):
+        main(["--case", "kmeans", "--merge", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main(["--case", "kmeans", "--merge", "--quick"])
 
 
 def test_results_of_an_older_format_leave_the_readme_alone(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ CASES = {
     "nearest_head": {"z_local": True, "head": True, "k": 3, "weighting": "separate"},
     "anchors": {"head": True, "weighting": "anchors"},
     "separate": {"head": True, "weighting": "separate", "negative_rate": 0.5},
+    "head_in_denominator": {"z_local": True, "head": True, "head_in_denominator": True},
     "mask": {"mask": "tokens"},
     "square_mask": {"mask": "square"},
     "cold": {"temperature": 0.01, "head": True, "k": 5},
@@ -239,7 +240,7 @@ def test_equals_one_process(ranks, name):
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_reach_every_rank(ranks, name):
     _, error, message = ERRORS[name]
-    world, saved = ranks
+    _, saved = ranks
     first = saved[0]["errors"][name]
     assert first is not None and first[0] == error.__name__
     with pytest.raises(error, match=message):

@@ -8,12 +8,17 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import hpkernels as hk
 from hpkernels import dispatch
 
 Z, F, POOL = torch.randn(12, 6), torch.randn(12, 5), torch.randn(4, 5)
 HEADS = torch.randn(2, 3, 16, 8)  # queries or keys
+FEW_ROWS = hk.PairMask.random(0.5, (5, 12), 1)
+HEAD = {"head_features": Z, "head_pool": Z}
+LABELS = torch.arange(12) % 3
+CODE, ATTENTION, TAPS = torch.randn(2, 16, 3), torch.randn(2, 16, 16), torch.rand(2, 16, 9)
 LOSS_ERRORS = [
     ({"z": "text"}, TypeError, "z: expected a torch.Tensor, got str"),
     ({"z": Z.int()}, TypeError, "z: expected float16"),
@@ -40,6 +45,7 @@ LOSS_ERRORS = [
     ({"negative_mask": torch.ones(3, 12)}, TypeError, "negative_mask: expected a bool tensor"),
     ({"negative_mask": torch.ones(5, 12, dtype=torch.bool)}, ValueError, "negative_mask: expected shape"),
     ({"weighting": "sum"}, ValueError, "weighting: expected one of 'pairs', 'anchors', 'separate', got 'sum'"),
+    ({"head_in_denominator": 1}, TypeError, "head_in_denominator: expected True or False, got 1"),
     ({"head_weight": 0.5}, ValueError, "head_weight: expected 0.0 without head_features, got 0.5"),
     ({"head_weight": torch.tensor(0.5)}, ValueError, "head_weight: expected 0.0 without head_features"),
     ({"head_weight": "x"}, TypeError, "head_weight: expected a float or a 0-dim tensor"),
@@ -53,6 +59,37 @@ LOSS_ERRORS = [
     ({"seed": torch.ones(2, dtype=torch.int64)}, TypeError, "seed: expected an int or a 0-dim int64"),
     ({"seed": 2**64}, ValueError, "seed: expected a 64-bit integer"),
     ({"backend": "metal"}, ValueError, "backend: 'metal' cannot be used here"),
+    ({"backend": ""}, ValueError, "backend: '' cannot be used here"),
+    ({"backend": 0}, TypeError, "backend: expected one of 'reference', 'cpu', 'triton', 'cuda' or None, got 0"),
+    ({"z": Z.to_sparse()}, TypeError, "z: expected a dense tensor, got a sparse_coo float32 tensor of shape"),
+    (
+        {"features": torch.nested.nested_tensor([F, F])}, TypeError,
+        "features: expected a dense tensor, got a nested float32",
+    ),
+    ({"pool": POOL.to_mkldnn()}, TypeError, "pool: expected a dense tensor, got a _mkldnn float32 tensor"),
+    ({"temperature": True}, TypeError, "temperature: expected a Python number > 0, got True"),
+    ({"temperature": 1e-10}, ValueError, r"temperature: expected a number from 1e-09 to 1e\+09, got 1e-10"),
+    ({"base_temperature": 1e300}, ValueError, "base_temperature: expected a number from 1e-09 to"),
+    ({"negative_rate": True}, TypeError, "negative_rate: expected a Python number in"),
+    ({"tokens_per_image": 2**64}, ValueError, "tokens_per_image: expected a 64-bit integer"),
+    (
+        {"negative_mask": torch.ones(12, 12, dtype=torch.bool, device="meta")}, ValueError,
+        "negative_mask: expected a tensor on cpu",
+    ),
+    ({"return_stats": 1}, TypeError, "return_stats: expected True or False, got 1"),
+    ({"seed": torch.tensor(1, device="meta")}, ValueError, "seed: expected a tensor on cpu"),
+    (HEAD | {"head_weight": 1e30}, ValueError, r"head_weight: expected a finite number from 0 to 1e\+09, got 1e\+30"),
+    (HEAD | {"head_weight": 10**400}, ValueError, "head_weight: expected a finite number from 0 to"),
+    (
+        HEAD | {"head_weight": torch.tensor(torch.nan)}, ValueError,
+        r"head_weight: expected a finite number from 0 to 1e\+09, got nan",
+    ),
+    (HEAD | {"head_weight": torch.tensor(-1.0)}, ValueError, "head_weight: expected a finite number from 0 to"),
+    (
+        HEAD | {"head_weight": torch.tensor(1j)}, ValueError,
+        "head_weight: expected a float or a 0-dim tensor, got a complex64",
+    ),
+    (HEAD | {"head_weight": torch.tensor(1.0, device="meta")}, ValueError, "head_weight: expected a tensor on cpu"),
     ({"process_group": object()}, TypeError, "process_group: expected a torch.distributed.ProcessGroup or None, got"),
 ]
 
@@ -94,11 +131,23 @@ SEARCH_ERRORS = [
     (lambda: hk.local_mix(torch.randn(2, 16, 3), (HEADS, HEADS), (4, 4), sigma=-1), ValueError, "sigma: expected"),
     (lambda: hk.neighbor_weights_qk(HEADS[0], HEADS, (4, 4)), ValueError, "queries: expected 4 dimensions"),
     (lambda: hk.neighbor_weights_qk(HEADS.int(), HEADS, (4, 4)), TypeError, "queries: expected float16"),
-    (lambda: hk.neighbor_weights_qk(HEADS, HEADS, (4, 5)), ValueError, r"queries: expected \(B, heads, 20, d\) for grid"),
-    (lambda: hk.neighbor_weights_qk(HEADS[:, :0], HEADS[:, :0], (4, 4)), ValueError, "queries: expected at least one head"),
+    (
+        lambda: hk.neighbor_weights_qk(HEADS, HEADS, (4, 5)),
+        ValueError,
+        r"queries: expected \(B, heads, 20, d\) for grid",
+    ),
+    (
+        lambda: hk.neighbor_weights_qk(HEADS[:, :0], HEADS[:, :0], (4, 4)),
+        ValueError,
+        "queries: expected at least one head",
+    ),
     (lambda: hk.neighbor_weights_qk(HEADS, HEADS[:, :1], (4, 4)), ValueError, "keys: expected the shape of queries"),
     (lambda: hk.neighbor_weights_qk(HEADS, HEADS.to("meta"), (4, 4)), ValueError, "keys: expected a tensor on cpu"),
-    (lambda: hk.neighbor_weights_qk(HEADS, HEADS, (4, 4), scale=0), ValueError, "scale: expected a finite number > 0, got 0"),
+    (
+        lambda: hk.neighbor_weights_qk(HEADS, HEADS, (4, 4), scale=0),
+        ValueError,
+        "scale: expected a finite number > 0, got 0",
+    ),
     (lambda: hk.neighbor_weights_qk(HEADS, HEADS / 0, (4, 4)), ValueError, "keys: expected finite numbers"),
     (lambda: hk.neighbor_weights_qk(HEADS * torch.nan, HEADS, (4, 4)), ValueError, "queries: expected finite numbers"),
     (lambda: hk.neighbor_mix(torch.randn(2, 16, 3), torch.randn(2, 16, 8), (4, 4)), ValueError, "weights: expected"),
@@ -112,9 +161,64 @@ SEARCH_ERRORS = [
         r"positives: expected a PairMask of shape \(12, 12\)",
     ),
     (
-        lambda: hk.masked_contrastive_loss(Z, hk.PairMask.random(0.5, (12, 12), 1), negatives=hk.PairMask.random(0.5, (5, 12), 1)),
+        lambda: hk.masked_contrastive_loss(Z, hk.PairMask.random(0.5, (12, 12), 1), negatives=FEW_ROWS),
         ValueError,
         "negatives: expected a number of rows that divides N = 12",
+    ),
+    (lambda: hk.max_similarity(Z.to_sparse_csr(), Z), TypeError, "queries: expected a dense tensor, got a sparse_csr"),
+    (
+        lambda: hk.topk_similarity(Z, Z, 2, exclude_self="no"), TypeError,
+        "exclude_self: expected True or False, got 'no'",
+    ),
+    (
+        lambda: hk.topk_similarity(Z, Z, 2, query_groups=LABELS.to_sparse(), key_groups=LABELS),
+        TypeError,
+        "query_groups: expected a dense tensor, got a sparse_coo int64",
+    ),
+    (lambda: hk.supervised_contrastive_loss(Z, LABELS.to_sparse()), TypeError, "labels: expected a dense tensor"),
+    (
+        lambda: hk.supervised_contrastive_loss(Z, LABELS, ignore_index=2**70), ValueError,
+        "ignore_index: expected a 64-bit",
+    ),
+    (lambda: hk.supervised_contrastive_loss(Z, LABELS, form=["supcon"]), ValueError, "form: expected one of"),
+    (lambda: hk.local_mix(CODE, ATTENTION[:1], (4, 4)), ValueError, "attention: expected 2 images on cpu, as code"),
+    (lambda: hk.local_mix(CODE, (HEADS[:1], HEADS[:1]), (4, 4)), ValueError, "attention: expected 2 images on cpu"),
+    (lambda: hk.local_mix(CODE, ATTENTION.to("meta"), (4, 4)), ValueError, "attention: expected 2 images on cpu"),
+    (lambda: hk.neighbor_weights(ATTENTION, (4.0, 4.0)), TypeError, "grid: expected an int, got 4.0"),
+    (lambda: hk.neighbor_weights(ATTENTION, (None, 4)), TypeError, "grid: expected an int, got None"),
+    (lambda: hk.neighbor_weights(ATTENTION, (4, 4), sigma=1e300), ValueError, "sigma: expected a number from 1e-09 to"),
+    (
+        lambda: hk.neighbor_weights_qk(HEADS, HEADS, (4, 4), scale=1e-30), ValueError,
+        "scale: expected a number from 1e-09",
+    ),
+    (lambda: hk.kmeans(Z.to("meta"), 2), ValueError, "x: expected rows with numbers, got a float32 tensor .* on meta"),
+    (lambda: hk.kmeans(Z, 2, spherical=1), TypeError, "spherical: expected True or False, got 1"),
+    (lambda: hk.kmeans(Z, 2, seed=2**64), ValueError, "seed: expected a 64-bit integer"),
+    (lambda: hk.kmeans(Z, 2, batch_size=2**64), ValueError, "batch_size: expected a 64-bit integer"),
+    (
+        lambda: hk.kmeans(Z, 2, init=Z[:2].numpy()), ValueError,
+        "init: expected one of 'k-means\\+\\+', 'random', got array",
+    ),
+    (lambda: hk.assign_clusters(Z, Z, spherical=None), TypeError, "spherical: expected True or False, got None"),
+    (lambda: hk.outlier_distances(Z, Z, spherical="x"), TypeError, "spherical: expected True or False, got 'x'"),
+    (lambda: hk.PairMask(torch.zeros(3, 4).int(), 4.0), TypeError, "columns: expected an int, got 4.0"),
+    (
+        lambda: hk.PairMask(torch.zeros(3, 4).int(), 4, symmetric=1), TypeError,
+        "symmetric: expected True or False, got 1",
+    ),
+    (lambda: hk.PairMask(torch.full((3, 4), -1).int(), 100), ValueError, "bits: expected zeros past the 100 columns"),
+    (lambda: hk.PairMask(torch.zeros(3, 0).int(), -1), ValueError, "columns: expected at least 0, got -1"),
+    (lambda: hk.PairMask.from_labels(LABELS > 0), TypeError, "labels: expected an integer tensor, got a bool tensor"),
+    (lambda: hk.PairMask.from_labels(LABELS, ignore_index=None), TypeError, "ignore_index: expected an int, got None"),
+    (lambda: hk.PairMask.random(0.5, 3, 1), TypeError, r"shape: expected a pair of ints \(N, M\), got 3"),
+    (lambda: hk.PairMask.random(0.5, (-4, 3), 1), ValueError, "shape: expected at least 0, got -4"),
+    (
+        lambda: hk.PairMask.random(0.5, (2**40, 2**40), 1), ValueError,
+        r"shape: expected a mask of less than 2\^63 bytes",
+    ),
+    (
+        lambda: hk.PairMask.random(0.5, (3, 3), 1, device="gpu"), ValueError,
+        "device: expected a torch.device, the name of",
     ),
 ]  # fmt: skip
 
@@ -129,7 +233,8 @@ def test_other_functions_refuse(call, error, message):
 @pytest.mark.parametrize("name", ["z", "z_local", "features", "pool", "head_features", "head_pool"])
 def test_non_finite_input_is_named(name, bad, backend, device):
     arguments = {
-        "z": Z, "z_local": Z + 1, "features": F, "pool": POOL, "head_features": Z + 2, "head_pool": Z + 3, "head_weight": 0.5
+        "z": Z, "z_local": Z + 1, "features": F, "pool": POOL, "head_features": Z + 2, "head_pool": Z + 3,
+        "head_weight": 0.5,
     }  # fmt: skip
     arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     arguments[name] = arguments[name].clone()
@@ -156,6 +261,51 @@ def test_searches_name_non_finite_input(bad, backend, device):
     ]:
         with pytest.raises(ValueError, match=rf"^{name}: expected finite"):
             call()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["code", "weights"])
+def test_mixing_names_non_finite_input(name, bad, backend, device):
+    if device.type != "cpu":
+        pytest.skip("looking would synchronise the GPU")
+    tensors = {"code": CODE.clone(), "weights": TAPS.clone()}
+    tensors[name][1, 2, 1] = bad
+    with pytest.raises(ValueError, match=rf"^{name}: expected finite"):
+        hk.neighbor_mix(**tensors, grid=(4, 4), backend=backend)
+
+
+DERIVED = {
+    "hidden_positive_loss": lambda z, backend: hk.hidden_positive_loss(z, F, POOL, seed=1, backend=backend),
+    "masked_contrastive_loss": lambda z, backend: hk.masked_contrastive_loss(
+        z, hk.PairMask.from_labels(LABELS), backend=backend
+    ),
+    "supervised_contrastive_loss": lambda z, backend: hk.supervised_contrastive_loss(z, LABELS, backend=backend),
+    "neighbor_mix": lambda z, backend: hk.neighbor_mix(z.view(2, 6, 6), TAPS[:, :6], (2, 3), backend=backend).sum(),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_derivatives_that_kernels_lack_are_refused(name):
+    """Forward mode would else take them to be zero; torch.func fails in words of its own."""
+
+    def forward_mode(function):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(Z, torch.ones_like(Z)))).tangent
+
+    def slope(function):
+        return torch.func.jvp(function, (Z,), (torch.ones_like(Z),))[1]
+
+    def gradient(function):
+        return torch.func.grad(function)(Z).sum()
+
+    def of_many(function):
+        return torch.func.grad(lambda z: torch.func.vmap(function)(z).sum())(Z[None]).sum()
+
+    found = [way(lambda z: DERIVED[name](z, "reference")).item() for way in (forward_mode, slope, gradient, of_many)]
+    assert found == pytest.approx(found[:1] * 4, rel=1e-4, abs=1e-5) and abs(found[0]) > 1e-4
+    for way in (forward_mode, slope, gradient, of_many):
+        with pytest.raises(RuntimeError, match='the kernels have a backward pass alone.*pass backend="reference"'):
+            way(lambda z: DERIVED[name](z, "cpu"))
 
 
 def test_check_variable_raises_on_a_gpu(cuda, monkeypatch):

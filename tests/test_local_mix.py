@@ -1,4 +1,4 @@
-"""local_mix, neighbor_weights, neighbor_weights_qk, neighbor_mix: golden numbers, a direct oracle, gradients, odd input."""
+"""local_mix, neighbor_weights, neighbor_weights_qk, neighbor_mix: golden numbers, an oracle, gradients, odd input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_golden_from_queries_and_keys(name, backend, device):
     mixed = hk.neighbor_mix(rows, weights, meta["grid"], backend=backend).transpose(1, 2).reshape(tensors["code"].shape)
     assert (mixed - tensors["local_code"]).abs().max() <= 1e-6 * tensors["local_code"].abs().max()
     one_head = hk.neighbor_weights_qk(queries.mean(1, keepdim=True), keys[:, :1], meta["grid"], **options)
-    assert torch.equal(one_head, hk.neighbor_weights(queries.mean(1), meta["grid"], sigma=meta["sigma"], backend=backend))
+    assert torch.equal(
+        one_head, hk.neighbor_weights(queries.mean(1), meta["grid"], sigma=meta["sigma"], backend=backend)
+    )
 
 
 def oracle_weights(attention: np.ndarray, height: int, width: int, sigma=28.0, low=0.1, high=0.9) -> np.ndarray:
@@ -56,7 +58,9 @@ def oracle_weights(attention: np.ndarray, height: int, width: int, sigma=28.0, l
     out = np.zeros((batch, tokens, 9))
     for y in range(height):
         for x in range(width):
-            inside = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if 0 <= y + dy < height and 0 <= x + dx < width]
+            inside = [
+                (dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if 0 <= y + dy < height and 0 <= x + dx < width
+            ]
             for dy, dx in inside:
                 taps = p[:, y * width + x, (y + dy) * width + x + dx]
                 out[:, y * width + x, 3 * dy + dx + 4] = np.where(taps >= 1 / tokens, sigma * taps / len(inside), 0)
@@ -96,7 +100,8 @@ def test_weights_from_queries_and_keys_equal_oracle(grid, heads, depth, backend,
     logits = np.einsum("bhid,bhjd->bhij", queries.double().cpu(), keys.double().cpu()) * depth**-0.5
     disagree = np.abs(weights.double().cpu().numpy() - oracle_weights(logits, *grid, *options.values()))
     assert weights.dtype == dtype
-    assert (disagree > (1e-11 if dtype == torch.float64 else 1e-5) * 5.0).mean() <= (0 if dtype == torch.float64 else 1e-3)
+    within, share = (1e-11, 0) if dtype == torch.float64 else (1e-5, 1e-3)
+    assert (disagree > within * 5.0).mean() <= share
 
 
 def test_queries_and_keys_of_any_layout_and_dtype(backend, device):
@@ -149,6 +154,26 @@ def test_attention_that_underflowed_to_zero(share, backend, device):
     torch.testing.assert_close(weights, hk.neighbor_weights(attention.clamp_min(-1e30), (5, 5), backend=backend))
 
 
+def test_logits_that_overflow(backend, device):
+    """An error on the CPU and NaN on a GPU, never weights that look like any others."""
+    queries, keys = torch.randn(2, 1, 2, 12, 8, device=device)
+    attention = torch.randn(1, 2, 12, 12, device=device)
+    queries[:, :, 5] *= 1e20
+    keys *= 1e20
+    attention[:, :, 5, 3:] = torch.finfo(torch.float32).max
+    calls = {
+        "queries": lambda: hk.neighbor_weights_qk(queries, keys, (3, 4), backend=backend),
+        "attention": lambda: hk.neighbor_weights(attention, (3, 4), backend=backend),
+    }
+    for name, call in calls.items():
+        if device.type == "cpu":
+            with pytest.raises(ValueError, match=f"^{name}: .* finite .* for 1 tokens"):
+                call()
+        else:
+            nan = call().isnan().any(-1)
+            assert nan[:, 5].all() and nan.sum() == 1
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 4)])
 def test_mix_gradcheck(grid, backend, device):
     if device.type == "cuda":
@@ -181,3 +206,10 @@ def test_both_layouts_of_the_code(backend, device):
     image = hk.local_mix(code, attention, (4, 5), backend=backend)
     rows = hk.local_mix(code.flatten(2).transpose(1, 2), attention, (4, 5), backend=backend)
     assert torch.equal(image.flatten(2).transpose(1, 2), rows) and image.shape == code.shape
+
+
+def test_autocast_does_not_show_in_weights_of_queries_and_keys(backend, device):
+    queries, keys = torch.randn(2, 2, 3, 12, 8, device=device)
+    expected = hk.neighbor_weights_qk(queries, keys, (3, 4), backend=backend)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert torch.equal(hk.neighbor_weights_qk(queries, keys, (3, 4), backend=backend), expected)

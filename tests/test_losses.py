@@ -101,6 +101,24 @@ def test_equals_oracle(weighting, streams, rate, mining, backend, device):
     assert loss.item() == pytest.approx(expected, rel=1e-12 if dtype == torch.float64 else 2e-6)
 
 
+@pytest.mark.parametrize("weighting", ["pairs", "anchors", "separate"])
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 1.0])
+def test_head_in_denominator(weighting, rate, backend, device):
+    """E holds Q too; then no pair is more probable than 1, and no loss is below 0."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    p = problem(device=device, dtype=dtype)
+    loss = hk.hidden_positive_loss(
+        **p, head_weight=0.37, tokens_per_image=24, negative_rate=rate, weighting=weighting, head_in_denominator=True,
+        seed=11, backend=backend,
+    )  # fmt: skip
+    a = {k: v.double().cpu().numpy() for k, v in p.items()}
+    pairs = oracle.positives(a["features"], a["pool"]), oracle.positives(a["head_features"], a["head_pool"])
+    M = hk.PairMask.random(rate, (24, 96), 11).to_dense().numpy()
+    expected = oracle.loss([a["z"], a["z_local"]], *pairs, M, 0.37, 24, weighting=weighting, Q_in_E=True)
+    assert loss.item() == pytest.approx(expected, rel=1e-12 if dtype == torch.float64 else 2e-6)
+    assert expected > 0
+
+
 def test_three_dimensional_input_sets_tokens(backend, device):
     p = problem(device=device, dtype=torch.float32)
     flat = hk.hidden_positive_loss(p["z"], p["features"], p["pool"], tokens_per_image=24, seed=5, backend=backend)
@@ -120,8 +138,8 @@ def test_explicit_mask_equals_its_random_draw(backend, device):
 
 
 @pytest.mark.parametrize("weighting", ["pairs", "anchors", "separate"])
-@pytest.mark.parametrize("rate", [0.1, 1.0])
-def test_gradcheck(weighting, rate, backend, device):
+@pytest.mark.parametrize("rate, head_in_denominator", [(0.1, False), (1.0, False), (0.1, True)])
+def test_gradcheck(weighting, rate, head_in_denominator, backend, device):
     if device.type == "cuda":
         pytest.skip("fp64 runs on reference and cpu only")
     p = problem(n=16, d=4)
@@ -130,10 +148,11 @@ def test_gradcheck(weighting, rate, backend, device):
         return hk.hidden_positive_loss(
             z, p["features"], p["pool"], z_local=z_local, head_features=p["head_features"][:, :4],
             head_pool=p["head_pool"][:, :4], head_weight=weight, tokens_per_image=8, negative_rate=rate,
-            weighting=weighting, seed=2, backend=backend,
+            weighting=weighting, head_in_denominator=head_in_denominator, seed=2, backend=backend,
         )  # fmt: skip
 
-    inputs = (p["z"].requires_grad_(), p["z_local"].requires_grad_(), torch.tensor(0.4, dtype=torch.float64, requires_grad=True))
+    head_weight = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    inputs = (p["z"].requires_grad_(), p["z_local"].requires_grad_(), head_weight)
     assert torch.autograd.gradcheck(loss, inputs)
 
 
@@ -187,7 +206,8 @@ def test_low_precision_within_twice_torch(dtype, backend, device):
 def test_mixed_dtypes_are_promoted(backend, device):
     p = problem(dtype=torch.float32, device=device)
     loss = hk.hidden_positive_loss(
-        p["z"].bfloat16().requires_grad_(), p["features"], p["pool"].half(), z_local=p["z_local"], backend=backend, seed=1
+        p["z"].bfloat16().requires_grad_(), p["features"], p["pool"].half(), z_local=p["z_local"], backend=backend,
+        seed=1,
     )
     loss.backward()
     assert loss.dtype == torch.float32 and torch.isfinite(loss)
@@ -198,7 +218,9 @@ def test_lambda_may_be_a_tensor_and_zero(backend, device):
     head = {"head_features": p["head_features"], "head_pool": p["head_pool"], "seed": 3, "backend": backend}
     with_float = hk.hidden_positive_loss(p["z"], p["features"], p["pool"], head_weight=0.25, **head)
     weight = torch.tensor(0.25, device=device)
-    assert torch.equal(with_float, hk.hidden_positive_loss(p["z"], p["features"], p["pool"], head_weight=weight, **head))
+    assert torch.equal(
+        with_float, hk.hidden_positive_loss(p["z"], p["features"], p["pool"], head_weight=weight, **head)
+    )
     without = hk.hidden_positive_loss(p["z"], p["features"], p["pool"], seed=3, backend=backend)
     assert torch.equal(without, hk.hidden_positive_loss(p["z"], p["features"], p["pool"], head_weight=0.0, **head))
 
@@ -229,7 +251,9 @@ def test_rows_that_are_zero_or_alone(backend, device):
 def test_scale_of_the_inputs_does_not_matter(backend, device):
     p = problem(dtype=torch.float32, device=device)
     base = hk.hidden_positive_loss(p["z"], p["features"], p["pool"], seed=1, backend=backend)
-    scaled = hk.hidden_positive_loss(p["z"] * 2.0**100, p["features"] * 2.0**-100, p["pool"] * 2.0**80, seed=1, backend=backend)
+    scaled = hk.hidden_positive_loss(
+        p["z"] * 2.0**100, p["features"] * 2.0**-100, p["pool"] * 2.0**80, seed=1, backend=backend
+    )
     torch.testing.assert_close(base, scaled, rtol=1e-6, atol=0)
 
 
@@ -277,22 +301,25 @@ def test_stats(backend, device):
     assert all(s.ndim == 0 and not s.requires_grad for s in stats)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_masked_contrastive_loss(symmetric, backend, device):
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False, "positives"])
+def test_masked_contrastive_loss(symmetric, extra, backend, device):
     """Pairs of the user's own, asymmetric ones too, with a diagonal that must not count."""
     p = problem(n=48, dtype=torch.float32 if backend == "triton" else torch.float64, device=device)
     P, Q = torch.rand(48, 48, device=device) < 0.1, torch.rand(48, 48, device=device) < 0.1
     P.fill_diagonal_(True)
     if symmetric:
-        P, Q = P | P.T, Q | Q.T
+        P = P | P.T
+    if symmetric is True:
+        Q = Q | Q.T
     M = torch.rand(12, 48, device=device) < 0.2
     z = p["z"].clone().requires_grad_()
     pack = hk.PairMask.from_dense
     loss = hk.masked_contrastive_loss(
-        z, pack(P, symmetric=symmetric), extra_positives=pack(Q, symmetric=symmetric), extra_weight=0.5,
-        negatives=pack(M), tokens_per_image=12, temperature=0.3, backend=backend,
+        z, pack(P, symmetric=bool(symmetric)), extra_positives=pack(Q, symmetric=symmetric is True), extra_weight=0.5,
+        negatives=pack(M), tokens_per_image=12, temperature=0.3, extra_in_denominator=extra, backend=backend,
     )  # fmt: skip
-    args = (P.cpu().numpy(), Q.cpu().numpy(), M.cpu().numpy(), 0.5, 12, 0.3)
+    args = (P.cpu().numpy(), Q.cpu().numpy(), M.cpu().numpy(), 0.5, 12, 0.3, 0.07, "pairs", extra)
     expected = oracle.loss([p["z"].double().cpu().numpy()], *args)
     assert loss.item() == pytest.approx(expected, rel=1e-12 if loss.dtype == torch.float64 else 2e-6)
     loss.backward()
@@ -306,7 +333,8 @@ def test_labels_and_every_negative_are_supcon(backend, device):
     p = problem(n=40, dtype=torch.float32, device=device)
     labels = torch.arange(40, device=device) % 5
     loss = hk.masked_contrastive_loss(
-        p["z"], hk.PairMask.from_labels(labels), temperature=0.1, base_temperature=0.1, weighting="anchors", backend=backend
+        p["z"], hk.PairMask.from_labels(labels), temperature=0.1, base_temperature=0.1, weighting="anchors",
+        backend=backend,
     )
     same = (labels[:, None] == labels).cpu().numpy()
     expected = oracle.loss([p["z"].double().cpu().numpy()], same, None, None, 0.0, 40, 0.1, 0.1, "anchors")
@@ -318,7 +346,8 @@ def test_extreme_temperatures(temperature, backend, device):
     p = problem(dtype=torch.float32, device=device)
     z = p["z"].requires_grad_()
     loss = hk.hidden_positive_loss(
-        z, p["features"], p["pool"], temperature=temperature, tokens_per_image=24, negative_rate=0.1, seed=6, backend=backend
+        z, p["features"], p["pool"], temperature=temperature, tokens_per_image=24, negative_rate=0.1, seed=6,
+        backend=backend,
     )
     loss.backward()
     P = oracle.positives(p["features"].double().cpu().numpy(), p["pool"].double().cpu().numpy())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import hpkernels as hk
+from hpkernels import _checks
+from hpkernels.ops.cluster_assign import op as cluster_assign
+from hpkernels.ops.contrastive import group_op
 from hpkernels.ops.contrastive import op as contrastive
+from hpkernels.ops.label_positives import op as label_positives
 from hpkernels.ops.local_mix import op as local_mix
 from hpkernels.ops.normalize import op as normalize
 from hpkernels.ops.pair_bits import op as pair_bits
@@ -30,31 +33,46 @@ def op_calls(backend: str, device) -> list[tuple]:
     range_masks = (P.bits[7:26], P.T.bits[7:26], Q.bits[7:26], None, M.bits)
     seed = torch.tensor(3, device=device)
     grad = x.clone().requires_grad_()
+    own, bank = rows.clone().requires_grad_(), x[1, :17].clone().requires_grad_()
+    by_label = (groups, 2 * groups + groups % 2, bank, groups[:17], 2 * groups[:17])
+    counts = torch.full((n,), 5, device=device)
+    members = torch.randint(-1, n, (n, 3), device=device)
+    stats_rows, grad_rows = contrastive.contrastive_stats_rows, contrastive.contrastive_grad_rows
+    mixed = (code.clone(), code.clone(), weights.clone(), 4, 5, True, False, backend)
+    softplus = (own, table[0].clone().requires_grad_(), counts, *by_label, 0.3)
     return [
         ("max_similarity", search._max_similarity, (rows, rows[:5], backend)),
         ("topk_similarity", search._topk_similarity, (rows, rows, 4, True, None, None, backend)),
         ("topk_groups", search._topk_similarity, (rows, rows, 4, False, groups, groups, backend)),
         ("pairs_above", search._pairs_above, (rows, table[0], None, None, backend)),
         ("pairs_above_keys", search._pairs_above, (rows, table[0], rows[:9], table[1, :9], backend)),
-        ("stats_all", contrastive.contrastive_stats_rows, (grad, P.bits, P.T.bits, Q.bits, None, None, "all", 0.8, 0, backend)),
-        ("stats_dense", contrastive.contrastive_stats_rows, (grad, *masks, "dense", 0.8, 0, backend)),
-        ("stats_sparse", contrastive.contrastive_stats_rows, (grad, *masks, "sparse", 0.8, 0, backend)),
-        ("stats_plain", contrastive.contrastive_stats_rows, (grad, Q.bits, None, None, None, None, "sparse", 0.8, 0, backend)),
-        ("stats_range", contrastive.contrastive_stats_rows, (x, *range_masks, "dense", 0.8, 7, backend)),
-        ("grad", contrastive.contrastive_grad_rows, (x, *masks, "dense", 0.8, 0, table, table, table, table, backend)),
-        ("grad_range", contrastive.contrastive_grad_rows, (x, *range_masks, "sparse", 0.8, 7, table, table, table, table, backend)),
+        ("stats_all", stats_rows, (grad, P.bits, P.T.bits, Q.bits, None, None, "all", 0.8, 0, backend)),
+        ("stats_dense", stats_rows, (grad, *masks, "dense", 0.8, 0, backend)),
+        ("stats_sparse", stats_rows, (grad, *masks, "sparse", 0.8, 0, backend)),
+        ("stats_plain", stats_rows, (grad, Q.bits, None, None, None, None, "sparse", 0.8, 0, backend)),
+        ("stats_range", stats_rows, (x, *range_masks, "dense", 0.8, 7, backend)),
+        ("grad", grad_rows, (x, *masks, "dense", 0.8, 0, table, table, table, table, backend)),
+        ("grad_range", grad_rows, (x, *range_masks, "sparse", 0.8, 7, table, table, table, table, backend)),
+        ("group_lse", group_op._group_lse, (own, groups, None, None, 0.3, backend)),
+        ("group_lse_keys", group_op._group_lse, (own, groups, bank, groups[:17], 0.3, backend)),
+        ("group_lse_grad", group_op._group_lse_grad, (rows, groups, None, None, 0.3, *table, False, backend)),
         ("neighbor_weights", local_mix._neighbor_weights, (attention, 4, 5, 28.0, 0.1, 0.9, backend)),
         ("neighbor_weights_qk", local_mix._neighbor_weights_qk, (queries, keys, 4, 5, 0.3, 28.0, 0.1, 0.9, backend)),
         ("neighbor_mix", local_mix._neighbor_mix, (code.requires_grad_(), weights.requires_grad_(), 4, 5, backend)),
         ("neighbor_mix_code", local_mix._neighbor_mix, (code, weights.detach(), 4, 5, backend)),
-        ("neighbor_mix_grad", local_mix._neighbor_mix_grad, (code.detach(), code.detach(), weights.detach(), 4, 5, True, False, backend)),
+        ("neighbor_mix_grad", local_mix._neighbor_mix_grad, mixed),
         ("random_bits", pair_bits.random_bits, (seed, 10, 150, 0.3, backend)),
         ("count_bits", pair_bits.count_bits, (P.bits, backend)),
         ("transpose_bits", pair_bits.transpose_bits, (M.bits, n, backend)),
-        ("pairs_from_indices", pair_bits.pairs_from_indices, (torch.randint(-1, n, (n, 3), device=device), n, True, 5, 20, backend)),
+        ("pairs_from_indices", pair_bits.pairs_from_indices, (members, n, True, 5, 20, backend)),
+        ("cluster_assign", cluster_assign.cluster_assign, (rows, rows[:7], rows[:7], table[0, :7], backend)),
         ("normalize_rows", normalize._normalize_rows, (rows.clone().requires_grad_(), "x", backend)),
         ("normalize_rows_grad", normalize._normalize_rows_grad, (rows, rows, backend)),
-        ("check_finite", normalize._check_op, (rows, "x")),
+        ("check_finite", _checks.check_finite_op, (rows, "x", 1e9)),
+        ("check_padding", pair_bits.check_padding, (P.bits, n)),
+        ("logit_mean", label_positives._logit_mean, (own, counts, groups, None, None, None, None, 0.3)),
+        ("logit_mean_keys", label_positives._logit_mean, (own, counts, *by_label, 0.3)),
+        ("softplus_mean", label_positives._softplus_mean, softplus),
     ]  # fmt: skip
 
 
@@ -163,7 +181,9 @@ def test_strided_and_expanded_inputs(backend, device):
     wide = torch.randn(48, 24, device=device)
     z = wide[:, ::2]
     expected = hk.hidden_positive_loss(z.contiguous(), p["features"], p["pool"], seed=1, backend=backend)
-    assert torch.equal(hk.hidden_positive_loss(z, p["features"].T.contiguous().T, p["pool"], seed=1, backend=backend), expected)
+    assert torch.equal(
+        hk.hidden_positive_loss(z, p["features"].T.contiguous().T, p["pool"], seed=1, backend=backend), expected
+    )
     same = torch.randn(1, 12, device=device).expand(48, 12)
     loss = hk.hidden_positive_loss(same, p["features"], p["pool"], seed=1, backend=backend)
     assert torch.isfinite(loss)

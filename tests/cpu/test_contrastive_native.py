@@ -12,14 +12,6 @@ from hpkernels.ops.contrastive import native
 SIZES = [(1, 16), (2, 1), (63, 48), (65, 520), (129, 16), (196, 48)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def isa(request):
     before = _cpu.isa()
@@ -105,7 +97,7 @@ class Problem:
         sum((s * g.to(dtype)).sum() for s, g in zip(stats, self.grads)).backward()
         return x.grad
 
-    @functools.lru_cache(maxsize=None)  # instruction sets share the oracle
+    @functools.cache  # noqa: B019 (kept as long as its problem, by design: instruction sets share the oracle)
     def oracle(self, denominator):
         """Statistics and gradient in fp64, and what plain torch makes of them in fp32."""
         return tuple(
@@ -115,7 +107,8 @@ class Problem:
 
     def native_masks(self, denominator, anchors):
         *masks, negatives = self.masks()
-        return [None if mask is None else mask[anchors] for mask in masks] + [None if denominator == "all" else negatives]
+        chosen = [None if mask is None else mask[anchors] for mask in masks]
+        return [*chosen, None if denominator == "all" else negatives]
 
     def native_stats(self, denominator, dtype, cuts=()):
         """Of all anchors at once, or of ranges of them that end at `cuts`, one behind the other."""
@@ -160,7 +153,7 @@ class Problem:
         assert (grad - expected_grad).abs().max() <= 2 * plain_error + 2e-7 * scale
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def problem_of(n, depth, **options):
     return Problem(n, depth, **options)
 

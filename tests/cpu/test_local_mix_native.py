@@ -12,14 +12,6 @@ from hpkernels.ops.local_mix import native
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-@pytest.fixture(params=_cpu.isas())
-def isa(request):
-    before = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(before)
-
-
 def dense_weights(attention, height, width, sigma, low, high):
     """The published steps on the full (B, T, T) matrix, in fp64."""
     a = attention.double()
@@ -79,7 +71,9 @@ def test_weights(isa, height, width, heads, dtype, bound):
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 2e-5)])
-@pytest.mark.parametrize("height, width, heads, depth", [(1, 1, 2, 3), (1, 5, 1, 8), (7, 9, 6, 16), (14, 14, 3, 64), (28, 28, 1, 20)])
+@pytest.mark.parametrize(
+    "height, width, heads, depth", [(1, 1, 2, 3), (1, 5, 1, 8), (7, 9, 6, 16), (14, 14, 3, 64), (28, 28, 1, 20)]
+)
 def test_weights_from_queries_and_keys(isa, height, width, heads, depth, dtype, bound):
     """More images than one group of packed keys holds at the largest shape; scratch full of NaN."""
     tokens, batch = height * width, 3 if height < 28 else 70

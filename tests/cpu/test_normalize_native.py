@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from hpkernels import _cpu
 from hpkernels.ops.normalize import native
-
-
-@pytest.fixture(params=_cpu.isas())
-def isa(request):
-    before = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(before)
 
 
 def example(rows, width, dtype):

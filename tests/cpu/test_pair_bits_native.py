@@ -4,18 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpkernels import _cpu
 from hpkernels.ops.pair_bits import native
 
 SHAPES = [(1, 1), (3, 31), (5, 32), (2, 33), (64, 127), (65, 128), (33, 129), (129, 600), (700, 2049)]
-
-
-@pytest.fixture(params=_cpu.isas())
-def isa(request):
-    before = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(before)
 
 
 def to_dense(bits, columns):

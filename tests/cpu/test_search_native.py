@@ -27,9 +27,8 @@ def isa(request):
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Sets the number of threads; one unless a test asks for more."""
+    """Sets the number of threads for a test that asks for more."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

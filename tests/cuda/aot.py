@@ -28,7 +28,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 RESULTS = ROOT / "benchmarks" / "results" / "aot_cuda.json"
 ARCHS = ("80", "90a")
 # Kernels that move rows of memory: their loads must be 16 bytes wide.
-WIDE = ("count_bits", "transpose_bits", "symmetrize", "normalize_rows", "neighbor_mix",
+WIDE = ("count_bits", "transpose_bits", "symmetrize", "normalize_rows", "neighbor_mix", "cluster_assign", "cluster_sum",
         *(f"neighbor_weights_kernel<{kind}>" for kind in ("bf16, 8", "fp16, 8", "float, 4")))  # fmt: skip
 COUNTS = {
     "mma": r"\bmma\.sync",
@@ -38,6 +38,7 @@ COUNTS = {
 }
 DYNAMIC_SHARED = {
     "tiles of products": "32 KiB for each of a kernel's 2 or 3 stages of 128 x 128 tiles",
+    "cluster_assign_kernel": "80 KiB for 16-bit rows, 48 KiB for fp32; cluster_total_kernel: 2 KiB",
     "neighbor_weights_kernel": "4 (T + 288) bytes a warp, T tokens; as many warps as fit 48 KiB, at most 8",
     "set_pairs_kernel": "8 KiB",
     "transpose_bits_kernel, symmetrize_kernel": "2 and 4 KiB",

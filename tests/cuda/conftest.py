@@ -38,7 +38,7 @@ def build_shim(folder: Path) -> Path:
             ours = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda")
             includes = (*ours, pybind11.get_include(), sysconfig.get_path("include"))
             compiler = ["g++", *FLAGS, *(f"-I{path}" for path in includes), "-x", "c++"]
-            sources = [path for pattern in ("*.cu", "*.cpp") for path in sorted((ROOT / "csrc/cuda").glob(pattern))]
+            sources = [path for place in ours for path in (*sorted(place.glob("*.cu")), *sorted(place.glob("*.cpp")))]
             objects = [str(folder / f"{source.name}.o") for source in sources]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 commands = ([*compiler, "-c", str(source), "-o", target] for source, target in zip(sources, objects))
@@ -80,10 +80,16 @@ def shim(library) -> Iterator[ModuleType]:
 
 def _on_shim(op: str) -> Iterator[ModuleType]:
     name = f"hpkernels.ops.{op}.cuda"
+
+    def loaded() -> list[str]:
+        return [module for module in sys.modules if module.startswith(name)]  # cuda.py, and what it is made of
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(sys.modules, name, raising=False)
+        for module in loaded():
+            patch.delitem(sys.modules, module)
         yield importlib.import_module(name)
-        sys.modules.pop(name, None)
+        for module in loaded():
+            del sys.modules[module]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,11 @@ def search(shim) -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def contrastive(shim) -> Iterator[ModuleType]:
     yield from _on_shim("contrastive")
+
+
+@pytest.fixture(scope="module")
+def cluster_assign(shim) -> Iterator[ModuleType]:
+    yield from _on_shim("cluster_assign")
 
 
 @pytest.fixture(scope="module")

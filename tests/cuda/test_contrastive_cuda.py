@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-
 import pytest
 import torch
 
 from hpkernels import tuning
 from hpkernels._bits import pack, unpack
 from hpkernels.ops.contrastive import common, reference
+from tests.cuda.guard import before_guard_page
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DENOMINATORS = (("all", None), ("dense", 0.3), ("sparse", 0.1), ("sparse", None))  # with the rate of the negatives
@@ -174,27 +172,14 @@ def test_errors_are_at_most_twice_those_of_torch(contrastive, denominator, dtype
     assert (grad - oracle).norm() <= 2 * (plain - oracle).norm()
 
 
-def _before_guard_page(x: torch.Tensor | None) -> torch.Tensor | None:
-    """A copy that ends where a page begins that nobody may touch: reading past it ends the process."""
-    if x is None:
-        return None
-    size = x.numel() * x.element_size()
-    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    no_access = 0
-    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address + pages), mmap.PAGESIZE, no_access) == 0
-    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages - size).view(x.shape).copy_(x)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("denominator", ["all", "dense", "sparse"])
 def test_no_operand_is_read_past_its_end(contrastive, denominator, dtype):
     n, first_row, anchors = 132, 61, 71  # the last anchor is the last row
     masks = _masks(n, 4, None if denominator == "all" else 0.2, symmetric=False, extra=True)
-    part = [_before_guard_page(mask[first_row:]) for mask in masks[:4]] + [_before_guard_page(masks[4])]
-    x = _before_guard_page(_units(1, n, 24, dtype))
-    tables = [_before_guard_page(torch.rand(1, n)) for _ in range(4)]
+    part = [before_guard_page(mask[first_row:]) for mask in masks[:4]] + [before_guard_page(masks[4])]
+    x = before_guard_page(_units(1, n, 24, dtype))
+    tables = [before_guard_page(torch.rand(1, n)) for _ in range(4)]
     expected = reference.contrastive_stats(x.double(), *part, denominator, 0.5, first_row)
     stats = contrastive.contrastive_stats(x, *part, denominator, 0.5, first_row)
     for ours, oracle in zip(stats, expected, strict=True):

@@ -120,6 +120,11 @@ def test_mix_and_gradients(local_mix, grid, width, dtype):
     assert [g.numel() for g in nothing] == [0, 0]
 
 
+def test_no_images(local_mix):
+    queries = torch.randn(0, 2, 12, 8)
+    assert local_mix.neighbor_weights_qk(queries, queries, 3, 4, 0.3, 28.0, 0.1, 0.9).shape == (0, 12, 9)
+
+
 def test_operands_of_different_dtypes(local_mix):
     code, grad_out, weights = torch.randn(1, 12, 16).bfloat16(), torch.randn(1, 12, 16), torch.randn(1, 12, 9).half()
     ours = local_mix.neighbor_mix_grad(grad_out, code, weights, 3, 4, True, True)

@@ -6,14 +6,16 @@ within the rounding of an fp32 sum.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import hpkernels as hk
 from hpkernels._bits import unpack
 from hpkernels.ops.similarity_search import reference
+from tests.cuda.guard import before_guard_page
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 1, 16), (2, 63, 48), (65, 129, 20), (200, 65, 72))
@@ -25,17 +27,6 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def _before_guard_page(x: torch.Tensor) -> torch.Tensor:
-    """A copy that ends where a page begins that nobody may touch: reading past it ends the process."""
-    size = x.numel() * x.element_size()
-    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    no_access = 0
-    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address + pages), mmap.PAGESIZE, no_access) == 0
-    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages - size).view(x.shape).copy_(x)
 
 
 def _whole(n: int, c: int, dtype: torch.dtype) -> torch.Tensor:
@@ -126,8 +117,8 @@ def test_values_without_an_order(search, k):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_operand_is_read_past_its_end(search, dtype):
-    queries, keys = (_before_guard_page(_whole(n, 24, dtype)) for n in (130, 258))
-    thresholds, key_thresholds = (_before_guard_page(torch.zeros(n)) for n in (130, 258))
+    queries, keys = (before_guard_page(_whole(n, 24, dtype)) for n in (130, 258))
+    thresholds, key_thresholds = (before_guard_page(torch.zeros(n)) for n in (130, 258))
     assert torch.equal(search.max_similarity(queries, keys), reference.max_similarity(queries, keys))
     for arguments in ((None, None), (keys, None), (keys, key_thresholds)):
         bits = search.pairs_above(queries, thresholds, *arguments)
@@ -135,3 +126,22 @@ def test_no_operand_is_read_past_its_end(search, dtype):
     for k in (1, 7, 257):
         found = search.topk_similarity(queries, keys, k, False, None, None)
         assert torch.equal(found[1], reference.topk_similarity(queries, keys, k, False, None, None)[1])
+
+
+def test_density_of_groups_is_one_search(search, monkeypatch):
+    """All groups in one launch of the k-best kernel; rows, keys and ranks as the reference has them."""
+    launches, launch = [], search._launch
+    monkeypatch.setattr(search, "_launch", lambda name, *rest: (launches.append(name), launch(name, *rest)))
+    features, memory = torch.randn(150, 20), torch.randn(300, 20)
+    groups = {"query_groups": torch.arange(150) % 6, "memory_groups": torch.arange(300) % 4}  # two without a row
+    density = hk.neighbor_density(features, memory, **groups, backend="cuda")
+    assert launches == ["topk_similarity"]
+    expected = hk.neighbor_density(features.double(), memory.double(), **groups, backend="reference")
+    torch.testing.assert_close(density, expected, rtol=0, atol=3e-7)
+
+
+def test_density_is_the_published_one(search):
+    data = np.load(Path(__file__).parents[1] / "golden" / "dgcl_density_1.npz")
+    features, memory = (torch.from_numpy(data[name]) for name in ("features", "memory"))
+    density = hk.neighbor_density(features, memory, backend="cuda")
+    assert np.abs(density.numpy() - data["density"]).max() <= 3e-7

@@ -1,10 +1,12 @@
 // CUDA on the host, for the tests: one block at a time, its threads as fibres, so that the kernels of csrc/cuda run
 // unchanged and their results can be checked without a GPU. Asynchronous copies are made at once; ldmatrix and mma
-// follow the fragment layouts of the PTX manual. A block in which no thread can go on raises std::runtime_error.
+// follow the fragment layouts of the PTX manual. A block in which no thread can go on raises std::runtime_error, and so
+// does a grid that CUDA would not launch.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -58,6 +60,14 @@ inline Block& block() {
   static Block one;
   return one;
 }
+
+// How many blocks of each axis a launch runs, the last of them: those of the largest offsets, without the time of all.
+inline unsigned& last_blocks() {
+  static unsigned count = ~0u;
+  return count;
+}
+
+inline unsigned first_block(unsigned blocks) { return blocks - std::min(blocks, last_blocks()); }
 
 inline void wait(Barrier& barrier, int size) {
   Block& b = block();
@@ -313,6 +323,9 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 template <class... A, class... B>
 void launch(void (*kernel)(A...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t, B... args) {
+  constexpr unsigned kLargestX = 0x7fffffff, kLargest = 65535;
+  if (grid.x - 1 >= kLargestX || grid.y - 1 >= kLargest || grid.z - 1 >= kLargest)
+    throw std::runtime_error("CUDA: invalid configuration argument");
   auto& b = shim::block();
   b.grid = grid, b.size = block;
   b.fibres.resize(block.x);
@@ -322,9 +335,9 @@ void launch(void (*kernel)(A...), dim3 grid, dim3 block, size_t shared_bytes, ui
     b.fibres[t].stack.resize(64 << 10);
   }
   b.body = [=] { kernel(args...); };
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
+  for (unsigned z = shim::first_block(grid.z); z < grid.z; ++z)
+    for (unsigned y = shim::first_block(grid.y); y < grid.y; ++y)
+      for (unsigned x = shim::first_block(grid.x); x < grid.x; ++x) {
         b.index = dim3(x, y, z);
         b.shared.assign(shared_bytes, 0xff);  // unset shared memory reads as NaN
         shim::run_block();

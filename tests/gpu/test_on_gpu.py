@@ -86,7 +86,8 @@ def make(dtype: torch.dtype, seed: int = 0, width: int = 72) -> Inputs:
         features=features, pool=pool, head_features=head_features, head_pool=head_pool,
         z=normal(n, width), z_local=normal(n, width),
         thresholds=torch.full((n,), 0.6), key_thresholds=torch.full((len(pool),), 0.55),
-        attention=normal(IMAGES, 3, TOKENS, TOKENS), code=normal(IMAGES, TOKENS, 40), grad_code=normal(IMAGES, TOKENS, 40),
+        attention=normal(IMAGES, 3, TOKENS, TOKENS), code=normal(IMAGES, TOKENS, 40),
+        grad_code=normal(IMAGES, TOKENS, 40),
         head_weight=torch.tensor(0.5), labels=labels, seed=torch.tensor(11 + seed),
     )  # fmt: skip
     return inputs.to(torch.device("cpu"), dtype).to(torch.device("cpu"), torch.float64)
@@ -104,8 +105,9 @@ def _loss(**options) -> Callable[[Inputs, str | None], Answer]:
     def call(inputs: Inputs, backend: str | None) -> Answer:
         z, z_local = (x.detach().requires_grad_() for x in (inputs.z, inputs.z_local))
         loss = hk.hidden_positive_loss(
-            z, inputs.features, inputs.pool, z_local=z_local, head_features=inputs.head_features, head_pool=inputs.head_pool,
-            head_weight=inputs.head_weight, tokens_per_image=TOKENS, seed=inputs.seed, backend=backend, **options,
+            z, inputs.features, inputs.pool, z_local=z_local, head_features=inputs.head_features,
+            head_pool=inputs.head_pool, head_weight=inputs.head_weight, tokens_per_image=TOKENS, seed=inputs.seed,
+            backend=backend, **options,
         )  # fmt: skip
         return dict(
             zip(("loss", "gradient", "local gradient"), (loss.detach(), *torch.autograd.grad(loss, (z, z_local))))
@@ -121,6 +123,31 @@ def _supcon(inputs: Inputs, backend: str | None) -> Answer:
         z, pairs, temperature=0.1, base_temperature=0.1, weighting="anchors", backend=backend
     )
     return {"loss": loss.detach(), "gradient": torch.autograd.grad(loss, z)[0]}
+
+
+def _by_label(form: str, bank: bool) -> Callable[[Inputs, str | None], Answer]:
+    """Other images only; against itself, or against a bank whose rows get a gradient, too."""
+
+    def call(inputs: Inputs, backend: str | None) -> Answer:
+        z, keys = (x.detach().requires_grad_() for x in (inputs.z, inputs.z_local))
+        images = torch.arange(len(z), device=z.device) // TOKENS
+        options = {"image_ids": images}
+        if bank:
+            options = {"keys": keys, "key_labels": inputs.labels, "image_ids": (images, images)}
+        loss = hk.supervised_contrastive_loss(
+            z, inputs.labels, temperature=0.1, ignore_index=3, form=form, backend=backend, **options
+        )
+        gradients = torch.autograd.grad(loss, (z, keys) if bank else (z,))
+        return {"loss": loss.detach()} | dict(zip(("gradient", "of keys"), gradients))
+
+    return call
+
+
+def _density(inputs: Inputs, backend: str | None) -> Tensor:
+    groups = torch.arange(len(inputs.pool), device=inputs.pool.device) % 3
+    return hk.neighbor_density(
+        inputs.features, inputs.pool, query_groups=inputs.labels % 3, memory_groups=groups, backend=backend
+    )
 
 
 def _given_pairs(inputs: Inputs, backend: str | None) -> Answer:
@@ -154,10 +181,14 @@ CALLS: dict[str, Callable[[Inputs, str | None], Answer]] = {
     "topk_1": _search(lambda i, b: hk.topk_similarity(i.z, i.z_local, 1, backend=b)),
     "topk_16": _search(lambda i, b: hk.topk_similarity(i.z, i.z, 16, exclude_self=True, backend=b)),
     "topk_200": _search(lambda i, b: hk.topk_similarity(i.z, i.z_local, 200, backend=b)),
-    "topk_groups": _search(lambda i, b: hk.topk_similarity(i.z, i.z, 8, query_groups=i.labels, key_groups=i.labels, backend=b)),
+    "topk_groups": _search(
+        lambda i, b: hk.topk_similarity(i.z, i.z, 8, query_groups=i.labels, key_groups=i.labels, backend=b)
+    ),
     "pairs_above": _search(lambda i, b: hk.pairs_above(i.features, i.thresholds, backend=b).bits),
     "pairs_above_keys": _search(
-        lambda i, b: hk.pairs_above(i.features, i.thresholds, keys=i.pool, key_thresholds=i.key_thresholds, backend=b).bits
+        lambda i, b: hk.pairs_above(
+            i.features, i.thresholds, keys=i.pool, key_thresholds=i.key_thresholds, backend=b
+        ).bits
     ),
     "hidden_positives": _search(lambda i, b: hk.hidden_positives(i.features, i.pool, backend=b).bits),
     "loss_sparse": _loss(negative_rate=0.05),
@@ -165,6 +196,16 @@ CALLS: dict[str, Callable[[Inputs, str | None], Answer]] = {
     "loss_all": _loss(negative_rate=1.0),
     "loss_separate": _loss(negative_rate=0.05, weighting="separate"),
     "supcon": _supcon,
+    "by_label_supcon": _by_label("supcon", False),
+    "by_label_supcon_bank": _by_label("supcon", True),
+    "by_label_per_positive": _by_label("per_positive", False),
+    "by_label_per_positive_bank": _by_label("per_positive", True),
+    "neighbor_density": _search(_density),
+    "assign_clusters": _search(lambda i, b: tuple(hk.assign_clusters(i.features, i.features[:20], backend=b))),
+    "assign_clusters_many": _search(lambda i, b: tuple(hk.assign_clusters(i.features, i.features[:150], backend=b))),
+    "assign_clusters_one": _search(
+        lambda i, b: tuple(hk.assign_clusters(i.z, i.z_local[:1], spherical=True, backend=b))
+    ),
     "given_pairs": _given_pairs,
     "neighbor_mix": _neighbor_mix,
     "local_mix": _search(lambda i, b: hk.local_mix(i.code, i.attention, GRID, backend=b)),

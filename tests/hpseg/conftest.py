@@ -9,6 +9,12 @@ from safetensors.torch import save_file
 from tiny import ARCH, SMALL, make_vit, paint
 
 
+@pytest.fixture
+def tally(record_property):
+    """tally(what, n): n more of `what` were tried; summed over all tests and printed at the end."""
+    return lambda what, n=1: record_property("tally", (what, n))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()

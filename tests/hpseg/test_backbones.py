@@ -4,13 +4,15 @@ import os
 import socket
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import ARCH, make_vit
+from tiny import ARCH, SMALL, make_vit
 
-from hpseg.backbones import Backbone, load_backbone, load_weights
+from hpseg.backbones import Backbone, load_backbone
 from hpseg.config import UsageError
+from hpseg.weights import DINO_FILES, OTHER_S8, PUBLISHED_S8, dino_url, load_weights, note_on, timm_source
 
 FAMILIES = {  # timm name: settings that make it tiny
     "vit_small_patch8_224.dino": dict(embed_dim=32, depth=2, num_heads=2, img_size=32),
@@ -118,7 +120,7 @@ def dino(prefix, state):
 
 
 @pytest.mark.parametrize(
-    "form", ["timm.safetensors", "timm.pth", "half.safetensors", "teacher.pth", "module.pt", "model.pth"]
+    "form", ["timm.safetensors", "timm.pth", "half.safetensors", "teacher.pth", "module.pt", "model.pth", "student.pth"]
 )
 def test_weight_files(tmp_path, vit_file, form):
     state = make_vit(seed=3).state_dict()
@@ -136,6 +138,11 @@ def test_weight_files(tmp_path, vit_file, form):
                 "teacher.pth": {"student": {}, "teacher": dino("backbone.", {**state}) | head, "epoch": 3},
                 "module.pt": dino("module.backbone.", state),
                 "model.pth": {"model": state},
+                "student.pth": {  # a DINO training checkpoint: the teacher is taken, both prefixes and its head go
+                    "student": dino("module.backbone.", make_vit(seed=4).state_dict()),
+                    "teacher": dino("module.backbone.", state) | {"module.head.last_layer.weight_v": torch.zeros(2, 2)},
+                    "optimizer": {"state": {}, "param_groups": []},
+                },
             }[form],
             path,
         )
@@ -151,6 +158,104 @@ def test_position_embedding_is_resampled(tmp_path):
     save_file(make_vit().state_dict(), tmp_path / "w.safetensors")
     load_weights(bigger, tmp_path / "w.safetensors")
     assert bigger.pos_embed.shape[1] == 65
+
+
+def bicubic_by_hand(table, grid):
+    """DINO's resampling of a table (n, m, C), value by value: Keys' kernel with a = -0.75, edges repeated, samples at
+    (i + 0.5) n / (h + 0.1) - 0.5."""
+
+    def weights(size, wanted):
+        matrix = np.zeros((wanted, size))
+        for i in range(wanted):
+            at = (i + 0.5) * size / (wanted + 0.1) - 0.5
+            for tap in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+                d, a = abs(at - tap), -0.75
+                near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+                far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+                matrix[i, min(max(tap, 0), size - 1)] += near if d <= 1 else far if d < 2 else 0
+        return matrix
+
+    rows, columns = weights(table.shape[0], grid[0]), weights(table.shape[1], grid[1])
+    return np.einsum("yi,xj,ijc->yxc", rows, columns, table)
+
+
+@pytest.mark.parametrize("grid", [(5, 5), (40, 40), (3, 7), (28, 30), (28, 28)])
+def test_position_embedding_as_dino_resamples_it(grid):
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit = VisionTransformer(num_classes=0, global_pool="", dynamic_img_size=True, **{**ARCH, "img_size": 224})
+    torch.nn.init.normal_(vit.pos_embed)
+    table, images = vit.pos_embed.detach().clone(), torch.rand(1, 3, 8 * grid[0], 8 * grid[1])
+    found, as_timm = (Backbone(vit, "vit", (0.5,) * 3, (0.25,) * 3, "fp32", kind)(images) for kind in ("dino", "timm"))
+    assert torch.equal(vit.pos_embed, table)
+    # A ViT whose own grid is the wanted one and whose table was resampled by hand.
+    patches = torch.from_numpy(bicubic_by_hand(table[0, 1:].view(28, 28, -1).double().numpy(), grid)).float()
+    if grid == (28, 28):
+        patches = table[0, 1:].view(28, 28, -1)
+        assert torch.equal(found.features, as_timm.features)
+    else:
+        assert (found.features - as_timm.features).abs().max() > 0.01
+    own = VisionTransformer(num_classes=0, global_pool="", **{**ARCH, "img_size": (8 * grid[0], 8 * grid[1])})
+    state = {**vit.state_dict(), "pos_embed": torch.cat([table[:, :1], patches.flatten(0, 1)[None]], 1)}
+    own.load_state_dict(state)
+    with torch.no_grad():
+        expected = own.eval().forward_features((images - 0.5) / 0.25)[:, 1:]
+    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_families_take_both_position_embeddings():
+    for name, settings in FAMILIES.items():
+        plain, images = make_backbone(name, **settings), torch.rand(1, 3, 112, 112)
+        backbone = Backbone(plain.vit, name, (0.5,) * 3, (0.25,) * 3, pos_embed="dino")
+        assert plain(images).grid == backbone(images, with_neighbors=True).grid
+        if plain.vit.pos_embed is None:  # rotary: there is no table
+            assert torch.equal(plain(images).features, backbone(images).features)
+
+
+def test_position_embedding_is_kept_with_the_run(photos, vit_file, tmp_path):
+    import hpseg
+
+    settings = dict(weights=vit_file, steps=2, pos_embed="dino", **{**SMALL, "size": 40})
+    hpseg.train(photos, tmp_path / "run", **settings)
+    assert hpseg.load(tmp_path / "run", device="cpu").backbone.pos_embed == "dino"
+    with pytest.raises(UsageError, match="pos_embed: .* started with 'dino', got 'timm'"):
+        hpseg.train(photos, tmp_path / "run", resume=True, **{**settings, "pos_embed": "timm"})
+    with pytest.raises(UsageError, match="pos_embed: expected one of timm, dino, got 'dinov2'"):
+        hpseg.train(photos, tmp_path / "other", **{**settings, "pos_embed": "dinov2"})
+
+
+def test_the_original_files_are_those_timm_says_it_has():
+    import timm
+
+    for file, name in DINO_FILES.items():
+        if name is not None:
+            assert timm.models.get_pretrained_cfg(name).url == dino_url(file)
+    assert DINO_FILES[PUBLISHED_S8] is None and DINO_FILES[OTHER_S8] == "vit_small_patch8_224.dino"
+    vit = timm.create_model("vit_small_patch8_224.dino", pretrained=False)
+    assert timm_source(vit) == OTHER_S8 and PUBLISHED_S8 in note_on(OTHER_S8)
+    assert note_on(PUBLISHED_S8) is None and note_on("dino_vitbase8_pretrain.pth") is None
+
+
+def test_an_original_file_by_its_name(photos, tmp_path, monkeypatch, capsys):
+    """The published ViT-S/8 with its file's name and layout: a plain dictionary with DINO's key names."""
+    import timm
+
+    import hpseg
+
+    small = dict(depth=1, embed_dim=128, num_heads=2, img_size=32)
+    vit = timm.create_model("vit_small_patch8_224.dino", pretrained=False, num_classes=0, **small)
+    monkeypatch.chdir(tmp_path)
+    for name in ("embedded", "vit_small_patch8_224.dino"):
+        with pytest.raises(UsageError, match=f"no file .*{PUBLISHED_S8}; download it from https:"):
+            load_backbone(name, PUBLISHED_S8)
+    for file, noted in ((PUBLISHED_S8, False), (OTHER_S8, True)):
+        torch.save(vit.state_dict(), file)
+        backbone = load_backbone(weights=file)
+        assert (backbone.source, backbone.patch, len(backbone.vit.blocks)) == (file, 8, 1)
+        assert all(torch.equal(value, vit.state_dict()[key]) for key, value in backbone.vit.state_dict().items())
+        results = hpseg.train(photos, file[:-4], weights=file, steps=1, **{**SMALL, "quiet": False})
+        assert results["backbone"] == {"name": "embedded", "weights": file, "fingerprint": backbone.fingerprint}
+        assert ("STEGO and Hidden Positives publish" in capsys.readouterr().err) is noted
 
 
 def test_a_plain_vit_needs_no_description(tmp_path):

@@ -7,26 +7,37 @@ import time
 import pytest
 import torch
 
-from hpseg.cli import main
-from hpseg.config import PRESETS, Config, make_config
+from hpseg.backbones import Tokens
+from hpseg.cli import VERBS, main
+from hpseg.config import Config, make_config
+from hpseg.distributed import ALONE, Share
 from hpseg.heads import SegmentationHead, channel_dropout
-from hpseg.methods.hp import lambda_at
+from hpseg.methods.hp import HiddenPositives, lambda_at
 from hpseg.pools import draw_tokens
+from hpseg.presets import PRESETS
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
-        "import sys; from hpseg.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "import sys; from hpseg.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'timm', 'torchvision', 'numpy') if m in sys.modules])"
     )
+
+    def help_of(*words):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, "--help"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip().endswith("[]"), words
+        return done.stdout
+
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    text = help_of()
     assert time.monotonic() - start < 1.0
-    assert "predict" in done.stdout and done.stdout.strip().endswith("[]")
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace("--help", "train', '--help")], capture_output=True, text=True
-    )
-    assert "--batch-size" in done.stdout and "--resume" in done.stdout and done.stdout.strip().endswith("[]")
+    assert all(f"    {verb} " in text for verb in VERBS)
+    for verb, (module, _) in VERBS.items():
+        if module.startswith("hpseg.commands."):
+            assert f"usage: hpseg {verb} " in help_of(verb)
+    assert "--batch-size" in help_of("train") and "--resume" in help_of("train")
 
 
 def test_train_predict_and_errors(photos, vit_file, tmp_path, capsys):
@@ -86,7 +97,7 @@ def test_momentum_head_and_channel_dropout():
     a.follow(b, 0.9)
     torch.testing.assert_close(a.linear.weight, expected)
     x = torch.ones(50, 3, 40)
-    dropped = channel_dropout(x, 0.25, torch.Generator().manual_seed(0))
+    dropped = channel_dropout(x, 0.25, Share(ALONE, len(x), torch.Generator().manual_seed(0)))
     assert torch.equal(dropped, dropped[:, :1].expand_as(x))  # one mask per image
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75]) and dropped.mean() == pytest.approx(1, abs=0.05)
     f = torch.randn(2, 5, 4)
@@ -96,13 +107,36 @@ def test_momentum_head_and_channel_dropout():
 def test_pools_are_full_and_even():
     def encode(batches):
         for batch in batches:
-            yield (
-                torch.tensor(batch, dtype=torch.float32).view(-1, 1, 1).expand(-1, 6, 2)
-                + torch.arange(6).view(1, 6, 1) / 10
-            )
+            number = torch.tensor(batch, dtype=torch.float32).view(-1, 1, 1).expand(-1, 6, 2)
+            yield number + torch.arange(6).view(1, 6, 1) / 10, Share(ALONE, len(batch), torch.Generator())
 
     pool = draw_tokens(5, 12, 100, encode, 2, torch.Generator().manual_seed(0))
     assert pool.shape == (12, 2)
     assert pool[:, 0].floor().long().bincount(minlength=5).sort().values.tolist() == [2, 2, 2, 3, 3]
     assert draw_tokens(50, 12, 100, encode, 5, torch.Generator().manual_seed(0))[:, 0].floor().unique().numel() == 12
     assert draw_tokens(50, 12, 4, encode, 5, torch.Generator().manual_seed(0))[:, 0].floor().unique().numel() == 4
+
+
+def test_local_scale_is_the_factor_of_the_mixture():
+    features, weights = torch.rand(2, 16, 32, generator=torch.Generator().manual_seed(0)), torch.rand(2, 16, 9)
+    losses = {}
+    for scale, factor in ((28.0, 1.0), (14.0, 2.0), (14.0, 1.0)):
+        config = make_config(classes=3, dim=8, dropout=0.0, mining_dropout=0.0, local_scale=scale)
+        torch.manual_seed(0)
+        method = HiddenPositives(32, config)
+        method.pools = [features[0], features[0, :, :8]]
+        share = Share(ALONE, 2, torch.Generator().manual_seed(0))
+        view = Tokens(features, factor * weights, (4, 4))
+        losses[scale, factor] = method.losses(view, None, 0, 0, share)["contrastive"].item()
+    assert losses[28, 1] == losses[14, 2] != losses[14, 1]
+
+
+def test_public_names_are_there():
+    import hpseg
+
+    for name in hpseg.__all__:
+        assert getattr(hpseg, name) is not None
+    for name in ("train", "load", "evaluate", "predict_files", "show", "export", "import_hp", "overlay"):
+        assert callable(getattr(hpseg, name)), name  # not the module of that name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        hpseg.nothing  # noqa: B018

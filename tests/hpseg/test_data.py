@@ -1,5 +1,7 @@
 """Decoding and views."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 from tiny import paint
 
 from hpseg.config import UsageError
-from hpseg.data.folder import PhotoFolder, epoch_batches, find_images, make_loader
+from hpseg.data.folder import PhotoFolder, epoch_batches, find_images, load_batches
 from hpseg.data.transforms import UnreadableImage, five_crop, jitter, load_image, square, to_tensor
 
 
@@ -70,7 +72,7 @@ def test_find_images(photos, tmp_path):
 def test_batches_cover_each_epoch_once_and_start_anywhere():
     batches = list(epoch_batches(10, 3, 0, 0, 9))
     for epoch in range(3):
-        keys = sum(batches[3 * epoch : 3 * epoch + 3], [])
+        keys = [key for batch in batches[3 * epoch : 3 * epoch + 3] for key in batch]
         assert {e for e, _ in keys} == {epoch} and len({i for _, i in keys}) == 9
     assert batches[:3] != [[(0, i) for _, i in batch] for batch in batches[3:6]]
     assert list(epoch_batches(10, 3, 0, 5, 9)) == batches[5:]
@@ -83,7 +85,7 @@ def test_views_depend_on_their_key_only(photos):
     assert one[0].shape == (3, 32, 32) and one[0].dtype == torch.uint8
     assert not torch.equal(one[0], one[1])
     assert any(not torch.equal(dataset[epoch, 1][0], one[0]) for epoch in range(4))
-    inline, workers = (list(make_loader(dataset, [[(0, 0), (0, 3)], [(1, 2), (1, 4)]], n)) for n in (0, 2))
+    inline, workers = (list(load_batches(dataset, [[(0, 0), (0, 3)], [(1, 2), (1, 4)]], n)) for n in (0, 2))
     for a, b in zip(inline, workers, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.jittered, b.jittered)
 
@@ -112,3 +114,77 @@ def test_jitter_keeps_geometry_and_the_callers_random_state():
     assert torch.equal(torch.rand(1), expected)
     assert all(view.shape == image.shape and view.dtype == torch.uint8 for view in views)
     assert torch.equal(views[2], jitter(image, 2))
+
+
+def test_a_loader_process_that_dies_while_it_sends_is_told_by_its_signal(monkeypatch):
+    """The broken connection is seen before the signal of the death: what the signal's handler raises must come out
+    here, as later it would come out of any line of the program."""
+
+    class Broken:
+        def __init__(self, *args, **options): ...
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            raise ConnectionResetError
+
+    def handler(number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr("hpseg.data.folder.DataLoader", Broken)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid 1\) is killed"):
+            next(load_batches(None, [], 0))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("width, height", [(60, 40), (40, 61), (101, 33), (33, 47), (20, 20), (640, 427)])
+def test_nearest_is_the_published_resize_and_crop(width, height):
+    from torchvision.transforms import v2
+
+    published = v2.Compose([v2.Resize(32, v2.InterpolationMode.NEAREST), v2.CenterCrop(32)])
+    image = paint(width, height, 0)
+    assert np.array_equal(square(image, 32, resize="nearest"), published(image))
+    assert not np.array_equal(square(image, 32), published(image))
+
+
+def test_jitter_of_the_normalised_picture_clamps_it_as_published():
+    image = to_tensor(paint(24, 24, 0))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    dark = []
+    for seed in range(4):
+        twin = (jitter(image, seed, (mean, std)) - mean) / std
+        assert twin.dtype == torch.float32 and twin.min() >= -1e-5 and twin.max() <= 1 + 1e-5
+        dark.append((twin.abs() < 1e-6).float().mean().item())
+    assert max(dark) > 0.1  # what was darker than the mean, unless blurred or grey
+    plain = (jitter(image, 0).float() / 255 - mean) / std
+    assert plain.min() < -0.5
+
+
+def test_published_transforms_reach_training(photos, vit_file, tmp_path):
+    from hpseg.backbones import load_backbone
+    from hpseg.config import make_config
+    from hpseg.encoder import Encoder
+    from hpseg.methods import Method
+
+    backbone = load_backbone(weights=vit_file)
+
+    def first(**settings):
+        common = dict(classes=3, images=str(photos), workers=0, cache_features=False, crop="center", size=32)
+        config = make_config(**common, **settings)
+        dataset = Method.open_photographs(config, backbone)
+        Encoder(backbone, dataset, config, torch.device("cpu"), tmp_path)
+        return dataset[0, 0][:2]
+
+    view, twin = first(consistency_weight=0.1)
+    nearest, _ = first(consistency_weight=0.1, resize="nearest")
+    same, clamped = first(consistency_weight=0.1, jitter="normalized")
+    assert not torch.equal(view, nearest) and torch.equal(view, same)
+    assert twin.dtype == torch.uint8 and clamped.min() >= 0.5 - 1e-5 and clamped.max() <= 0.75 + 1e-5  # plus std
+    assert {make_config(name).resize for name in ("cocostuff", "cityscapes", "potsdam", "stego-potsdam")} == {"nearest"}
+    assert {make_config(name).resize for name in ("small", "stego-small")} == {"bilinear"}

@@ -33,7 +33,8 @@ def halves(left, right):
 
 
 def make_cocostuff(root):
-    for split, names in (("train2017", ("000000000009", "000000000025")), ("val2017", ("000000000139", "000000000285"))):
+    pictures = {"train2017": ("000000000009", "000000000025"), "val2017": ("000000000139", "000000000285")}
+    for split, names in pictures.items():
         for seed, name in enumerate(names):
             save_photo(root / "images" / split / f"{name}.jpg", seed)
             save_ids(root / "annotations" / split / f"{name}.png", halves(0, 255 if seed else 181))
@@ -71,9 +72,15 @@ def make_voc(root):
             file.write(name + "\n")
 
 
-MAKERS = {"cocostuff": make_cocostuff, "cityscapes": make_cityscapes, "potsdam": make_potsdam, "voc": make_voc}
+MAKERS = {
+    "cocostuff": make_cocostuff,
+    "cityscapes": make_cityscapes,
+    "cityscapes19": make_cityscapes,
+    "potsdam": make_potsdam,
+    "voc": make_voc,
+}
 # Of the first validation picture: the classes of its left and right half.
-HALVES = {"cocostuff": (9, 24), "cityscapes": (0, -1), "potsdam": (0, -1), "voc": (1, -1)}
+HALVES = {"cocostuff": (9, 24), "cityscapes": (0, -1), "cityscapes19": (0, -1), "potsdam": (0, -1), "voc": (1, -1)}
 
 
 @pytest.fixture(params=sorted(MAKERS))
@@ -100,9 +107,9 @@ def test_splits_and_classes(tree):
 def test_training_never_looks_for_labels(tree, vit_file, tmp_path):
     name, root = tree
     for path in root.rglob("*"):
-        if path.parent.name in ("gt", "SegmentationClass") or "annotations" in path.parts or "gtFine" in path.parts:
-            if path.is_file():
-                path.unlink()
+        of_labels = path.parent.name in ("gt", "SegmentationClass") or {"annotations", "gtFine"} & {*path.parts}
+        if of_labels and path.is_file():
+            path.unlink()
     results = hpseg.train(name, tmp_path / "run", root=root, weights=vit_file, steps=2, **SMALL)
     assert results["photographs"] == 2
     with pytest.raises(UsageError, match="which does not exist"):
@@ -125,6 +132,30 @@ def test_a_wrong_root_says_what_was_looked_for_and_what_was_found(tree, tmp_path
         open_named(name, None, "train")
     with pytest.raises(UsageError, match="split: expected one of train, val"):
         open_named(name, tmp_path, "test")
+
+
+def test_damaged_tiles_of_potsdam_are_named(vit_file, tmp_path):
+    make_potsdam(tmp_path / "data")
+    tile = tmp_path / "data" / "imgs" / "2_10_0_0.mat"
+    whole = tile.read_bytes()
+    others = ({"img": np.zeros((4, 5, 4))}, {"img": np.zeros((4, 5, 2), np.uint8)}, {"img": np.zeros((4, 5), np.uint8)})
+    for number, bad in enumerate((b"", b"x" * 300, whole[:150], whole[:128] + b"\xff" * 99, *others, {"other": 1})):
+        savemat(tile, bad) if isinstance(bad, dict) else tile.write_bytes(bad)
+        run = tmp_path / str(number)
+        results = hpseg.train("potsdam", run, root=tmp_path / "data", weights=vit_file, steps=1, **SMALL)
+        assert results["unreadable"] == [str(tile)]
+    (tmp_path / "data" / "gt" / "7_9_3_3.mat").write_bytes(whole[:150])
+    with pytest.raises(UsageError, match="labels: expected a label map, cannot read .*7_9_3_3.mat: not a MATLAB"):
+        hpseg.evaluate(run, "potsdam", root=tmp_path / "data", device="cpu")
+
+
+def test_a_list_that_is_no_text(tmp_path):
+    lists = {"cocostuff": "curated/train2017/Coco164kFull_Stuff_Coarse.txt", "potsdam": "labelled_train.txt"}
+    for name, path in lists.items():
+        MAKERS[name](tmp_path / name)
+        (tmp_path / name / path).write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(UsageError, match=f"root: .*{path} is not a text file of names"):
+            open_named(name, tmp_path / name, "train")
 
 
 def test_root_goes_with_a_name(tmp_path):

@@ -22,8 +22,8 @@ def test_demo_writes_results_overlays_and_contact_sheet(tmp_path, monkeypatch, c
     monkeypatch.setattr(demo, "MOSAIC_SETTINGS", {**demo.MOSAIC_SETTINGS, **small})
     monkeypatch.setattr(demo, "PHOTO_SETTINGS", {**demo.PHOTO_SETTINGS, **small})
     out = tmp_path / "out"
-    demo.run(options("--out", out, "--seeds", 2, "--steps", 2, "--train-images", 4, "--test-images", 4, "--device", "cpu",
-                     "--weights", vit_file))
+    few = ("--seeds", 2, "--steps", 2, "--train-images", 4, "--test-images", 4)
+    demo.run(options("--out", out, *few, "--device", "cpu", "--weights", vit_file))
 
     results = json.loads((out / "results.json").read_text())
     assert set(results["miou"]) == set(demo.METHODS) and all(len(v) == 2 for v in results["miou"].values())

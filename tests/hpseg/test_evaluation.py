@@ -2,18 +2,27 @@
 
 import itertools
 import json
+import shutil
+import statistics
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import paint
+from torch.nn import functional as F
 
-from hpseg.clustering import spherical_kmeans
 from hpseg.config import UsageError
+from hpseg.crf import dense_crf
 from hpseg.data.labelled import open_folder, read_ids
+from hpseg.data.transforms import load_image
 from hpseg.evaluation.evaluate import evaluate, format_table
 from hpseg.evaluation.metrics import confusion, score
+from hpseg.evaluation.probes import probe
+from hpseg.evaluation.seeds import evaluate_seeds
+from hpseg.predict import load
 
 
 def brute_force(counts):
@@ -60,22 +69,6 @@ def test_counts_beyond_32_bits():
         confusion(np.zeros((2, 3)), np.zeros((3, 2)), 2, 2)
 
 
-def test_kmeans_finds_separate_directions():
-    rng = torch.Generator().manual_seed(0)
-    centres = torch.eye(5, 16)
-    rows = (centres.repeat_interleave(200, 0) + 0.05 * torch.randn(1000, 16, generator=rng)) * torch.rand(
-        1000, 1, generator=rng
-    )
-    centroids, score = spherical_kmeans(rows, 5, seed=1)
-    assert centroids.norm(dim=1).allclose(torch.ones(5)) and 0.9 < score <= 1
-    assert sorted((centroids @ centres.T).argmax(1).tolist()) == list(range(5))
-    assert torch.equal(centroids, spherical_kmeans(rows, 5, seed=1)[0])
-    with pytest.raises(ValueError, match="at least k = 5 rows, got 3"):
-        spherical_kmeans(rows[:3], 5)
-    same, _ = spherical_kmeans(torch.ones(9, 4), 3)  # fewer different rows than clusters: no NaN
-    assert same.isfinite().all()
-
-
 @pytest.fixture
 def tree(tmp_path):
     for part in ("images", "labels"):
@@ -89,8 +82,8 @@ def tree(tmp_path):
     return tmp_path / "data"
 
 
-def test_eval(run, tree):
-    results = evaluate(run, tree, rgb=True, device="cpu")
+def test_eval(scored_run, tree):
+    results = evaluate(scored_run, tree, rgb=True, device="cpu")
     assert (
         results["images"] == 3
         and results["pixels"] == 3 * (40 * 30 + 20 * 30)
@@ -99,10 +92,49 @@ def test_eval(run, tree):
     for method in ("trained", "kmeans_features", "kmeans_rgb"):
         assert 0 <= results[method]["miou"] <= results[method]["accuracy"] <= 100
     assert results["trained"]["accuracy"] >= 100 / 3
-    assert json.loads((run / "eval.json").read_text()) == results
+    assert json.loads((scored_run / "eval.json").read_text()) == results
     table = format_table(results)
     assert "trained head" in table and "k-means, frozen features" in table and "rock" in table
-    (run / "eval.json").unlink()
+
+
+def test_eval_names_the_clusters_for_prediction(scored_run, tree):
+    """The class ids that predict writes after an evaluation score as the evaluation did, without another match."""
+    import hpseg
+
+    accuracy = evaluate(scored_run, tree, device="cpu")["trained"]["accuracy"]
+    segmenter, hits, pixels = hpseg.load(scored_run, device="cpu"), 0, 0
+    for image, label in open_folder(tree).pairs:
+        labels, truth = segmenter.predict(image, as_classes=True), read_ids(label)
+        hits, pixels = hits + (labels == truth)[truth != 255].sum(), pixels + (truth != 255).sum()
+    assert 100 * hits / pixels == pytest.approx(accuracy)
+    assert {"sky", "rock"} < {*segmenter.key().names.values()}  # the third cluster has no class
+
+
+def test_eval_shows_a_long_picture_in_windows_as_predict_does(scored_run, tmp_path, monkeypatch):
+    import hpseg
+    from hpseg import windows
+    from hpseg.evaluation import protocols
+
+    monkeypatch.setattr(windows, "MAX_TOKENS", 100)
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    paint(48 * 12, 48, 1).save(tmp_path / "images" / "long.png")
+    truth = np.arange(48 * 12)[None].repeat(48, 0) % 3
+    Image.fromarray(truth.astype(np.uint8)).save(tmp_path / "labels" / "long.png")
+    segmenter = hpseg.load(scored_run, device="cpu")
+    labels = segmenter.predict(tmp_path / "images" / "long.png")
+    assert (labels != segmenter.predict(tmp_path / "images" / "long.png", window=48 * 12)).any()
+    results = evaluate(scored_run, tmp_path, fit_on=tmp_path / "images", crf=True, device="cpu")
+    assert results["trained"]["accuracy"] == pytest.approx(score(confusion(labels, truth, 3, 3)).accuracy)
+    assert protocols.stego(paint(400, 330, 0), np.zeros((330, 400)), 320, 4).window == 320  # as published: whole
+
+
+def test_an_imported_run_has_no_baselines_without_photographs(scored_run, tree):
+    config = json.loads((scored_run / "config.json").read_text())
+    (scored_run / "config.json").write_text(json.dumps({**config, "images": ""}))
+    results = evaluate(scored_run, tree, device="cpu")
+    assert "trained" in results and "kmeans_features" not in results and "trained head" in format_table(results)
+    assert "kmeans_features" in evaluate(scored_run, tree, fit_on=tree / "images", device="cpu")
 
 
 def test_pairs_and_labels(tree, tmp_path):
@@ -126,6 +158,31 @@ def test_eval_refuses_labels_of_another_size(run, tree):
         evaluate(run, tree, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("labels/a.png", b"no picture", "labels: expected a label map, cannot read .*a.png: cannot identify"),
+        ("labels/a.png", "cut", "labels: expected a label map, cannot read .*a.png: .*truncated"),
+        ("labels/a.png", "16 bits", "labels: .*a.png has the id 300, expected at most 255; --void"),
+        ("classes.json", b"{sky, sea}", "data: .*classes.json is not JSON"),
+        ("classes.json", b"4", "data: .*classes.json: expected a list of class names"),
+        ("classes.json", b'{"classes": {"0": "sky"}}', "data: .*classes.json: expected a list of class names"),
+    ],
+)
+def test_labels_and_names_that_cannot_be_are_named(scored_run, tree, name, content, message):
+    if content == "cut":
+        content = (tree / name).read_bytes()[:50]
+    if content == "16 bits":
+        Image.fromarray(np.full((40, 60), 300, np.uint16)).save(tree / name)
+    else:
+        (tree / name).write_bytes(content)
+    for attempt in (evaluate, lambda run, data, **_: probe(run, data, score_on=data, steps=1, device="cpu")):
+        with pytest.raises(UsageError, match=message):
+            attempt(scored_run, tree, device="cpu")
+    if content == "16 bits":
+        assert evaluate(scored_run, tree, void=300, device="cpu")["pixels"] == 2 * 40 * 60
+
+
 def test_runs_are_scored_as_they_predict(run, tree):
     import hpseg
     from hpseg.evaluation.evaluate import evaluate_runs
@@ -137,6 +194,69 @@ def test_runs_are_scored_as_they_predict(run, tree):
     both = evaluate_runs([run, run], tree, device="cpu")
     assert [results["trained"]["miou"] for results in both] == pytest.approx([scores.miou] * 2)
     assert both[0]["trained"]["iou"] == pytest.approx(scores.iou.tolist()) and both[1]["seed"] == 1
+
+
+@pytest.fixture
+def seeds(run, tmp_path):
+    """Copies of the finished run in one folder, their heads moved apart as if other seeds had been trained."""
+    for number in (2, 0, 10):
+        folder = shutil.copytree(run, tmp_path / "runs" / f"seed{number}")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "seed": number, "workers": number}))
+        with safe_open(run / "model.safetensors", "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(folder / "model.safetensors")
+        tensors["clusters.centroids"] += torch.randn(3, 16, generator=torch.Generator().manual_seed(number))
+        save_file(tensors, folder / "model.safetensors", metadata)
+    (tmp_path / "runs" / "notes.txt").write_text("mine")
+    return tmp_path / "runs"
+
+
+def test_mean_and_sd_over_seeds(seeds, tree, capsys):
+    from hpseg.cli import main
+
+    assert main(["eval", str(seeds), str(tree), "--seeds", "--seed", "5", "--device", "cpu"]) == 0
+    results, table = json.loads((seeds / "eval.json").read_text()), capsys.readouterr().out
+    assert results["run_seeds"] == [0, 2, 10] and list(results["runs"]) == ["seed0", "seed2", "seed10"]
+    assert results["seeds"] == [5, 6, 7]
+    alone = [evaluate(seeds / name, tree, device="cpu") for name in results["runs"]]
+    for method, each in (("trained", alone), ("kmeans_features", results["runs"].values())):
+        for key in ("miou", "accuracy"):
+            values = [scores[method][key] for scores in each]
+            assert results[method][key] == pytest.approx(statistics.mean(values))
+            assert results[method]["sd"][key] == pytest.approx(statistics.stdev(values), abs=1e-9)
+    assert results["trained"]["sd"]["miou"] > 0
+    rows = [scores["trained"]["iou"] for scores in alone]
+    assert results["trained"]["iou"] == pytest.approx([statistics.mean(column) for column in zip(*rows, strict=True)])
+    assert "mean ± sd of 3 runs" in table
+    assert f"{results['trained']['miou']:.1f} ± {results['trained']['sd']['miou']:.1f}" in table
+    assert f"{results['trained']['iou'][1]:.1f} ± {results['trained']['sd']['iou'][1]:.1f}" in table.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seed": 0}, "seed0 and seed10 in .* both have the seed 0"),
+        ({"steps": 30}, "differ in steps: 20 in seed0, 30 in seed10"),
+        ("results.json", "seed10 is not finished"),
+        ("others", "expected two or more folders .* which holds: notes.txt, seed10"),
+        ("run", "is one run, expected the folder that holds"),
+        ("nothing", "expected two or more folders .* which holds: nothing"),
+    ],
+)
+def test_seeds_that_are_not_repetitions(seeds, tree, change, message):
+    config = seeds / "seed10" / "config.json"
+    if isinstance(change, dict):
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    elif change == "results.json":
+        (seeds / "seed10" / change).unlink()
+    elif change == "others":
+        shutil.rmtree(seeds / "seed0")
+        shutil.rmtree(seeds / "seed2")
+    folder = {"run": seeds / "seed0", "nothing": seeds / "missing"}.get(str(change), seeds)
+    with pytest.raises(UsageError, match=message):
+        evaluate_seeds(folder, tree, device="cpu")
+    assert not (seeds / "eval.json").exists()
 
 
 def test_stego_protocol_is_the_published_resize_and_crop():
@@ -162,18 +282,39 @@ def test_flip_and_crf(scored_run, tree):
     results = evaluate(scored_run, tree, protocol="stego", flip=True, crf=True, device="cpu")
     assert results["flip"] is True and results["protocol"] == "stego"
     assert 0 <= results["trained_crf"]["miou"] <= 100 and "trained head + CRF" in format_table(results)
+    with pytest.raises(UsageError, match="linear: .* holds no probe.safetensors; run `hpseg probe"):
+        evaluate(scored_run, tree, linear=True, device="cpu")
     with pytest.raises(UsageError, match="protocol: expected one of default, stego"):
         evaluate(scored_run, tree, protocol="paper", device="cpu")
 
 
+def test_a_linear_probe_is_scored_after_the_crf_too(scored_run, tree):
+    probe(scored_run, tree, score_on=tree, steps=20, lr=0.1, device="cpu")
+    results = evaluate(scored_run, tree, crf=True, linear=True, device="cpu")
+    assert results["linear_crf"]["cluster_of"] == results["linear"]["cluster_of"] == [0, 3]
+    segmenter, fitted = load(scored_run, "cpu"), load_file(scored_run / "probe.safetensors")
+    counts = np.zeros((256, 256), np.int64)
+    for path, label in open_folder(tree).pairs:
+        picture = load_image(path)
+        codes = segmenter.codes(segmenter.prepare(picture)[0]).movedim(1, -1)
+        scores = F.linear(codes, fitted["linear.weight"], fitted["linear.bias"]).movedim(-1, 1)
+        probabilities = F.interpolate(scores, (40, 60), mode="bilinear")[0].softmax(0)
+        labels = dense_crf(torch.from_numpy(np.array(picture)[..., ::-1].copy()), probabilities).argmax(0)
+        counts += confusion(labels.numpy(), read_ids(label), 256, 256)
+    expected = score(counts[:, [0, 3]], np.array([0, 3]))
+    assert results["linear_crf"]["miou"] == pytest.approx(expected.miou, abs=0.01)
+    assert results["linear_crf"]["miou"] != results["linear"]["miou"] and "linear probe + CRF" in format_table(results)
+
+
 def test_codes_of_a_mirrored_description_are_averaged(run):
     import hpseg
-    from hpseg.evaluation.evaluate import codes_of
+    from hpseg.evaluation.segments import codes_of
 
     segmenter = hpseg.load(run, device="cpu")
     features, mirrored = torch.randn(2, 1, 3, 5, segmenter.backbone.channels).unbind(0)
-    both = codes_of(segmenter, {"features": features, "mirrored": mirrored})
-    one, other = (codes_of(segmenter, {"features": x}) for x in (features, mirrored.flip(2)))
+    colours = torch.rand(1, 3, 5, 3)
+    both = codes_of(segmenter, {"features": features, "mirrored": mirrored, "colours": colours})
+    one, other = (codes_of(segmenter, {"features": x, "colours": colours}) for x in (features, mirrored.flip(2)))
     torch.testing.assert_close(both, (one + other) / 2)
 
 

@@ -66,3 +66,27 @@ def test_held_out_labels_are_needed(scored_run, two_sets):
         probe(scored_run, two_sets[0], device="cpu")
     with pytest.raises(UsageError, match="protocol: expected one of"):
         probe(scored_run, two_sets[0], score_on=two_sets[1], protocol="paper", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size: expected at least 1, got -1"),
+        ({"lr": float("nan")}, "lr: expected a finite number of at least 0, got nan"),
+        ({"cluster_lr": -0.1}, "cluster_lr: expected a finite number of at least 0, got -0.1"),
+        ({"lr": 3e37, "steps": 5}, r"lr, cluster_lr: the loss is (nan|inf) with 3e\+37"),
+    ],
+)
+def test_settings_that_cannot_be(scored_run, two_sets, setting, message):
+    with pytest.raises(UsageError, match=message):
+        probe(scored_run, two_sets[0], score_on=two_sets[1], device="cpu", **setting)
+    assert not (scored_run / "probe.json").exists()
+
+
+def test_labels_that_are_all_void(scored_run, two_sets):
+    for path in (two_sets[0] / "labels").iterdir():
+        Image.new("L", (64, 48), 255).save(path)
+    (two_sets[0] / "classes.json").unlink()
+    with pytest.raises(UsageError, match="data: no labelled pixel in fit"):
+        probe(scored_run, two_sets[0], score_on=two_sets[1], device="cpu")

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from safetensors.torch import load_file
-from tiny import SMALL
+from tiny import SMALL, paint
 
+import hpseg
 from hpseg.backbones import Tokens
-from hpseg.config import make_config
+from hpseg.config import UsageError, make_config
+from hpseg.distributed import ALONE, Share
 from hpseg.methods.stego import Stego, correspondence_loss, other_images, sample_points
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -31,10 +32,43 @@ def test_loss_and_gradients_are_those_of_the_published_code(name):
         torch.testing.assert_close(code.grad, torch.tensor(stored[f"grad_{i}"]), rtol=1e-5, atol=1e-9)
 
 
+FEATURES, CODES = torch.randn(2, 5, 3, 3), torch.randn(2, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"features_1": None}, TypeError, r"features_1: expected a floating-point tensor \(B, channels, h, w\)"),
+        ({"codes_2": CODES.int()}, TypeError, r"codes_2: expected a floating-point tensor .* got .* torch.int32"),
+        ({"codes_1": CODES[0]}, ValueError, r"codes_1: expected \(B, channels, h, w\)"),
+        ({"features_2": FEATURES[:0]}, ValueError, "features_2: expected .* none of them 0"),
+        ({"features_2": FEATURES[:1]}, ValueError, r"features_2: expected the images, .* of features_1, \(2,"),
+        ({"features_2": FEATURES.double()}, ValueError, "features_2: expected the images, channels and dtype"),
+        ({"features_1": FEATURES.to("meta")}, ValueError, "features_2: expected .* on meta, got .* on cpu"),
+        ({"codes_1": CODES[..., :2]}, ValueError, "codes_1: expected the images and points of features_1"),
+        ({"shift": float("nan")}, ValueError, "shift: expected a finite number, got nan"),
+        ({"shift": "0.1"}, ValueError, "shift: expected a finite number, got '0.1'"),
+    ],
+)  # fmt: skip
+def test_maps_that_cannot_be_compared_are_refused(change, error, message):
+    arguments = dict(features_1=FEATURES, features_2=FEATURES, codes_1=CODES, codes_2=CODES, shift=0.1) | change
+    with pytest.raises(error, match=message):
+        correspondence_loss(**arguments)
+
+
 def test_points_are_bilinear_with_the_corners_at_one():
     maps = torch.arange(12.0).view(1, 1, 3, 4)
     points = torch.tensor([[[[-1.0, -1.0], [1.0, -1.0]], [[-1.0, 1.0], [0.0, 0.0]]]])
     assert sample_points(maps, points).flatten().tolist() == [0.0, 3.0, 8.0, 5.5]
+
+
+def test_one_picture_has_no_neighbour(vit_file, tmp_path):
+    (tmp_path / "photos").mkdir()
+    paint(40, 40, 0).save(tmp_path / "photos" / "a.png")
+    settings = {**SMALL, "preset": "stego-small", "consistency_weight": 0.0}
+    with pytest.raises(UsageError, match="images: STEGO .* expected two pictures or more, got one"):
+        hpseg.train(tmp_path / "photos", tmp_path / "run", weights=vit_file, **settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_image_is_never_its_own_negative():
@@ -46,8 +80,6 @@ def test_an_image_is_never_its_own_negative():
 
 
 def test_training_finds_neighbours_and_repeats(photos, vit_file, tmp_path):
-    import hpseg
-
     settings = SMALL | dict(preset="stego-small", weights=vit_file, consistency_weight=0.0, steps=6, neighbors=2)
     for out in ("a", "b"):
         hpseg.train(photos, tmp_path / out, **settings)
@@ -62,13 +94,11 @@ def test_training_finds_neighbours_and_repeats(photos, vit_file, tmp_path):
 
 
 def test_resumed_training_is_the_uninterrupted_one(photos, vit_file, tmp_path):
-    import hpseg
-
     settings = SMALL | dict(preset="stego-small", weights=vit_file, consistency_weight=0.0, steps=6, save_every=3)
     hpseg.train(photos, tmp_path / "whole", **settings)
     state = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
     with pytest.MonkeyPatch.context() as patch:  # stop after the checkpoint of step 3
-        import hpseg.training as training
+        from hpseg import training
 
         class Stopped(Exception):
             pass
@@ -91,7 +121,8 @@ def test_losses_are_those_of_the_equations():
     torch.manual_seed(0)
     method = Stego(10, config)
     features = torch.randn(8, 12, 10)
-    found = method.losses(Tokens(features, None, (3, 4)), None, 0, 5, torch.Generator().manual_seed(7))
+    share = Share(ALONE, 8, torch.Generator().manual_seed(7))
+    found = method.losses(Tokens(features, None, (3, 4)), None, 0, 5, share)
     generator, partners = torch.Generator().manual_seed(7), torch.Generator().manual_seed(5)
     points, others = (torch.rand(4, 3, 3, 2, generator=generator) * 2 - 1 for _ in range(2))
     f, s = (x.transpose(1, 2).unflatten(2, (3, 4)) for x in (features, method.head(features)))

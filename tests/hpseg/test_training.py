@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,29 @@ from safetensors.torch import load_file, save_file
 from tiny import SMALL, make_vit, paint
 
 import hpseg
-from hpseg.config import UsageError
+from hpseg.config import RunStopped, UsageError
 
 
 def state_of(run):
     return torch.load(run / "state.pt", weights_only=True)
+
+
+def train_until(step, method, images, out, /, **settings):
+    """A run that is stopped by an error in step `step` of `method`, a class, after its optimisers."""
+
+    class Stop(Exception):
+        pass
+
+    follow_up = method.follow_up
+
+    def stopping(self, now):
+        if now == step:
+            raise Stop
+        follow_up(self, now)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(method, "follow_up", stopping)
+        hpseg.train(images, out, **settings)
 
 
 def assert_same(a, b, where=""):
@@ -40,9 +59,11 @@ def assert_same(a, b, where=""):
 
 def test_five_pictures_twenty_steps(run):
     assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
         "config.json",
         "log.csv",
         "model.safetensors",
+        "preview",
         "results.json",
         "state.pt",
     ]
@@ -79,7 +100,14 @@ def test_leaves_the_callers_random_numbers_alone(photos, vit_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", [{"steps": 150}, {"steps": 60, "workers": 2, "crop": "five"}], ids=["plain", "workers"]
+    "extra",
+    [
+        {"steps": 150},
+        {"steps": 60, "workers": 2, "crop": "five"},
+        {"steps": 80, "accumulate": 2, "dtype": "bf16"},
+        {"steps": 150, "preset": "stego-small", "consistency_weight": 0.0},
+    ],
+    ids=["plain", "workers", "accumulate", "stego"],
 )
 def test_resume_after_sigkill_equals_an_uninterrupted_run(photos, vit_file, tmp_path, extra):
     settings = {**SMALL, "weights": vit_file, "save_every": 7, "renew_interval": 8, **extra}
@@ -121,7 +149,8 @@ def test_cached_features(photos, vit_file, tmp_path):
     backbone = load_backbone(weights=vit_file)
     config = make_config(classes=3, crop="random", cache_features=True, consistency_weight=0.0, workers=0)
     folder = PhotoFolder(find_images(photos), 32, "random", 0, False)
-    encoder = Encoder(backbone, folder, config, torch.device("cpu"))
+    encoder = Encoder(backbone, folder, config, torch.device("cpu"), tmp_path)
+    encoder.fill(print)
     rows, columns = encoder.cache[4].grid
     assert rows == 4 and columns > 4
     tokens, twin = next(encoder([[(0, 4), (1, 4), (2, 4)]]))
@@ -153,6 +182,7 @@ def test_other_settings_run(photos, vit_file, tmp_path):
             "steps": 5,
             "negative_rate": 1.0,
             "weighting": "separate",
+            "head_in_denominator": True,
             "clusters": "kmeans",
             "consistency_weight": 0.0,
             "mining_dropout": 0.0,
@@ -226,14 +256,23 @@ def test_never_opens_a_label(photos, vit_file, tmp_path):
     [
         ({"classes": 1}, "classes: expected at least 2, got 1"),
         ({"classes": 300}, "at most 255, got 300"),
+        ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
         ({"steps": "many"}, "steps: expected int, got 'many'"),
         ({"crop": "big"}, "crop: expected one of center, random, five"),
-        ({"dropout": 1.5}, r"dropout: expected a number in \[0, 1\], got 1.5"),
+        ({"dropout": 1.0}, r"dropout: expected a number in \[0, 0.99\], got 1.0"),
+        ({"mining_dropout": 1.0}, r"mining_dropout: expected a number in \[0, 0.99\], got 1.0"),
+        ({"negative_rate": 1.5}, r"negative_rate: expected a number in \[0, 1\], got 1.5"),
+        ({"lr": float("inf")}, "lr: expected a finite number, got inf"),
+        ({"knn_shift": float("nan")}, "knn_shift: expected a finite number, got nan"),
+        ({"seed": 2**63}, r"seed: expected a number in \[-9223372036854775808, 9223372036854775807\]"),
+        ({"method": "stego", "preset": "cocostuff"}, "preset: 'cocostuff' is one of method hp; for stego"),
+        ({"method": "hp", "preset": "stego-small"}, "preset: 'stego-small' is one of method stego; for hp"),
         ({"temperature": 0.0}, "temperature"),
         ({"preset": "imagenet"}, "preset: expected one of cocostuff"),
         ({"step": 3}, "unknown setting 'step'"),
         ({"cache_features": True, "consistency_weight": 0.1}, "cache_features: there are no jittered"),
         ({"device": "tpu9"}, "device: expected auto, cpu"),
+        ({"device": "meta"}, "device: expected auto, cpu or cuda"),
         ({"weights": "nowhere.pt"}, "weights: no file"),
     ],
 )
@@ -241,3 +280,17 @@ def test_settings_that_cannot_be(photos, vit_file, tmp_path, setting, message):
     with pytest.raises(UsageError, match=message):
         hpseg.train(photos, tmp_path / "run", **{"weights": vit_file, **SMALL, **setting})
     assert not (tmp_path / "run").exists()
+
+
+def test_training_that_diverges_says_so(photos, vit_file, tmp_path):
+    with pytest.raises(RunStopped, match="loss: .*finite.*smaller lr helps; what .* holds is intact"):
+        hpseg.train(photos, tmp_path / "run", weights=vit_file, steps=9, **{**SMALL, "lr": 1e30, "clip_norm": 0.0})
+
+
+def test_a_damaged_state_is_named(run, photos, vit_file, tmp_path):
+    for number, content in enumerate((b"", b"{}", (run / "state.pt").read_bytes()[:500])):
+        damaged = shutil.copytree(run, tmp_path / str(number))
+        (damaged / "state.pt").write_bytes(content)
+        with pytest.raises(UsageError, match="resume: .*state.pt is not a torch file of plain tensors"):
+            hpseg.train(photos, damaged, weights=vit_file, steps=20, resume=True, **SMALL)
+        assert (damaged / "state.pt").read_bytes() == content

@@ -1,4 +1,6 @@
-"""A random tiny ViT, painted pictures and settings that finish in seconds."""
+"""A random tiny ViT, painted pictures, settings that finish in seconds, and processes to do harm to."""
+
+import os
 
 import numpy as np
 import torch
@@ -34,3 +36,21 @@ def paint(width, height, seed):
     """Smooth random colours: a picture with regions."""
     values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def in_child(work):
+    """Runs work() in a forked process that says nothing and ends with it, with status 0 or what SystemExit it raises;
+    returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        work()
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    finally:
+        os._exit(status)

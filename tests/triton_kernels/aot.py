@@ -138,7 +138,10 @@ def cases(dtypes: tuple[torch.dtype, ...] = DTYPES, widths: tuple[int, ...] = WI
             yield f"normalize_rows {width}", lambda x=x: normalize.normalize_rows(x, "x")
             yield f"normalize_rows_grad {width}", lambda x=x: normalize.normalize_rows_grad(x.float(), x)
             yield from _contrastive_grad_cases(x)
+            yield from _group_grad_cases(x)
             if width == MAIN_WIDTH:
+                yield from _cluster_cases(x)
+                yield from _group_lse_cases(x)
                 yield from _search_cases(x)
                 yield from _contrastive_stats_cases(x)
                 yield from _local_mix_cases(dtype)
@@ -178,11 +181,11 @@ def _search_cases(x: torch.Tensor) -> Iterator[Case]:
 
     n, width = x.shape
     theta, groups, keys = torch.zeros(n), torch.zeros(n, dtype=torch.int64), torch.zeros(1024, width, dtype=x.dtype)
+    key_groups = torch.zeros(1024, dtype=torch.int64)
     yield f"max_similarity {width}", lambda: search.max_similarity(x, x)
     yield f"pairs_above {width}", lambda: search.pairs_above(x, theta, None, None)
     yield f"pairs_above keys {width}", lambda: search.pairs_above(x, theta, x, theta)
     for k in (1, 16, 32, 64, 128, 256, 300):
-        key_groups = torch.zeros(1024, dtype=torch.int64)
         yield f"topk {k} {width}", lambda k=k: search.topk_similarity(x, keys, k, True, None, None)
         yield f"topk {k} groups {width}", lambda k=k: search.topk_similarity(x, keys, k, False, groups, key_groups)
 
@@ -222,6 +225,34 @@ def _contrastive_grad_cases(x: torch.Tensor) -> Iterator[Case]:
             call = functools.partial(contrastive.contrastive_grad, x[None], *masks, mode, temperature, 0, *[vector] * 4)
             name = f"grad {mode} {sum(m is not None for m in masks)} {route} {temperature} {x.shape[1]}"
             yield name, functools.partial(_on_route, route, call)
+
+
+def _group_lse_cases(x: torch.Tensor) -> Iterator[Case]:
+    from hpkernels.ops.contrastive import kernels_groups
+
+    groups = torch.zeros(len(x), dtype=torch.int64)
+    for temperature in (0.8, 0.01):
+        yield (
+            f"group_lse {temperature}",
+            lambda t=temperature: kernels_groups.group_lse(x, groups, None, None, t),
+        )
+
+
+def _group_grad_cases(x: torch.Tensor) -> Iterator[Case]:
+    from hpkernels.ops.contrastive import kernels_groups
+
+    groups, vector = torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x))
+    for temperature, (keys, of_keys) in itertools.product((0.8, 0.04), ((None, False), (x, False), (x, True))):
+        arguments = (x, groups, keys, None if keys is None else groups, temperature, vector, vector, of_keys)
+        name = f"group_grad {('itself', 'rows', 'keys')[(keys is not None) + of_keys]} {temperature} {x.shape[1]}"
+        yield name, functools.partial(kernels_groups.group_lse_grad, *arguments)
+
+
+def _cluster_cases(x: torch.Tensor) -> Iterator[Case]:
+    from hpkernels.ops.cluster_assign import kernels as cluster_assign
+
+    centroids, bias = torch.zeros(100, x.shape[1]), torch.zeros(100)
+    yield "cluster_assign", lambda: cluster_assign.cluster_assign(x, centroids, centroids, bias)
 
 
 def _on_route(route: str, call: Callable[[], object]) -> object:

@@ -1,6 +1,6 @@
 """Numbers of the Triton kernels, under Triton's interpreter on CPU tensors: one process for each op.
 
-Directly: TRITON_INTERPRET=1 python -m pytest tests/triton_kernels/interpreted [-m slow]
+Directly: TRITON_INTERPRET=1 python -m pytest tests/triton_kernels/interpreted tests/properties [-m slow]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
+NAMES = [*sorted(path.name for path in FOLDER.glob("test_*.py")), "../../properties"]
 
 
 def _run(name: str, marker: str) -> None:
@@ -23,12 +24,12 @@ def _run(name: str, marker: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
+@pytest.mark.parametrize("name", NAMES)
 def test_interpreted(name: str):
     _run(name, "not slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
+@pytest.mark.parametrize("name", NAMES)
 def test_interpreted_all_shapes(name: str):
     _run(name, "slow")

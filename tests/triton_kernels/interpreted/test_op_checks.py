@@ -15,7 +15,9 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from test_ops import loss_inputs, op_calls  # the calls that the other backends are checked with
 
-CALLS = {name: (op, arguments) for name, op, arguments in op_calls("triton", torch.device("cpu")) if "triton" in arguments}
+CALLS = {
+    name: (op, arguments) for name, op, arguments in op_calls("triton", torch.device("cpu")) if "triton" in arguments
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -35,8 +37,8 @@ def test_loss_equals_the_reference(rate: float, at_once: bool, monkeypatch):
     for backend in ("triton", "reference"):
         z = p["z"].clone().requires_grad_()
         loss = hk.hidden_positive_loss(
-            z, p["features"], p["pool"], z_local=p["z_local"], head_features=p["head"], head_pool=p["pool"], head_weight=0.5,
-            tokens_per_image=12, negative_rate=rate, seed=1, backend=backend,
+            z, p["features"], p["pool"], z_local=p["z_local"], head_features=p["head"], head_pool=p["pool"],
+            head_weight=0.5, tokens_per_image=12, negative_rate=rate, seed=1, backend=backend,
         )  # fmt: skip
         loss.backward()
         losses.append(loss.detach())
