@@ -79,7 +79,10 @@ void* take_cached(size_t capacity) {
 void* take_memory(size_t bytes) {
   const size_t capacity = capacity_for(bytes ? bytes : 1);
   void* block = capacity >= kSmall ? take_cached(capacity) : nullptr;
-  if (!block && posix_memalign(&block, 64, capacity)) throw NoMemory(capacity);
+  if (!block && posix_memalign(&block, 64, capacity)) {
+    release_memory();
+    if (posix_memalign(&block, 64, capacity)) throw NoMemory(capacity);
+  }
   if (poison) std::memset(block, 0xff, capacity);
   return block;
 }
@@ -97,6 +100,16 @@ void give_memory(void* block, size_t bytes) {
     kept.total -= kept.blocks.front().capacity;
     kept.blocks.erase(kept.blocks.begin());
   }
+}
+
+void release_memory() {
+  Cache& kept = cache();
+  std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
+  if (!lock.owns_lock()) return;
+  for (const Block& block : kept.blocks)
+    std::free(block.address);
+  kept.blocks.clear();
+  kept.total = 0;
 }
 
 void poison_memory(bool on) { poison = on; }

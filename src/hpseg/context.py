@@ -44,15 +44,19 @@ class ContextEmbedding(nn.Module):
         positions = grid_positions(tokens.grid, features)
         places = positions.expand(len(features), -1, -1)
         with autocast(features, self.dtype):
-            mixed = hpkernels.neighbor_attention(
-                self.queries(features),
-                self.keys(features),
-                self.values(torch.cat([features, waves(places, self.octaves), waves(colours, self.octaves)], -1)),
-                positions,
-                colours,
-                position_sigma=self.log_position_sigma.exp(),
-                appearance_sigma=self.log_colour_sigma.exp(),
-            )
+            queries, keys = self.queries(features), self.keys(features)
+            values = self.values(torch.cat([features, waves(places, self.octaves), waves(colours, self.octaves)], -1))
+        # Outside: it computes in fp32 whatever it is called in, and torch.export loads no region within a region.
+        mixed = hpkernels.neighbor_attention(
+            queries,
+            keys,
+            values,
+            positions,
+            colours,
+            position_sigma=self.log_position_sigma.exp(),
+            appearance_sigma=self.log_colour_sigma.exp(),
+        )
+        with autocast(features, self.dtype):
             return features + self.out(mixed).float()
 
 

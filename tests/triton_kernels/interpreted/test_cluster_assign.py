@@ -28,8 +28,10 @@ def test_three_numbers_of_16_bits_hold_a_direction(size, kind):
 
 
 def test_ties_go_to_the_lower_index():
-    centroids = torch.randn(40, 16).repeat(3, 1)
-    labels, *_ = kernels.cluster_assign(torch.randn(90, 16), centroids, *scores(centroids, False))
+    """Of whole numbers, whose products are exact: NumPy's, in the interpreter, round by the place of a column."""
+    x, half = (torch.randint(-8, 9, (n, 16)).float() for n in (90, 20))
+    centroids = torch.cat([half, -half]).repeat(3, 1)  # their mean is zero
+    labels, *_ = kernels.cluster_assign(x, centroids, *scores(centroids, False))
     assert labels.max() < 40
 
 
