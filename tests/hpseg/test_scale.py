@@ -56,7 +56,7 @@ torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
-# Two ranks that wait for one another no longer than two seconds fill a cache, one photograph a shard, then fail at it.
+# Two ranks that wait for one another no longer than five seconds fill a cache, one photograph a shard, then fail at it.
 FILL = """
 import datetime, sys, time, torch
 import torch.distributed as dist
@@ -79,11 +79,11 @@ encoder = Encoder(backbone, dataset, config, device, folder)
 def slow(*args, forward=backbone.forward, **options):
     global made
     made += 1
-    time.sleep(0.7)
+    time.sleep(1.7)
     return forward(*args, **options)
 backbone.forward = slow
 dist.barrier()
-ranks = Ranks(dist.new_group(timeout=datetime.timedelta(seconds=2)))
+ranks = Ranks(dist.new_group(timeout=datetime.timedelta(seconds=5)))
 lines = []
 encoder.fill(lines.append, ranks)
 assert encoder.cache.missing() == [] and len(lines) == (1 if ranks.writes else 0), lines
