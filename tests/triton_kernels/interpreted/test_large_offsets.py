@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from hpkernels.ops import _triton as shared
 from hpkernels.ops.contrastive import kernels_dense, kernels_dense_grad, kernels_sparse
@@ -197,7 +198,7 @@ def test_logits_of_many_tokens(pair):
     torch.testing.assert_close(far.read(32), 0.5 * q.float() @ keys.float().T)
 
 
-def test_neighbor_mix_of_many_tokens():
+def test_neighbor_mix_of_many_tokens(monkeypatch):
     """Five images of 2^24 x 4 tokens: the last one's code starts at 2^32, its weights at 2.4e9."""
     tokens, width, d, image = 2**26, 4, 16, 4
     code, g = torch.randn(2, 1, 40, d)
@@ -208,15 +209,46 @@ def test_neighbor_mix_of_many_tokens():
     far_g.at(image * tokens * d, 40 * d).copy_(g.flatten())
     far_weights.at(image * tokens * 9, 40 * 9).copy_(weights.flatten())
     sizes, blocks = (tokens, d, tokens // width, width), dict(BLOCK_T=32, BLOCK_D=16)
+    near = [local_mix._mix(code, weights, 10, width, transposed) for transposed in (False, True)]
+    near_grad = local_mix.neighbor_mix_grad(g, code, weights, 10, width, False, True)[1]
+    start_at(image * tokens // 32, monkeypatch)
     for transposed in (False, True):
-        near = local_mix._mix(code, weights, 10, width, transposed)
-        local_mix._neighbor_mix_kernel[(1, 1, 5)](
+        local_mix._neighbor_mix_kernel[(1,)](
             far_code.start, far_weights.start, out.start, *sizes, TRANSPOSED=transposed, **blocks
         )
-        assert torch.equal(out.at(image * tokens * d, 32 * d).view(32, d), near[0, :32])
-    local_mix._neighbor_mix_grad_weights_kernel[(1, 5)](far_g.start, far_code.start, grad.start, *sizes, **blocks)
-    near = local_mix.neighbor_mix_grad(g, code, weights, 10, width, False, True)[1]
-    torch.testing.assert_close(grad.at(image * tokens * 9, 32 * 9).view(32, 9), near[0, :32])
+        assert torch.equal(out.at(image * tokens * d, 32 * d).view(32, d), near[transposed][0, :32])
+    local_mix._neighbor_mix_grad_weights_kernel[(1,)](far_g.start, far_code.start, grad.start, *sizes, **blocks)
+    torch.testing.assert_close(grad.at(image * tokens * 9, 32 * 9).view(32, 9), near_grad[0, :32])
+
+
+@pytest.mark.parametrize("name", ["_neighbor_mix_kernel", "_neighbor_mix_grad_weights_kernel"])
+def test_more_images_than_the_later_axes_of_a_grid_hold(name, monkeypatch):
+    """65,536 images and one program: of the last one."""
+    images, d = 2**16, 2
+    code, g, weights = (torch.randn(images, 1, width) for width in (d, d, 9))
+    kernel = getattr(local_mix, name)
+
+    class LastProgram:
+        def __getitem__(self, grid):
+            assert all(side < 2**16 for side in grid[1:])
+            start_at(grid[0] - 1, monkeypatch)
+            return kernel[(1, *grid[1:])]
+
+    monkeypatch.setattr(local_mix, name, LastProgram())
+    if name == "_neighbor_mix_kernel":
+        last = local_mix.neighbor_mix(code, weights, 1, 1)[-1]
+        torch.testing.assert_close(last, weights[-1, :, 4:5] * code[-1])
+    else:
+        last = local_mix.neighbor_mix_grad(g, code, weights, 1, 1, False, True)[1][-1]
+        torch.testing.assert_close(last[0, 4], (g[-1] * code[-1]).sum())
+
+
+def start_at(program: int, monkeypatch) -> None:
+    """The interpreter numbers the programs of a launch from there on along the first axis."""
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(
+        builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (program + x, y, z))
+    )
 
 
 def masks(far: bool) -> tuple[Tensor, int, Tensor]:

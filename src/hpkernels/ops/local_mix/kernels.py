@@ -312,9 +312,11 @@ def _neighbor_mix_kernel(
     TRANSPOSED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_n w_i[n] code[i + n]; TRANSPOSED: out_j = sum_n w_{j-n}[n] code[j - n], the gradient to code."""
-    image = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    panels, pieces = tl.cdiv(T, BLOCK_T), tl.cdiv(D, BLOCK_D)
+    part = tl.program_id(0) // panels
+    image = (part // pieces).to(tl.int64)
+    token = tl.program_id(0) % panels * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = part % pieces * BLOCK_D + tl.arange(0, BLOCK_D)
     y, x = token // width, token % width
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for n in tl.static_range(9):
@@ -337,8 +339,9 @@ def _neighbor_mix_grad_weights_kernel(
     grad_ptr, code_ptr, out_ptr, T, D, height, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """out_i[n] = <g_i, code[i + n]>."""
-    image = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    panels = tl.cdiv(T, BLOCK_T)
+    image = (tl.program_id(0) // panels).to(tl.int64)
+    token = tl.program_id(0) % panels * BLOCK_T + tl.arange(0, BLOCK_T)
     y, x = token // width, token % width
     row = image * T + token
     for n in tl.static_range(9):
@@ -359,9 +362,9 @@ def _mix(code: Tensor, weights: Tensor, height: int, width: int, transposed: boo
     out = torch.empty_like(code)
     batch, tokens, d = code.shape
     if out.numel():
-        grid = (triton.cdiv(tokens, _MIX_TOKENS), triton.cdiv(d, _MIX_CHANNELS), batch)
+        panels, pieces = triton.cdiv(tokens, _MIX_TOKENS), triton.cdiv(d, _MIX_CHANNELS)
         with on_device(code):
-            _neighbor_mix_kernel[grid](
+            _neighbor_mix_kernel[(batch * pieces * panels,)](  # the other two axes of a grid end at 65,535
                 code, weights, out, tokens, d, height, width,
                 TRANSPOSED=transposed, BLOCK_T=_MIX_TOKENS, BLOCK_D=_MIX_CHANNELS, num_warps=_MIX_WARPS,
             )  # fmt: skip
@@ -388,7 +391,7 @@ def neighbor_mix_grad(
         grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
         if code.numel():
             with on_device(code):
-                _neighbor_mix_grad_weights_kernel[(triton.cdiv(tokens, _MIX_TOKENS), batch)](
+                _neighbor_mix_grad_weights_kernel[(batch * triton.cdiv(tokens, _MIX_TOKENS),)](
                     grad_out, code.contiguous(), grad_weights, tokens, d, height, width,
                     BLOCK_T=_MIX_TOKENS, BLOCK_D=_MIX_CHANNELS, num_warps=_MIX_WARPS,
                 )  # fmt: skip
