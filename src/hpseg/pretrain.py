@@ -226,7 +226,9 @@ def _run(args, photos, stop):
             student.load_state_dict(state["student"])
             teacher.load_state_dict(state["teacher"])
             optimizer.load_state_dict(state["optimizer"])
-            step, spent = state["step"], state["seconds"]
+            step, spent = int(state["step"]), float(state["seconds"])
+            if step < 0 or not 0 <= spent < math.inf:
+                raise ValueError(f"step {step} after {spent} seconds")
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     batches = iter(torch.utils.data.DataLoader(Crops(photos, args, step), batch_size=None, num_workers=1,
                                                prefetch_factor=4))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import io
 import json
 import os
 import random
@@ -154,6 +155,61 @@ def test_options_of_pretrain(photos, tmp_path, refused, tally):
 
 
 # Weights, settings, states -------------------------------------------------------------------------------------------
+
+
+def test_states_of_pretrain(photos, tmp_path, refused, tally):
+    out = tmp_path / "vit.safetensors"
+    state = out.with_suffix(".state.pt")
+    words = ["pretrain", photos, "--out", out, "--batch-size", "2", "--width", "24", "--heads", "3", "--depth", "1"]
+    words += ["--crop", "32", "--prototypes", "16", "--device", "cpu"]
+    assert main([str(word) for word in [*words, "--steps", "1"]]) == 0
+    whole, before = state.read_bytes(), out.read_bytes()
+    parts = torch.load(state, weights_only=True)
+
+    def saved(changed):
+        content = io.BytesIO()
+        torch.save(changed, content)
+        return content.getvalue()
+
+    for content in (
+        *(b"", b"text", whole[:1000], whole[: len(whole) // 2], bytes(len(whole))),
+        *map(saved, ([1, 2], torch.zeros(3))),
+        *(saved({name: part for name, part in parts.items() if name != gone}) for gone in parts),
+        saved({**parts, "student": {**parts["student"], "vit.norm.bias": torch.zeros(7)}}),
+        saved({**parts, "optimizer": parts["student"]}),
+        *(saved({**parts, name: value}) for name, value in (("step", "two"), ("step", -1), ("seconds", None))),
+    ):
+        state.write_bytes(content)
+        refused("resume: ", *words, "--steps", "2", "--resume")
+        assert state.read_bytes() == content and out.read_bytes() == before
+        tally("damaged files of a run")
+
+
+def test_labels_that_cannot_be(photos, vit_file, tmp_path, refused, tally):
+    data, out = tmp_path / "data", tmp_path / "run"
+    for i in range(4):
+        for folder, picture in (("images", paint(48, 48, i)), ("labels", Image.new("L", (48, 48), i % 3))):
+            (data / folder).mkdir(parents=True, exist_ok=True)
+            picture.save(data / folder / f"{i}.png")
+    lists = {"binary": b"\xff\xfe\x00", "blank": b"\n \n", "wrong": b"0\nnobody\n", "folder": None}
+    for name, content in lists.items():
+        (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
+    dgcl = dict(method="dgcl", classes=3, batch_size=2, size=32, dim=16, bank_rows=60, weights=vit_file, steps=2)
+    shares = ("", "0/4", "5/4", "1/0", "1/2/3", "half", "9" * 50 + "/1")
+    for labeled in (*shares, *(tmp_path / name for name in (*lists, "missing"))):
+        refused("labeled: ", "train", data, "--out", out, *flags({**dgcl, "labeled": labeled}))
+        tally("options that cannot be")
+    with pytest.raises(UsageError, match="labeled: "):
+        hpseg.train(data, out, **dgcl, labeled="a\0b")
+    refused("labeled: expected with method", *train_words(data, out, vit_file, labeled="1/2"))
+    for labelled in (tmp_path / "missing", tmp_path / "binary", tmp_path / "folder", photos):
+        refused("", *train_words(data, out, vit_file, select_on_labels=labelled))
+        tally("options that cannot be")
+    with pytest.raises(SystemExit, match="2"):
+        main(train_words(photos, out, vit_file, preset="smal"))
+    with pytest.raises(UsageError, match="preset: expected one of .*small.*, got 'smal'"):
+        hpseg.train(photos, out, weights=vit_file, preset="smal")
+    assert not out.exists()
 
 
 def test_descriptions_of_weights(vit_file, tmp_path, tally):

@@ -49,7 +49,7 @@ def listed(data: LabelledSet, labeled: str, seed: int) -> list[tuple[Path, Path]
         return [data.pairs[i] for i in sorted(order[:count].tolist())]
     try:
         entries = [line for line in Path(labeled).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not text, or no name of a file
         raise UsageError(f"labeled: expected a list of pictures or a share as 1/8, got {labeled!r} ({error})") from None
     if not entries:
         raise UsageError(f"labeled: {labeled} names no picture")
