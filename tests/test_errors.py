@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 import hpkernels as hk
-from hpkernels import dispatch
+from hpkernels import dispatch, info
 
 Z, F, POOL = torch.randn(12, 6), torch.randn(12, 5), torch.randn(4, 5)
 HEADS = torch.randn(2, 3, 16, 8)  # queries or keys
@@ -352,6 +353,24 @@ def test_info_says_what_runs_and_why_not():
         assert f"  {folder} (" in result.stdout
     assert "triton: no: it takes GPU tensors" in result.stdout
     assert "cuda: no: it takes cuda tensors, not cpu tensors" in result.stdout and "\n_cuda: " in result.stdout
+
+
+def test_info_where_things_are_otherwise(monkeypatch):
+    """A GPU and a CUDA extension; no CPU extension; a backend that cannot be."""
+    extension = SimpleNamespace(cuda_version=13010, archs="80;90a")
+    monkeypatch.setitem(sys.modules, "hpkernels._cuda", extension)
+    monkeypatch.setitem(dispatch.MISSING, "cuda", None)
+    monkeypatch.setitem(dispatch.MISSING, "cpu", "the extension hpkernels._cpu was not built")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: dispatch.MISSING.get(backend))
+    monkeypatch.setenv("HPKERNELS_BACKEND", "cpu")
+    said = "\n".join(info._lines())
+    assert "_cpu: the extension hpkernels._cpu was not built" in said
+    assert "_cuda: built with CUDA 13.1 for 80, 90a" in said and "cuda devices: GPU 0, GPU 1" in said
+    assert "HPKERNELS_BACKEND: cpu" in said and "\ncuda tensors\n" in said
+    assert "  normalize (normalize_rows): none (HPKERNELS_BACKEND: " in said, said
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from hpseg.config import UsageError, make_config
 from hpseg.data.semi import VOID
 from hpseg.distributed import ALONE, Share
 from hpseg.evaluation.evaluate import evaluate
+from hpseg.extractors import ConvExtractor, load_extractor
 from hpseg.methods.lookbeyond import Batch, LookBeyond, sample_balanced
 
 TINY = dict(
@@ -259,6 +260,25 @@ def test_a_convolutional_extractor(stride, data, vit_file, tmp_path):  # noqa: F
     hpseg.train(data, tmp_path / "run", **{**TINY, **settings})
     with pytest.raises(UsageError, match="extractor_weights: .* does not fit"):
         hpseg.train(data, tmp_path / "bad", **{**TINY, **settings, "extractor": "test_convnext"})
+
+
+def test_extractors_that_cannot_be(tmp_path, monkeypatch):
+    import timm
+
+    def saved(name, change=lambda tensors: tensors):
+        torch.save(change(timm.create_model(name, pretrained=False).state_dict()), tmp_path / "weights.pth")
+        return tmp_path / "weights.pth"
+
+    other_shape = saved("test_resnet", lambda tensors: {name: torch.zeros(2, 3) for name in tensors})
+    with pytest.raises(UsageError, match=r"extractor_weights: .*weights.pth does not fit \("):
+        load_extractor("test_resnet", other_shape, 0, "fp32", "timm")
+    with pytest.raises(UsageError, match="extractor: timm cannot make 'test_resnet' with {'output_stride': 3}"):
+        load_extractor("test_resnet", saved("test_resnet"), 3, "fp32", "timm")
+    with pytest.raises(UsageError, match="extractor: 'gmixer_12_224' makes no feature maps of pictures of any size"):
+        load_extractor("gmixer_12_224", saved("gmixer_12_224"), 0, "fp32", "timm")
+    monkeypatch.setattr(ConvExtractor, "forward", lambda self, images: Tokens(torch.zeros(1, 6, 2), None, (2, 3)))
+    with pytest.raises(UsageError, match=r"extractor: 'test_resnet' makes \(2, 3\) features of .*, expected \(2, 4\)"):
+        load_extractor("test_resnet", saved("test_resnet"), 0, "fp32", "timm")
 
 
 @pytest.mark.parametrize(

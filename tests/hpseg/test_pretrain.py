@@ -67,6 +67,25 @@ def test_bad_paths_are_named(photos, tmp_path):
     assert (tmp_path / "vit.safetensors").read_bytes() == b"kept"
 
 
+@pytest.mark.parametrize("procedural", [0.0, 0.5, 1.0])
+def test_crops_of_photographs_and_drawn_images(procedural, photos, capsys):
+    """As the loading process makes them; what cannot be decoded is said, and enough if all images are drawn."""
+    bad = photos / "bad.png"
+    bad.write_bytes(b"no picture")
+    args = options(photos, "--out", "vit.safetensors", *TINY, "--small-crops", "3", "--procedural", procedural)
+    batches = [next(iter(crops.Crops([*sorted(photos.glob("?.png")), bad], args, start))) for start in (0, 0, 1)]
+    for large, small in batches:
+        assert large.shape == (2, 2, 3, 32, 32) and small.shape == (3, 2, 3, 16, 16) and large.dtype == torch.uint8
+        assert large.float().std() > 1
+    assert torch.equal(batches[0][0], batches[1][0]) and not torch.equal(batches[0][0], batches[2][0])
+    assert capsys.readouterr().err.count(f"skipped {bad}: ") == 3
+    if procedural < 1:
+        with pytest.raises(UsageError, match="photos: none of the 1 pictures can be decoded, for example .*bad.png"):
+            crops.Crops([bad], args, 0)
+    else:
+        next(iter(crops.Crops([bad], args, 0)))
+
+
 def test_every_part_of_the_student_learns_and_the_teacher_does_not():
     args = options("photos", "--out", "vit.safetensors", *TINY)
     vit, _ = pretrain.build_vit(args)
