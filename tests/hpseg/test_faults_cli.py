@@ -34,6 +34,7 @@ from hpseg.backbones import load_backbone
 from hpseg.checkpoints import load_state
 from hpseg.cli import main
 from hpseg.config import Config, RunStopped, UsageError, make_config
+from hpseg.data.folder import _say_nothing_of_lost_connections, load_batches
 from hpseg.distributed import ALONE, explained
 from hpseg.files import TEMPORARY, RunLock, remove_temporaries
 from hpseg.interruption import ASKED, Interrupted, Stop
@@ -396,6 +397,21 @@ def test_an_error_of_a_loading_process_is_a_sentence(vit_file, tmp_path, refused
     with pytest.raises(RunStopped, match=sentence), explained(ALONE, tmp_path):
         raise RuntimeError(told)
     tally("errors in a loading process", 2)
+
+
+def where_the_hook_is_from(_items):
+    return [sys.excepthook.__module__]
+
+
+def test_a_loading_process_says_nothing_of_a_training_process_that_ended(monkeypatch):
+    """A race of milliseconds, between a batch that is handed over and the death of another loading process."""
+    assert next(load_batches([0], [[0]], 1, where_the_hook_is_from)) == ["hpseg.data.folder"]
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(kind))
+    _say_nothing_of_lost_connections(0)
+    for error in (ConnectionResetError(104, "Connection reset by peer"), EOFError(), KeyError("name")):
+        sys.excepthook(type(error), error, None)
+    assert told == [KeyError]
 
 
 @needs_fork

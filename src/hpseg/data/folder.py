@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,6 +172,18 @@ class _Told(Dataset):
         return batch
 
 
+def _say_nothing_of_lost_connections(_worker: int) -> None:
+    """In a loading process: its thread that hands tensors over prints a traceback if the training process ends
+    meanwhile, as it does after the death of another one. Errors of the dataset travel another way."""
+    report = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not isinstance(error, (ConnectionError, EOFError)):
+            report(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 def load_batches(
     dataset: Dataset, batches: Iterator[list] | list[list], workers: int, collate: Callable = _collate
 ) -> Iterator[Any]:
@@ -192,6 +205,7 @@ def load_batches(
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_say_nothing_of_lost_connections,
     )
     views = iter(loader)
     while True:
