@@ -7,7 +7,7 @@ those of training; on a CPU the same work with fewer images (`cpu` beside `cuda`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 NEIGHBOURS = 16  # k of top-k
 SCALES, GROUPS = (8, 16, 32), 16  # of neighbor_density: numbers of neighbours, classes
@@ -38,9 +38,6 @@ class Shape:
     @property
     def rows(self) -> int:
         return self.images * self.tokens
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict) -> Shape:

@@ -28,7 +28,7 @@ z, features, pool = torch.randn(8, 4), torch.randn(8, 6), torch.randn(3, 6)
 labels = torch.arange(8) % 2
 
 assert_type(hk.hidden_positive_loss(z, features, pool), Tensor)
-assert_type(hk.hidden_positive_loss(z, features, pool, return_stats=False), Tensor)
+assert_type(hk.hidden_positive_loss(z, features, pool, head_in_denominator=True, return_stats=False), Tensor)
 loss, stats = hk.hidden_positive_loss(z, features, pool, return_stats=True)
 assert_type(stats, hk.LossStats)
 assert_type(stats.kept_fraction, Tensor)

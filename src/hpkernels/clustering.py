@@ -105,8 +105,8 @@ def kmeans(
 
     Args:
         x: (N, D), N >= k, any floating dtype, or an iterable of such batches that can be iterated again (a list, a
-            loader): one pass over it for each iteration, k for k-means++, and up to three for checks, the variance that
-            tolerance refers to, and the labels at the end.
+            loader): one pass over it for each iteration, 2 k - 1 for k-means++, and up to three for checks, the
+            variance that tolerance refers to, and the labels at the end.
         k: number of clusters.
         init: "k-means++" (Arthur and Vassilvitskii 2007), "random" (k different rows), or centroids (k, D).
         spherical: clusters of directions: rows are normalised, centroids are unit means, distances 2 - 2 cos.
@@ -191,6 +191,7 @@ def _means(rows: Rows, centroids: Tensor, sums: Tensor, found: Clustering, dista
 
 def _mini_batch(rows: Rows, centroids: Tensor, iterations: int, batch_size: int) -> Clustering:
     seen = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
+    waiting = True  # some clusters, for a first row
     for iteration in range(1, iterations + 1):  # noqa: B007 (the last one is told)
         before = centroids
         for batch in rows:
@@ -201,8 +202,9 @@ def _mini_batch(rows: Rows, centroids: Tensor, iterations: int, batch_size: int)
                 eta = (counts / seen.clamp_min(1))[:, None].double()
                 means = sums.double() / counts.clamp_min(1)[:, None]
                 moved = centroids.double() * (1 - eta) + eta * means
-                empty = (seen == 0).nonzero()[:, 0][: len(part)]
-                if len(empty):
+                if waiting:  # asking synchronises a GPU
+                    empty = (seen == 0).nonzero()[:, 0]
+                    waiting, empty = len(empty) > 0, empty[: len(part)]
                     moved[empty] = part[distances.argsort(descending=True, stable=True)[: len(empty)]].double()
                 centroids = _unit(moved, centroids) if rows.spherical else moved.to(centroids.dtype)
         if torch.equal(before, centroids):

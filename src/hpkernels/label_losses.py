@@ -20,6 +20,7 @@ from hpkernels._checks import (
     check_int_tensor,
     check_positive,
     describe,
+    poison,
 )
 from hpkernels._sums import sum_all
 from hpkernels.ops.contrastive.group_op import group_lse
@@ -93,9 +94,7 @@ def supervised_contrastive_loss(
         of_anchor = softplus_mean(x, lse, *arguments)
     kept = (counts.positives > 0) & (counts.negatives > 0)
     loss = sum_all(torch.where(kept, of_anchor, 0.0)) / kept.sum().clamp_min(1)
-    if not z.is_cpu:  # NaN where comparisons and unused rows would hide a bad number
-        loss = loss + sum((t.detach() * 0.0).sum().float() for t in (z, keys) if t is not None)
-    return loss
+    return loss if z.is_cpu else loss + poison(z, keys)
 
 
 class _Ids(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 from hpkernels import dispatch
 from hpkernels._batch import Batch, check_batch, check_loss_options, check_weight, streams_of, tokens_of
 from hpkernels._bits import pack
-from hpkernels._checks import check_flag, describe
+from hpkernels._checks import check_flag, describe, poison
 from hpkernels._sums import sum_all, sum_last
 from hpkernels.mining import find_rule
 from hpkernels.ops.contrastive.op import contrastive_stats
@@ -49,8 +49,8 @@ def hidden_positive_loss(
     head_features: Tensor | None = None, head_pool: Tensor | None = None, head_weight: float | Tensor = 0.0,
     positives_per_anchor: int | None = None, tokens_per_image: int | None = None, temperature: float = 0.8,
     base_temperature: float = 0.07, negative_rate: float = 0.02, negative_mask: Tensor | None = None,
-    weighting: str = "pairs", seed: int | Tensor | None = None, process_group: ProcessGroup | None = None,
-    return_stats: Literal[False] = False, backend: str | None = None,
+    weighting: str = "pairs", head_in_denominator: bool = False, seed: int | Tensor | None = None,
+    process_group: ProcessGroup | None = None, return_stats: Literal[False] = False, backend: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -60,8 +60,8 @@ def hidden_positive_loss(
     head_features: Tensor | None = None, head_pool: Tensor | None = None, head_weight: float | Tensor = 0.0,
     positives_per_anchor: int | None = None, tokens_per_image: int | None = None, temperature: float = 0.8,
     base_temperature: float = 0.07, negative_rate: float = 0.02, negative_mask: Tensor | None = None,
-    weighting: str = "pairs", seed: int | Tensor | None = None, process_group: ProcessGroup | None = None,
-    return_stats: Literal[True], backend: str | None = None,
+    weighting: str = "pairs", head_in_denominator: bool = False, seed: int | Tensor | None = None,
+    process_group: ProcessGroup | None = None, return_stats: Literal[True], backend: str | None = None,
 ) -> tuple[Tensor, LossStats]: ...  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def hidden_positive_loss(
     head_features: Tensor | None = None, head_pool: Tensor | None = None, head_weight: float | Tensor = 0.0,
     positives_per_anchor: int | None = None, tokens_per_image: int | None = None, temperature: float = 0.8,
     base_temperature: float = 0.07, negative_rate: float = 0.02, negative_mask: Tensor | None = None,
-    weighting: str = "pairs", seed: int | Tensor | None = None, process_group: ProcessGroup | None = None,
-    return_stats: bool, backend: str | None = None,
+    weighting: str = "pairs", head_in_denominator: bool = False, seed: int | Tensor | None = None,
+    process_group: ProcessGroup | None = None, return_stats: bool, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]: ...  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def hidden_positive_loss(
     loss, stats = _average(statistics, head_weight, tokens, total, weighting)
     loss = loss * (temperature / base_temperature)
     if not z.is_cpu:
-        loss = loss + _poison(*batch.streams, *(x for graph in batch.graphs for x in graph[1::2]))
+        loss = loss + poison(*batch.streams, *(x for graph in batch.graphs for x in graph[1::2]))
     if process_group is not None:
         loss, *shares = ranks.sum(torch.stack([loss, *stats])).unbind()
         stats = LossStats(*shares)
@@ -235,7 +235,7 @@ def masked_contrastive_loss(
     statistics = _statistics(_unit([rows], chosen), masks, denominator, float(temperature), chosen)
     loss, _ = _average(statistics, extra_weight, tokens, count, weighting)
     loss = loss * (temperature / base_temperature)
-    return loss if z.is_cpu else loss + _poison(rows)
+    return loss if z.is_cpu else loss + poison(rows)
 
 
 def _denominator(
@@ -318,12 +318,6 @@ def _transpose(mask: PairMask | None, backend: str) -> Tensor | None:
     if mask is None or mask.symmetric:
         return None
     return pair_bits.transpose_bits(mask.bits, mask.columns, backend)
-
-
-def _poison(*tensors: Tensor | None) -> Tensor:
-    """0, or NaN when an input holds NaN or infinity, which comparisons and unused rows would hide, unsynchronised."""
-    zeros = [(t.detach() * 0.0).sum().float() for t in tensors if t is not None]
-    return torch.stack(zeros).sum()
 
 
 def _check_pairs(name: str, pairs: object, shape: tuple[int | None, int], z: Tensor) -> None:

@@ -29,7 +29,8 @@ def outlier_distances(
 
     A row is an outlier if `assign_clusters(..).distances > thresholds[labels]`: at most the given fraction of the rows
     of its cluster (scope "cluster") or of all rows ("all": K times one threshold), fewer only by rows within a relative
-    1.6e-5 of the threshold. Two passes over x (a tensor, or batches as in `kmeans`) with 4,096 bins a cluster: the
+    1.6e-5 of the threshold. Two passes over x (a tensor, or batches as in `kmeans`, which one more
+    pass checks) with 4,096 bins a cluster: the
     floats >= 0 have the order of their bits, so the first pass counts by the first twelve bits, which finds the
     sixteenth of a power of two that holds the quantile, and the second by the next twelve.
 

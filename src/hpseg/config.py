@@ -86,7 +86,7 @@ class Config(HiddenPositivesSettings, StegoSettings, DgclSettings, LookBeyondSet
     weight_decay: float = at_least(0, 0.1)
     projection_lr: float = at_least(0, 5e-4)  # Adam
     cluster_lr: float = at_least(0, 5e-3)  # Adam, cluster probe
-    clip_norm: float = at_least(0, 10.0)  # of the segmentation head's gradient; 0 leaves it as it is
+    clip_norm: float = at_least(0, 10.0)  # of the gradient of the head, and of a backbone that is trained; 0: none
 
     # Head and loss, as far as methods share them
     dim: int = at_least(1, 512)  # width D of the segmentation code

@@ -42,10 +42,10 @@ class ContextEmbedding(nn.Module):
         """(B, T, channels) fp32."""
         features, colours = tokens.features, tokens.colours
         positions = grid_positions(tokens.grid, features)
-        places = positions.expand(len(features), -1, -1)
+        places = waves(positions, self.octaves).expand(len(features), -1, -1)
         with autocast(features, self.dtype):
             queries, keys = self.queries(features), self.keys(features)
-            values = self.values(torch.cat([features, waves(places, self.octaves), waves(colours, self.octaves)], -1))
+            values = self.values(torch.cat([features, places, waves(colours, self.octaves)], -1))
         # Outside: it computes in fp32 whatever it is called in, and torch.export loads no region within a region.
         mixed = hpkernels.neighbor_attention(
             queries,

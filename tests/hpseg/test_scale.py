@@ -29,7 +29,6 @@ from hpseg.methods.hp import HiddenPositives
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-HERE = Path(__file__).parent
 
 # In fp32, largest deviation of any trained tensor as a share of its largest entry. Products of half as many rows round
 # differently; eight steps of Adam leave 2e-7 of that, a hundred a few times more. k-means sums 65,536 rows in fp32.

@@ -211,7 +211,7 @@ def format_table(results: dict) -> str:
 
     width = max(len(name) for name in [*results["classes"], *SCORES]) + 2
     lines = [
-        f"{results['images']} images, {results['pixels']:,} labelled pixels, {results['clusters']} clusters matched to "
+        f"{results['images']} images, {results['pixels']:,} labelled pixels, {results['clusters']} clusters, "
         f"{len(results['classes'])} classes; percent"
         + (f", mean ± sd of {len(results['runs'])} runs" if "runs" in results else ""),
         " " * width + "".join(f"{TITLES[name]:>26}" for name in methods),

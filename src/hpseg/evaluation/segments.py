@@ -64,7 +64,7 @@ def codes_of(segmenter: Segmenter, described: dict[str, Tensor]) -> Tensor:
 
 
 def trained(segmenter: Segmenter) -> Segments:
-    return lambda described: segmenter.similarities(codes_of(segmenter, described))
+    return lambda described: segmenter.similarities(described["codes"])
 
 
 def linear_probe(run: Path, segmenter: Segmenter, labelled: LabelledSet) -> Segments:
@@ -78,7 +78,7 @@ def linear_probe(run: Path, segmenter: Segmenter, labelled: LabelledSet) -> Segm
         raise UsageError(
             f"linear: the probe in {run} tells {len(bias)} classes apart, {labelled.name} has {len(labelled.classes)}"
         )
-    return lambda described: F.linear(codes_of(segmenter, described).movedim(1, -1), weight, bias).movedim(-1, 1)
+    return lambda described: F.linear(described["codes"].movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 def label_maps(
@@ -93,9 +93,11 @@ def label_maps(
 
     def maps(part: Tensor) -> dict[tuple[int, str], Tensor]:
         described = describe(part)
-        made = {(number, name): m[name](described) for number, m in enumerate(methods) for name in m}
-        if crf:
-            made |= {(number, "codes"): codes_of(segmenter, described) for number, segmenter in enumerate(segmenters)}
+        made = {}
+        for number, (segmenter, of_run) in enumerate(zip(segmenters, methods, strict=True)):
+            made[number, "codes"] = codes_of(segmenter, described)
+            seen = {**described, "codes": made[number, "codes"]}
+            made |= {(number, name): segments(seen) for name, segments in of_run.items()}
         return made
 
     first = segmenters[0]

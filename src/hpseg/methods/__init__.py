@@ -118,7 +118,8 @@ class Method(nn.Module, ABC):
         """Called before every step but the first."""
 
     def keys(self, batch: list[tuple[int, int]], step: int) -> list[tuple[int, int]]:
-        """The (epoch, picture) of a step's views: those of the batch first, then what belongs to them."""
+        """The (epoch, picture) of a step's views, in the order that `losses` expects, VIEWS for each picture of the
+        batch; ranks take contiguous slices."""
         return batch
 
     def views(self, encoder: Encoder, keys: Keys) -> Iterator[tuple[Any, Any]]:

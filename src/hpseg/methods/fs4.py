@@ -180,19 +180,23 @@ class Fs4(Method):
         self.labeller.load_state_dict(self.head.state_dict())
         batches = source.batches(torch.randperm(source.images, generator=source.pool_rng).tolist())
 
-        def encode(first: int, kind: int) -> Iterator[Tensor]:
-            for views, share in source.tokens(batches[first:], epoch, with_twins=kind > 0):
-                yield share.gather(F.normalize(self.head.codes_of(views[kind]), dim=-1)).flatten(0, 1)
+        def encode(first: int) -> Iterator[Tensor]:
+            """Codes of a batch's patches by kind: (rows, kinds, D)."""
+            for views, share in source.tokens(batches[first:], epoch, with_twins=len(self.pixels) > 1):
+                codes = [F.normalize(self.head.codes_of(view), dim=-1) for view in views]
+                yield share.gather(torch.stack(codes, 2)).flatten(0, 1)
 
+        codes = FeatureStream(encode)  # a small set is encoded once
         for kind, clusters in enumerate(self.pixels):
-            codes = FeatureStream(lambda first, kind=kind: encode(first, kind))  # a small set is encoded once
             seed = hash_seed("pixels", config.seed, epoch, kind)
-            rows, _ = sample_rows(itertools.islice(codes, -(-START_IMAGES // source.batch_size)), START_ROWS, seed)
+            some = (batch[:, kind] for batch in itertools.islice(codes, -(-START_IMAGES // source.batch_size)))
+            rows, _ = sample_rows(some, START_ROWS, seed)
             found = hpkernels.kmeans(rows, config.classes, spherical=True, iterations=START_ITERATIONS, seed=seed)
             clusters.centroids.copy_(source.ranks.from_first(lambda found=found: found.centroids.cpu()))
             clusters.counts.zero_()
-            for batch in codes:
-                nearest = hpkernels.assign_clusters(batch, clusters.centroids)
+        for batch in codes:
+            for clusters, own in zip(self.pixels, batch.unbind(1), strict=True):
+                nearest = hpkernels.assign_clusters(own.contiguous(), clusters.centroids)
                 clusters.move(nearest.sums, nearest.counts)
         self.clusters.centroids.copy_(self.pixels[0].centroids)
 
@@ -207,7 +211,7 @@ class Fs4(Method):
         views = [view] if jittered is None else [view, jittered]
         codes = [F.normalize(self.head(tokens, config.dropout, share), dim=-1) for tokens in views]
         with stage("loss"):
-            zero = share.average(codes[0].sum() * 0)
+            zero = codes[0].new_zeros(())
             return {
                 "pixel": config.pixel_weight * self._pixel(views, codes, share) if config.pixel_weight else zero,
                 "pyramid": config.pyramid_weight * self._pyramid(view, codes, share) if self.levels else zero,

@@ -34,6 +34,7 @@ from hpseg.finetune import parameter_groups, trainable
 from hpseg.label_quality import PairQuality, describe
 from hpseg.methods import Method, Source
 from hpseg.profile import stage
+from hpseg.pseudo_labels import cross_entropy
 
 
 class Photographs(PhotoFolder):
@@ -217,8 +218,7 @@ class LookBeyond(Method):
             return {"contrast": contrast, "supervised": contrast * 0}
         maps = self.clusters(codes).transpose(1, 2).unflatten(2, grid)
         logits = F.interpolate(maps, labels.shape[1:], mode="bilinear", align_corners=False)
-        total = F.cross_entropy(logits, labels, ignore_index=VOID, reduction="sum")
-        supervised = share.ranks.sum(total / share.ranks.sum((labels >= 0).sum().float()).clamp_min(1))
+        supervised = cross_entropy(logits, labels, share.ranks)
         return {"contrast": supervised * 0, "supervised": supervised}
 
     def contrast(self, codes: Tensor, labels: Tensor, seed: int, share: Share) -> Tensor:

@@ -139,12 +139,6 @@ class Stego(Method):
         _, found = hpkernels.topk_similarity(descriptors, descriptors, k, exclude_self=True)
         self.neighbors = found.cpu()
 
-    def renew(self, step: int, source: Source) -> None:
-        """Neighbours are found once."""
-
-    def follow(self) -> None:
-        """Nothing moves but by gradients."""
-
     def keys(self, batch: list[tuple[int, int]], step: int) -> list[tuple[int, int]]:
         """The batch, and for each of its views one of the neighbours."""
         k, seed = self.neighbors.shape[1], self.config.seed

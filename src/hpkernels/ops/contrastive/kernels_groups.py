@@ -170,9 +170,9 @@ def group_lse_grad(
     rows, row_groups, columns, column_groups = _operands(x, groups, keys, key_groups)
     if of_keys:
         rows, row_groups, columns, column_groups = columns, column_groups, rows, row_groups
-    out = torch.zeros(rows.shape, dtype=dtype, device=x.device)
     if rows.shape[0] == 0 or columns.shape[0] == 0:
-        return out
+        return torch.zeros(rows.shape, dtype=dtype, device=x.device)
+    out = torch.empty(rows.shape, dtype=dtype, device=x.device)
     (grad_lse,), out_scale = common.scaled_gradients(rows.dtype, temperature, (grad_lse,))
     lse2 = (lse.float() * LOG2E).contiguous()
     shared, factor = common.shared_exponential(temperature, lse2, grad_lse)

@@ -1,4 +1,4 @@
-"""The positive terms of label losses in linear memory, in plain torch on any device.
+"""The positive terms of label losses in linear memory, in torch on any device but for products on the CPU.
 
 The mean logit needs no pairs: the sum of a class minus that of the own group, one inner product a row. The mean of
 softplus goes through the pairs of equal class, a block at a time: on the CPU rows are sorted by class, so that a block
@@ -157,21 +157,21 @@ class _PairsOfClasses:
     """
 
     def __init__(self, x, lse, counts, classes, groups, keys, key_classes, key_groups, temperature) -> None:
-        itself = keys is None
-        if itself:
-            keys, key_classes, key_groups = x, classes, groups
         if groups is None:  # the row itself is the group, in which a key of another set is not
             groups = torch.arange(x.shape[0], device=x.device)
-            key_groups = groups if itself else torch.full_like(key_classes, -1)
-        self.row_order, self.column_order = (
-            part.argsort(stable=True) if part.is_cpu else None for part in (classes, key_classes)
-        )
+            key_groups = None if keys is None else torch.full_like(key_classes, -1)
+        self.row_order = classes.argsort(stable=True) if classes.is_cpu else None
         self.x, self.lse, self.classes, self.groups = (
             _ordered(part, self.row_order) for part in (x.to(lse.dtype), lse, classes, groups)
         )
-        self.keys, self.key_classes, self.key_groups = (
-            _ordered(part, self.column_order) for part in (keys.to(lse.dtype), key_classes, key_groups)
-        )
+        if keys is None:
+            self.column_order = self.row_order
+            self.keys, self.key_classes, self.key_groups = self.x, self.classes, self.groups
+        else:
+            self.column_order = key_classes.argsort(stable=True) if key_classes.is_cpu else None
+            self.keys, self.key_classes, self.key_groups = (
+                _ordered(part, self.column_order) for part in (keys.to(lse.dtype), key_classes, key_groups)
+            )
         self.inverse = 1 / _ordered(counts, self.row_order).clamp_min(1).to(lse.dtype)
         self.temperature = temperature
 
