@@ -10,6 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    # Its functions hold, by their defaults, the process group that is there when torch imports them, as it does at the
+    # first compiled op. A group that outlives its destruction keeps threads, which may abort the process at its end.
+    import torch.distributed.nn
+
 T = TypeVar("T")
 # Its name since torch 2.14, and before; neither where torch was built without distributed.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)

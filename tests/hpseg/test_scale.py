@@ -46,13 +46,16 @@ CASES = {
 
 # Every case on each rank, within a process group of its own: argv holds the folders, stdin the cases.
 DRIVER = """
-import json, sys, torch, hpseg
+import gc, json, sys, weakref, torch, hpseg, hpkernels
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
+group = weakref.ref(torch.distributed.group.WORLD)
 for name, (photos, settings) in json.load(open(sys.argv[1])).items():
     hpseg.train(photos, f"{sys.argv[2]}/{name}", **settings)
 torch.distributed.barrier()
+gc.collect()
 torch.distributed.destroy_process_group()
+assert group() is None, gc.get_referrers(group())  # its threads would abort the process now and then
 """
 
 # Two ranks that wait for one another no longer than five seconds fill a cache, one photograph a shard, then fail at it.
