@@ -83,10 +83,24 @@ class BuildNative(build_ext):
         variants = KERNELS | KERNELS_BF16
         isas = [name for name in _wanted_isas() if name == "baseline" or _accepts(compiler, variants[name])]
         includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), *_python_includes())]
-        common = ["-std=c++17", *self._optimisation(), "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
-                  "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wall", "-Wextra", "-Wno-psabi",
-              # GCC 12 finds its own intrinsics headers wanting.
-              "-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized", *includes]
+        common = [
+            "-std=c++17",
+            *self._optimisation(),
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-ffp-contract=fast",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-pthread",
+            "-Wall",
+            "-Wextra",
+            "-Wno-psabi",
+            # GCC 12 finds its own intrinsics headers wanting.
+            "-Wno-unknown-warning-option",
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
+            *includes,
+        ]
         common += [f"-DHPK_HAVE_{name.upper()}=1" for name in isas]
         temp = Path(self.build_temp) / "cpu"
         jobs = [(source, temp / f"{source.stem}.o", common) for source in sorted(ext.folder.glob("*.cpp"))]

@@ -12,7 +12,7 @@
 #   tests     the operator tests on this device
 #   float32   OUT/float32/cuda.json; compiled: OUT/compiled/cuda.json, what torch.compile makes of the plain-torch peers
 # Each step has a time limit, writes OUT/<step>.log, and its failure does not stop the next one; the whole ends within
-# 20 minutes. Copy OUT/cuda.json, .csv and tuning.json (as src/hpkernels/tuning/<family>.json) to commit them, then
+# 20 minutes. Copy OUT/cuda.json, .csv and tuning.json (as hpkernels/tuning/<family>.json) to commit them, then
 # python -m benchmarks --readme. Needs python with torch, triton, numpy, pytest, pybind11 and setuptools, and a C++
 # compiler; the CUDA backend is built where nvcc is. PYTHON names the interpreter. --device cpu is a dry run.
 set -u

@@ -155,8 +155,18 @@ CASES: dict[str, Case] = {
         quick=tuple(Shape(1, (14, 14), code=d, pool=QUICK_POOL, rate=1.0) for d in (64, 1024)),
     ),
 }  # fmt: skip
-QUICK = ("step_rho_0.02", "step_rho_1", "search", "topk", "local_mix", "local_mix_qk", "supcon", "density", "kmeans",
-         "scaling_n")
+QUICK = (
+    "step_rho_0.02",
+    "step_rho_1",
+    "search",
+    "topk",
+    "local_mix",
+    "local_mix_qk",
+    "supcon",
+    "density",
+    "kmeans",
+    "scaling_n",
+)
 STAGES = {  # where one call of ours spends its time, and the case it takes apart
     "stages_rho_0.02": "step_rho_0.02",
     "stages_rho_1": "step_rho_1",

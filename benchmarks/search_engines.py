@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.features import make_batch
 from hpkernels import _cpu
-from hpkernels.ops.similarity_search import native
+from hpkernels.ops.similarity_search import cpu as native
 
 REPEATS = 7
 ENGINES = [

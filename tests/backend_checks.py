@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 import hpkernels as hk
-from hpkernels._rows import scores
+from hpkernels.clustering.rows import scores
 from hpkernels.ops.cluster_assign import reference
 
 

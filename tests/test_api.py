@@ -1,7 +1,7 @@
 """The public interface as it was released: names, parameters, defaults, flags. tests/golden/api.json holds it.
 
 A change that is meant is written with `python tests/test_api.py`, and told in CHANGELOG.md; what users call today goes
-on working for a while through hpkernels._deprecation.
+on working for a while through hpkernels.common.deprecation.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import pytest
 
 import hpkernels
 import hpseg
-from hpkernels._deprecation import renamed_parameters
-from hpseg.cli import VERBS
+from hpkernels.common.deprecation import renamed_parameters
+from hpseg.cli.main import VERBS
 
 GOLDEN = Path(__file__).parent / "golden" / "api.json"
 

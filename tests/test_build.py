@@ -184,9 +184,7 @@ def test_the_cuda_extension(checkout, python_without_torch, tmp_path):
     assert {line.split()[0].partition(".so")[0] for line in needed.splitlines()} <= {
         "libc", "libm", "libstdc++", "libgcc_s", "libdl", "librt", "libpthread", "linux-vdso", *LOADERS,
     }  # fmt: skip
-    code = (
-        "import _cuda as c; print(c.device_type, c.archs, c.cuda_version // 1000 >= 11, c.driver_version() >= 0)"
-    )
+    code = "import _cuda as c; print(c.device_type, c.archs, c.cuda_version // 1000 >= 11, c.driver_version() >= 0)"
     loaded = run(python_without_torch, "-c", code, cwd=library.parent)
     assert loaded.stdout.split() == ["cuda", "sm_80;compute_90", "True", "True"], loaded.stderr
 

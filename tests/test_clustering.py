@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hpkernels as hk
-from hpkernels import _rows
+from hpkernels.clustering import rows as _rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -118,9 +118,7 @@ def test_scikit_learn_from_the_same_start(tolerance, dtype, offset, backend, dev
     x = blobs(3000, 12, 9, spread=0.8, dtype=dtype, offset=offset)
     theirs = cluster.KMeans(14, init=x[:14].numpy(), n_init=1, tol=tolerance, max_iter=300, algorithm="lloyd")
     theirs.fit(x.numpy())
-    ours = hk.kmeans(
-        x.to(device), 14, init=x[:14].to(device), iterations=300, tolerance=tolerance, backend=backend
-    )
+    ours = hk.kmeans(x.to(device), 14, init=x[:14].to(device), iterations=300, tolerance=tolerance, backend=backend)
     assert np.array_equal(ours.labels.cpu().numpy(), theirs.labels_)
     assert ours.iterations == theirs.n_iter_
     rel = 1e-10 if dtype == torch.float64 else 1e-5

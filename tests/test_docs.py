@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-import hpseg.cli
+import hpseg.cli.main
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests" / "hpseg"))
@@ -53,7 +53,7 @@ def desk(tmp_path, monkeypatch):
         return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", untrained)
-    monkeypatch.setattr("hpseg.backbones.require_reachable", lambda name: None)
+    monkeypatch.setattr("hpseg.models.backbone.require_reachable", lambda name: None)
     monkeypatch.chdir(tmp_path)
     for folder, count in (("photos", 6), ("data/images", 3), ("other/images", 2)):
         Path(folder).mkdir(parents=True)
@@ -88,7 +88,7 @@ def put_checkpoints(page):
         Path("city.txt").write_text("leftImg8bit/train/bochum/bochum_000000_000019_leftImg8bit.png\n")
     for run in set(re.findall(r"(?<=[ \"])runs/mine\b", text)):
         if "--out runs/mine " not in text:
-            assert hpseg.cli.main(["train", "photos/", "--out", run, "--classes", "12", *QUICK.split()]) == 0
+            assert hpseg.cli.main.main(["train", "photos/", "--out", run, "--classes", "12", *QUICK.split()]) == 0
 
 
 def run(words):
@@ -101,7 +101,7 @@ def run(words):
     if words[:2] == ["hpseg", "probe"]:
         words = [*words, "--steps", "5", "--batch-size", "2"]
     if words[0] == "hpseg":
-        assert hpseg.cli.main(words[1:]) == 0, shlex.join(words)
+        assert hpseg.cli.main.main(words[1:]) == 0, shlex.join(words)
         return
     assert words[0] == "torchrun", f"a command of a kind that this test does not know: {shlex.join(words)}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]

@@ -64,7 +64,8 @@ LOSS_ERRORS = [
     ({"backend": 0}, TypeError, "backend: expected one of 'reference', 'cpu', 'triton', 'cuda' or None, got 0"),
     ({"z": Z.to_sparse()}, TypeError, "z: expected a dense tensor, got a sparse_coo float32 tensor of shape"),
     (
-        {"features": torch.nested.nested_tensor([F, F])}, TypeError,
+        {"features": torch.nested.nested_tensor([F, F])},
+        TypeError,
         "features: expected a dense tensor, got a nested float32",
     ),
     ({"pool": POOL.to_mkldnn()}, TypeError, "pool: expected a dense tensor, got a _mkldnn float32 tensor"),
@@ -74,7 +75,8 @@ LOSS_ERRORS = [
     ({"negative_rate": True}, TypeError, "negative_rate: expected a Python number in"),
     ({"tokens_per_image": 2**64}, ValueError, "tokens_per_image: expected a 64-bit integer"),
     (
-        {"negative_mask": torch.ones(12, 12, dtype=torch.bool, device="meta")}, ValueError,
+        {"negative_mask": torch.ones(12, 12, dtype=torch.bool, device="meta")},
+        ValueError,
         "negative_mask: expected a tensor on cpu",
     ),
     ({"return_stats": 1}, TypeError, "return_stats: expected True or False, got 1"),
@@ -82,12 +84,14 @@ LOSS_ERRORS = [
     (HEAD | {"head_weight": 1e30}, ValueError, r"head_weight: expected a finite number from 0 to 1e\+09, got 1e\+30"),
     (HEAD | {"head_weight": 10**400}, ValueError, "head_weight: expected a finite number from 0 to"),
     (
-        HEAD | {"head_weight": torch.tensor(torch.nan)}, ValueError,
+        HEAD | {"head_weight": torch.tensor(torch.nan)},
+        ValueError,
         r"head_weight: expected a finite number from 0 to 1e\+09, got nan",
     ),
     (HEAD | {"head_weight": torch.tensor(-1.0)}, ValueError, "head_weight: expected a finite number from 0 to"),
     (
-        HEAD | {"head_weight": torch.tensor(1j)}, ValueError,
+        HEAD | {"head_weight": torch.tensor(1j)},
+        ValueError,
         "head_weight: expected a float or a 0-dim tensor, got a complex64",
     ),
     (HEAD | {"head_weight": torch.tensor(1.0, device="meta")}, ValueError, "head_weight: expected a tensor on cpu"),

@@ -151,7 +151,8 @@ def test_three_dimensions_and_mixed_dtypes(form, backend, device):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "labels", [[0, 1, 2, 3], [5, 5, 5, 5], [-1, -1, -1, -1], [-1, 2, 2, -1], []],
+    "labels",
+    [[0, 1, 2, 3], [5, 5, 5, 5], [-1, -1, -1, -1], [-1, 2, 2, -1], []],
     ids=["alone", "one label", "ignored", "two", "none"],
 )
 def test_without_any_anchor_the_loss_is_zero(form, labels, backend, device):

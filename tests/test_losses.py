@@ -206,7 +206,11 @@ def test_low_precision_within_twice_torch(dtype, backend, device):
 def test_mixed_dtypes_are_promoted(backend, device):
     p = problem(dtype=torch.float32, device=device)
     loss = hk.hidden_positive_loss(
-        p["z"].bfloat16().requires_grad_(), p["features"], p["pool"].half(), z_local=p["z_local"], backend=backend,
+        p["z"].bfloat16().requires_grad_(),
+        p["features"],
+        p["pool"].half(),
+        z_local=p["z_local"],
+        backend=backend,
         seed=1,
     )
     loss.backward()
@@ -333,7 +337,11 @@ def test_labels_and_every_negative_are_supcon(backend, device):
     p = problem(n=40, dtype=torch.float32, device=device)
     labels = torch.arange(40, device=device) % 5
     loss = hk.masked_contrastive_loss(
-        p["z"], hk.PairMask.from_labels(labels), temperature=0.1, base_temperature=0.1, weighting="anchors",
+        p["z"],
+        hk.PairMask.from_labels(labels),
+        temperature=0.1,
+        base_temperature=0.1,
+        weighting="anchors",
         backend=backend,
     )
     same = (labels[:, None] == labels).cpu().numpy()
@@ -346,7 +354,13 @@ def test_extreme_temperatures(temperature, backend, device):
     p = problem(dtype=torch.float32, device=device)
     z = p["z"].requires_grad_()
     loss = hk.hidden_positive_loss(
-        z, p["features"], p["pool"], temperature=temperature, tokens_per_image=24, negative_rate=0.1, seed=6,
+        z,
+        p["features"],
+        p["pool"],
+        temperature=temperature,
+        tokens_per_image=24,
+        negative_rate=0.1,
+        seed=6,
         backend=backend,
     )
     loss.backward()

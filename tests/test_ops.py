@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 import hpkernels as hk
-from hpkernels import _checks
+from hpkernels.common import checks as _checks
 from hpkernels.ops.cluster_assign import op as cluster_assign
-from hpkernels.ops.contrastive import group_op
 from hpkernels.ops.contrastive import op as contrastive
+from hpkernels.ops.group_lse import op as group_op
 from hpkernels.ops.label_positives import op as label_positives
 from hpkernels.ops.local_mix import op as local_mix
 from hpkernels.ops.normalize import op as normalize

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import hpkernels as hk
-from hpkernels import mining, panels
+from hpkernels import mining
+from hpkernels.losses import panels
 from hpkernels.ops.contrastive.op import contrastive_stats_rows
 from hpkernels.pairs import PairMask
 

@@ -14,7 +14,7 @@ import hpkernels
 import hpseg
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = '''
+PROGRAM = """
 import numpy as np
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ hk.topk_similarity(z, z)  # wrong: call-arg
 hk.no_such_name  # wrong: attr-defined
 hpseg.overlay("photo.jpg")  # wrong: call-arg
 hpseg.no_such_name  # wrong: attr-defined
-'''
+"""
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import hpkernels as hk
-from hpkernels import losses
-from hpkernels._sums import sum_all, sum_last
-from hpkernels.panels import Statistics
+from hpkernels.common.sums import sum_all, sum_last
+from hpkernels.losses import hidden_positive as losses
+from hpkernels.losses.panels import Statistics
 
 ROWS = 40_000
 

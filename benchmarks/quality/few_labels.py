@@ -20,10 +20,10 @@ from pathlib import Path
 
 import hpseg
 from benchmarks.quality import msrc
-from hpseg.commands.train import add_setting_flags
-from hpseg.config import make_config
-from hpseg.data.labelled import open_folder
+from hpseg.cli.train import add_setting_flags
+from hpseg.data.datasets import open_folder
 from hpseg.evaluation.evaluate import evaluate_runs
+from hpseg.run.config import make_config
 
 
 def lookbeyond(settings: dict) -> dict[str, dict]:

@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.quality import msrc
-from hpseg.commands.train import add_setting_flags
-from hpseg.config import make_config
-from hpseg.data.labelled import open_folder
+from hpseg.cli.train import add_setting_flags
+from hpseg.data.datasets import open_folder
+from hpseg.run.config import make_config
 
 PARTS = {
     "fs4": {},

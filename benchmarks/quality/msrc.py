@@ -28,11 +28,11 @@ from pathlib import Path
 import torch
 
 import hpseg
-from hpseg.commands.train import add_setting_flags
-from hpseg.config import MACHINE_FIELDS, make_config
+from hpseg.cli.train import add_setting_flags
+from hpseg.data.datasets import open_folder
 from hpseg.data.folder import find_images
-from hpseg.data.labelled import open_folder
 from hpseg.evaluation.evaluate import evaluate_runs
+from hpseg.run.config import MACHINE_FIELDS, make_config
 
 
 def make_split(source: Path, target: Path, dev: bool = False) -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from hpkernels import _cpu
-from hpkernels._bits import pack
-from hpkernels.ops.contrastive import native as contrastive
-from hpkernels.ops.local_mix import native as local_mix
-from hpkernels.ops.normalize import native as normalize
-from hpkernels.ops.pair_bits import native as pair_bits
-from hpkernels.ops.similarity_search import native as search
+from hpkernels.common.bits import pack
+from hpkernels.ops.contrastive import cpu as contrastive
+from hpkernels.ops.local_mix import cpu as local_mix
+from hpkernels.ops.normalize import cpu as normalize
+from hpkernels.ops.pair_bits import cpu as pair_bits
+from hpkernels.ops.similarity_search import cpu as search
 from tests.mapped import Repeated, Sparse
 
 FAR = 1 << 31
@@ -84,7 +84,17 @@ def contrastive_masks():
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
         grad = torch.empty(1, ROWS, 7)
         _cpu.contrastive_grad_f32(
-            x.data_ptr(), 1, ROWS, 7, 0, ROWS, far, denominator, 0.3, *(t.data_ptr() for t in tables), grad.data_ptr(),
+            x.data_ptr(),
+            1,
+            ROWS,
+            7,
+            0,
+            ROWS,
+            far,
+            denominator,
+            0.3,
+            *(t.data_ptr() for t in tables),
+            grad.data_ptr(),
             THREADS,
         )
         assert torch.equal(grad, contrastive.contrastive_grad(x, *given, denominator, 0.3, 0, *tables))
@@ -103,7 +113,19 @@ def neighbor_weights_qk():
             addresses, images, strides = [spread(x.flatten(1)) for x in flat], ROWS, (STRIDE, 5)
         found = torch.empty(images, 4, 9)
         _cpu.neighbor_weights_qk_f32(
-            addresses[0], *strides, addresses[1], *strides, images, 5, 2, 2, 0.4, 28.0, 0.1, 0.9, found.data_ptr(),
+            addresses[0],
+            *strides,
+            addresses[1],
+            *strides,
+            images,
+            5,
+            2,
+            2,
+            0.4,
+            28.0,
+            0.1,
+            0.9,
+            found.data_ptr(),
             THREADS,
         )
         assert torch.equal(found, expected[:images])
@@ -143,7 +165,15 @@ def many_mixed_tokens():
     _cpu.neighbor_mix_f32(far_code.address, far_weights.address, images, 8, 8, 16, out.address, THREADS)
     check_repeats(out, local_mix.neighbor_mix(code, weights, 8, 8))
     _cpu.neighbor_mix_grad_f32(
-        far_g.address, far_code.address, far_weights.address, images, 8, 8, 16, out.address, grad_weights.address,
+        far_g.address,
+        far_code.address,
+        far_weights.address,
+        images,
+        8,
+        8,
+        16,
+        out.address,
+        grad_weights.address,
         THREADS,
     )
     expected = local_mix.neighbor_mix_grad(g, code, weights, 8, 8, True, True)

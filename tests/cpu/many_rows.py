@@ -75,9 +75,7 @@ def pairs_above(n: int) -> Case:
     def run() -> Tensor:
         step = PANEL_BYTES // (n // 8)
         panels = (slice(first, first + step) for first in range(0, n, step))
-        return torch.cat(
-            [hk.pairs_above(x[own], theta[own], keys=x, key_thresholds=theta).sum(1) for own in panels]
-        )
+        return torch.cat([hk.pairs_above(x[own], theta[own], keys=x, key_thresholds=theta).sum(1) for own in panels])
 
     def check(counts: Tensor) -> None:
         rows = sample(n)

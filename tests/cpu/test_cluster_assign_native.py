@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hpkernels._rows import scores
-from hpkernels.ops.cluster_assign import native, reference
+from hpkernels.clustering.rows import scores
+from hpkernels.ops.cluster_assign import cpu as native
+from hpkernels.ops.cluster_assign import reference
 
 
 def assign(x, centroids):

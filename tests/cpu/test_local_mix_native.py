@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hpkernels import _cpu
-from hpkernels.ops.local_mix import native
+from hpkernels.ops.local_mix import cpu as native
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

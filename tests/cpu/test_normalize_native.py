@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpkernels.ops.normalize import native
+from hpkernels.ops.normalize import cpu as native
 
 
 def example(rows, width, dtype):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpkernels.ops.pair_bits import native
+from hpkernels.ops.pair_bits import cpu as native
 
 SHAPES = [(1, 1), (3, 31), (5, 32), (2, 33), (64, 127), (65, 128), (33, 129), (129, 600), (700, 2049)]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpkernels.ops.label_positives import native
+from hpkernels.ops.common import products as native
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpkernels import _cpu
-from hpkernels.ops.similarity_search import native
+from hpkernels.ops.similarity_search import cpu as native
 
 ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 SHAPES = [(0, 5, 4), (1, 1, 1), (2, 63, 16), (63, 2, 48), (65, 129, 384), (129, 65, 520), (193, 385, 31)]
@@ -214,8 +214,10 @@ def test_other_dtypes_are_promoted(dtype):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     assert torch.equal(native.max_similarity(x, keys), native.max_similarity(x.to(wide), keys.to(wide)))
     strided = keys.T.contiguous().T
-    assert torch.equal(native.topk_similarity(x, strided, 5, False, None, None)[1],
-                       native.topk_similarity(x.to(wide), keys.to(wide), 5, False, None, None)[1])
+    assert torch.equal(
+        native.topk_similarity(x, strided, 5, False, None, None)[1],
+        native.topk_similarity(x.to(wide), keys.to(wide), 5, False, None, None)[1],
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hpkernels as hk
-from hpkernels._rows import scores
+from hpkernels.clustering.rows import scores
 from hpkernels.ops.cluster_assign import reference
 from tests.backend_checks import check_assignment
 from tests.cuda.guard import before_guard_page

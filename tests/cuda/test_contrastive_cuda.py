@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hpkernels import tuning
-from hpkernels._bits import pack, unpack
-from hpkernels.ops.contrastive import common, reference
+from hpkernels.common.bits import pack, unpack
+from hpkernels.ops.common import exponentials as common
+from hpkernels.ops.contrastive import reference
 from tests.cuda.guard import before_guard_page
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

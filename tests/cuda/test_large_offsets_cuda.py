@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpkernels._bits import words
+from hpkernels.common.bits import words
 from hpkernels.ops.local_mix import reference
 from hpkernels.ops.pair_bits import reference as pair_bits
 from tests.mapped import Sparse

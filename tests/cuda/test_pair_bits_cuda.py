@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpkernels._bits import pack, unpack
+from hpkernels.common.bits import pack, unpack
 from hpkernels.ops.pair_bits import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hpkernels as hk
-from hpkernels._bits import unpack
+from hpkernels.common.bits import unpack
 from hpkernels.ops.similarity_search import reference
 from tests.cuda.guard import before_guard_page
 

@@ -17,12 +17,12 @@ from safetensors.torch import load, load_file, save_file
 from tiny import ARCH, SMALL, make_vit, paint
 
 import hpseg
-from hpseg import feature_cache
-from hpseg.backbones import load_backbone
-from hpseg.config import UsageError, make_config
 from hpseg.data.folder import PhotoFolder, find_images
-from hpseg.encoder import Encoder
-from hpseg.files import write_atomically
+from hpseg.features import cache as feature_cache
+from hpseg.features.tokens import Encoder
+from hpseg.models.backbone import load_backbone
+from hpseg.run.config import UsageError, make_config
+from hpseg.run.files import write_atomically
 
 CACHED = {**SMALL, "cache_features": True, "consistency_weight": 0.0, "crop": "random", "preview_every": 0}
 
@@ -104,7 +104,7 @@ def test_further_runs_train_the_same_head_without_the_backbone(pictures, vit_fil
     hpseg.train(pictures, tmp_path / "own", **{**settings, "cache_dir": None})
     hpseg.train(pictures, tmp_path / "first", **settings)
     assert (tmp_path / "own" / "features").is_dir() and not (tmp_path / "first" / "features").exists()
-    monkeypatch.setattr("hpseg.backbones.Backbone.forward", lambda *_, **__: pytest.fail("the backbone was run"))
+    monkeypatch.setattr("hpseg.models.backbone.Backbone.forward", lambda *_, **__: pytest.fail("the backbone was run"))
     hpseg.train(pictures, tmp_path / "second", **{**settings, "quiet": False})
     assert f"features: those of all 5 photographs are in {tmp_path / 'shared'}" in capsys.readouterr().err
     hpseg.train(pictures, tmp_path / "own", overwrite=True, **{**settings, "cache_dir": None})

@@ -7,19 +7,19 @@ import time
 import pytest
 import torch
 
-from hpseg.backbones import Tokens
-from hpseg.cli import VERBS, main
-from hpseg.config import Config, make_config
-from hpseg.distributed import ALONE, Share
-from hpseg.heads import SegmentationHead, channel_dropout
+from hpseg.cli.main import VERBS, main
+from hpseg.features.pools import draw_tokens
 from hpseg.methods.hp import HiddenPositives, lambda_at
-from hpseg.pools import draw_tokens
-from hpseg.presets import PRESETS
+from hpseg.models.backbone import Tokens
+from hpseg.models.heads import SegmentationHead, channel_dropout
+from hpseg.run.config import Config, make_config
+from hpseg.run.presets import PRESETS
+from hpseg.runtime.distributed import ALONE, Share
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
-        "import sys; from hpseg.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "import sys; from hpseg.cli.main import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'timm', 'torchvision', 'numpy') if m in sys.modules])"
     )
 
@@ -35,7 +35,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert time.monotonic() - start < 1.0
     assert all(f"    {verb} " in text for verb in VERBS)
     for verb, (module, _) in VERBS.items():
-        if module.startswith("hpseg.commands."):
+        if module.startswith("hpseg.cli."):
             assert f"usage: hpseg {verb} " in help_of(verb)
     assert "--batch-size" in help_of("train") and "--resume" in help_of("train")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpseg.crf import _Filter, dense_crf
+from hpseg.inference.crf import _Filter, dense_crf
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 

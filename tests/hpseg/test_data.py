@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from tiny import paint
 
-from hpseg.config import UsageError
 from hpseg.data.folder import PhotoFolder, epoch_batches, find_images, load_batches
 from hpseg.data.transforms import UnreadableImage, five_crop, jitter, load_image, square, to_tensor
+from hpseg.run.config import UsageError
 
 
 def test_exif_rotation_is_honoured(tmp_path):
@@ -167,10 +167,10 @@ def test_jitter_of_the_normalised_picture_clamps_it_as_published():
 
 
 def test_published_transforms_reach_training(photos, vit_file, tmp_path):
-    from hpseg.backbones import load_backbone
-    from hpseg.config import make_config
-    from hpseg.encoder import Encoder
-    from hpseg.methods import Method
+    from hpseg.features.tokens import Encoder
+    from hpseg.methods.base import Method
+    from hpseg.models.backbone import load_backbone
+    from hpseg.run.config import make_config
 
     backbone = load_backbone(weights=vit_file)
 

@@ -9,9 +9,9 @@ from scipy.io import savemat
 from tiny import SMALL, paint
 
 import hpseg
-from hpseg.config import UsageError
-from hpseg.data import cocostuff
-from hpseg.data.labelled import NAMES, open_data, open_named
+from hpseg.data.datasets import NAMES, open_data, open_named
+from hpseg.data.sets import cocostuff
+from hpseg.run.config import UsageError
 
 WIDTH, HEIGHT = 48, 32
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpseg import demo, procedural
-from hpseg.config import UsageError
+from hpseg import demo
+from hpseg.data import procedural
+from hpseg.run.config import UsageError
 
 
 def options(*argv):

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 import hpkernels
 import hpseg
-from hpseg.bank import Bank
-from hpseg.config import UsageError, make_config
-from hpseg.data import cityscapes19
-from hpseg.data.labelled import LabelledSet, training_images
-from hpseg.data.semi import PADDING, VOID, SemiFolder, listed
+from hpseg.data.datasets import LabelledSet, training_images
+from hpseg.data.few_labels import PADDING, VOID, SemiFolder, listed
+from hpseg.data.sets import cityscapes19
 from hpseg.evaluation.evaluate import evaluate
-from hpseg.methods.dgcl import Dgcl
-from hpseg.pseudo_labels import cross_entropy, cutmix_masks, entropy, hard_pixels, pseudo_labels
-from hpseg.released import export_hp
+from hpseg.export.released_checkpoints import export_hp
+from hpseg.methods.dgcl.bank import Bank
+from hpseg.methods.dgcl.method import Dgcl
+from hpseg.methods.teacher_labels import cross_entropy, cutmix_masks, entropy, hard_pixels, pseudo_labels
+from hpseg.run.config import UsageError, make_config
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220]], np.uint8)

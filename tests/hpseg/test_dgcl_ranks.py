@@ -12,16 +12,16 @@ from test_scale import TOLERANCE, TORCHRUN, finish, needs_gloo, spawn
 from test_training import state_of
 
 import hpseg
-from hpseg.config import UsageError
-from hpseg.distributed import Ranks
+from hpseg.run.config import UsageError
+from hpseg.runtime.distributed import Ranks
 
 # On each rank within a process group of its own: argv holds a file of cases and the folder of the runs, which gets what
 # each rank found. In the last step the gradients of the two terms that are a mean over ranks are compared with those of
 # each rank on its own.
 DRIVER = """
 import dataclasses, hashlib, json, sys, torch, hpseg
-from hpseg.distributed import ALONE, Ranks, Share
-from hpseg.methods.dgcl import Dgcl
+from hpseg.runtime.distributed import ALONE, Ranks, Share
+from hpseg.methods.dgcl.method import Dgcl
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
@@ -122,7 +122,7 @@ def test_uneven_batches_are_an_error(data, vit_file, tmp_path, monkeypatch):  # 
             super().__init__()
             self.size = 3
 
-    monkeypatch.setattr("hpseg.distributed.ALONE", Three())
+    monkeypatch.setattr("hpseg.runtime.distributed.ALONE", Three())
     monkeypatch.setattr(Ranks, "collect", lambda ranks, value: [value])
     with pytest.raises(UsageError, match="batch_size: method dgcl expects as many pictures on every rank, got 8 for 3"):
         hpseg.train(data, tmp_path / "run", weights=vit_file, steps=2, **{**TINY, "labeled": "1/3"})

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from tiny import paint
 from torch.nn import functional as F
 
-from hpseg.config import UsageError
-from hpseg.crf import dense_crf
-from hpseg.data.labelled import open_folder, read_ids
+from hpseg.data.datasets import open_folder, read_ids
 from hpseg.data.transforms import load_image
 from hpseg.evaluation.evaluate import evaluate, format_table
 from hpseg.evaluation.metrics import confusion, score
 from hpseg.evaluation.probes import probe
 from hpseg.evaluation.seeds import evaluate_seeds
-from hpseg.predict import load
+from hpseg.inference.crf import dense_crf
+from hpseg.inference.segmenter import load
+from hpseg.run.config import UsageError
 
 
 def brute_force(counts):
@@ -112,8 +112,8 @@ def test_eval_names_the_clusters_for_prediction(scored_run, tree):
 
 def test_eval_shows_a_long_picture_in_windows_as_predict_does(scored_run, tmp_path, monkeypatch):
     import hpseg
-    from hpseg import windows
     from hpseg.evaluation import protocols
+    from hpseg.inference import windows
 
     monkeypatch.setattr(windows, "MAX_TOKENS", 100)
     for part in ("images", "labels"):
@@ -213,7 +213,7 @@ def seeds(run, tmp_path):
 
 
 def test_mean_and_sd_over_seeds(seeds, tree, capsys):
-    from hpseg.cli import main
+    from hpseg.cli.main import main
 
     assert main(["eval", str(seeds), str(tree), "--seeds", "--seed", "5", "--device", "cpu"]) == 0
     results, table = json.loads((seeds / "eval.json").read_text()), capsys.readouterr().out
@@ -308,7 +308,7 @@ def test_a_linear_probe_is_scored_after_the_crf_too(scored_run, tree):
 
 def test_codes_of_a_mirrored_description_are_averaged(run):
     import hpseg
-    from hpseg.evaluation.segments import codes_of
+    from hpseg.evaluation.contenders import codes_of
 
     segmenter = hpseg.load(run, device="cpu")
     features, mirrored = torch.randn(2, 1, 3, 5, segmenter.backbone.channels).unbind(0)
@@ -321,7 +321,7 @@ def test_codes_of_a_mirrored_description_are_averaged(run):
 def test_refined_marginals_start_from_cosines(run):
     """Without iterations the CRF gives back softmax(2 cos) of the codes at the picture's size."""
     import hpseg
-    from hpseg import predict
+    from hpseg.inference import segmenter as predict
 
     segmenter = hpseg.load(run, device="cpu")
     codes = torch.randn(1, segmenter.config.dim, 4, 5)

@@ -9,10 +9,10 @@ import torch
 from tiny import paint
 
 import hpseg
-from hpseg import program as exporting
-from hpseg.cli import main
-from hpseg.config import UsageError
+from hpseg.cli.main import main
 from hpseg.data.transforms import to_tensor
+from hpseg.export import torch_export as exporting
+from hpseg.run.config import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,10 @@ def test_other_families(name, free):
     """Register tokens export at free sizes, rotary position embeddings at a fixed one, and say so."""
     import timm
 
-    from hpseg.backbones import Backbone
-    from hpseg.config import Config
-    from hpseg.heads import ClusterProbe, SegmentationHead
-    from hpseg.predict import Segmenter
+    from hpseg.inference.segmenter import Segmenter
+    from hpseg.models.backbone import Backbone
+    from hpseg.models.heads import ClusterProbe, SegmentationHead
+    from hpseg.run.config import Config
 
     torch.manual_seed(0)
     small = {"depth": 1, "embed_dim": 48, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}

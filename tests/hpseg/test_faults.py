@@ -27,15 +27,15 @@ from safetensors.torch import load_file
 from tiny import SMALL, in_child, paint
 
 import hpseg
-from hpseg import feature_cache
-from hpseg.checkpoints import load_state
-from hpseg.cli import main
-from hpseg.config import RunStopped, UsageError
+from hpseg.cli.main import main
 from hpseg.data.folder import find_images
 from hpseg.data.transforms import load_image
 from hpseg.evaluation.evaluate import evaluate
-from hpseg.files import RunLock, write_atomically
-from hpseg.labelling import predict_files
+from hpseg.features import cache as feature_cache
+from hpseg.inference.predict_files import predict_files
+from hpseg.run.config import RunStopped, UsageError
+from hpseg.run.files import RunLock, write_atomically
+from hpseg.run.folder import load_state
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 CACHED = {**SMALL, "consistency_weight": 0.0, "cache_features": True, "preview_every": 4}

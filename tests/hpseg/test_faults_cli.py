@@ -29,16 +29,17 @@ from tiny import ARCH, SMALL, in_child, paint
 from torch import distributed as dist
 
 import hpseg
-from hpseg import interruption, training
-from hpseg.backbones import load_backbone
-from hpseg.checkpoints import load_state
-from hpseg.cli import main
-from hpseg.config import Config, RunStopped, UsageError, make_config
+from hpseg.cli.main import main
 from hpseg.data.folder import _say_nothing_of_lost_connections, load_batches
-from hpseg.distributed import ALONE, explained
-from hpseg.files import TEMPORARY, RunLock, remove_temporaries
-from hpseg.interruption import ASKED, Interrupted, Stop
-from hpseg.report import Report
+from hpseg.models.backbone import load_backbone
+from hpseg.run.config import Config, RunStopped, UsageError, make_config
+from hpseg.run.files import TEMPORARY, RunLock, remove_temporaries
+from hpseg.run.folder import load_state
+from hpseg.runtime import interruption
+from hpseg.runtime.distributed import ALONE, explained
+from hpseg.runtime.interruption import ASKED, Interrupted, Stop
+from hpseg.training import loop as training
+from hpseg.training.report import Report
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
@@ -468,7 +469,7 @@ def test_a_signal_saves_the_step_that_it_meets(photos, vit_file, tmp_path, monke
 
 
 def test_a_signal_outside_of_a_step_interrupts_at_once(photos, vit_file, run, tmp_path, monkeypatch, capsys, tally):
-    from hpseg import labelling
+    from hpseg.inference import predict_files as labelling
 
     def asked(*_, **__):
         signal.raise_signal(signal.SIGTERM)
@@ -741,8 +742,6 @@ def test_bare_surroundings(photos, vit_file, run, tmp_path, tally):
         ["show", str(run), str(tmp_path / "東京.png"), "--out", str(tmp_path / "東.png")],
     ):
         command = [sys.executable, "-m", "hpseg", *words]
-        done = subprocess.run(
-            command, cwd=tmp_path / "bare", env=bare, capture_output=True, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(command, cwd=tmp_path / "bare", env=bare, capture_output=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         tally("bare surroundings")

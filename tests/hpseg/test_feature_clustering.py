@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import hpkernels
-from hpseg.clustering import FeatureStream, assign_features, cluster_features, sample_rows
-from hpseg.config import UsageError
+from hpseg.features.clustering import FeatureStream, assign_features, cluster_features, sample_rows
+from hpseg.run.config import UsageError
 
 
 def groups(n=300, d=8, k=4, seed=0):

@@ -13,12 +13,12 @@ from test_training import assert_same, state_of, train_until
 from tiny import make_vit
 
 import hpseg
-from hpseg.backbones import Backbone, load_backbone
-from hpseg.cli import main
-from hpseg.config import UsageError, make_config
+from hpseg.cli.main import main
 from hpseg.evaluation.evaluate import evaluate
-from hpseg.finetune import parameter_groups, predicting, trainable
-from hpseg.methods.dgcl import Dgcl
+from hpseg.methods.dgcl.method import Dgcl
+from hpseg.models.backbone import Backbone, load_backbone
+from hpseg.models.finetune import parameter_groups, predicting, trainable
+from hpseg.run.config import UsageError, make_config
 
 TUNED = {**TINY, "finetune": True, "backbone_lr": 0.05}
 
@@ -68,9 +68,11 @@ def test_the_backbone_learns_and_the_teacher_follows(tuned, vit_file):
         assert torch.equal(model[f"backbone.vit.{name}"], teacher)
         assert not torch.equal(student, first) and not torch.equal(teacher, first), name
         assert not torch.equal(student, teacher), name
-    assert hpseg.load(tuned).backbone.fingerprint == Backbone(
-        _loaded(model), "", (0.5,) * 3, (0.25,) * 3
-    ).fingerprint != load_backbone(weights=vit_file).fingerprint
+    assert (
+        hpseg.load(tuned).backbone.fingerprint
+        == Backbone(_loaded(model), "", (0.5,) * 3, (0.25,) * 3).fingerprint
+        != load_backbone(weights=vit_file).fingerprint
+    )
 
 
 def _loaded(model):
@@ -116,7 +118,7 @@ def test_other_weights_in_the_run_are_an_error(tuned, vit_file, tmp_path):
 def test_a_timm_name_needs_no_weights_to_predict(tuned, vit_file, monkeypatch):
     """Those of the run are all that is read: neither the network nor the cache is asked."""
     asked = []
-    monkeypatch.setattr("hpseg.backbones.require_reachable", asked.append)
+    monkeypatch.setattr("hpseg.models.backbone.require_reachable", asked.append)
     started = load_backbone("vit_tiny_patch16_224", pretrained=False)
     trained = trainable(started, config())
     with torch.no_grad():

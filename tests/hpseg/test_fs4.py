@@ -11,14 +11,14 @@ from tiny import paint
 
 import hpkernels
 import hpseg
-from hpseg import program as exporting
-from hpseg.backbones import Tokens
-from hpseg.config import UsageError, make_config
-from hpseg.context import ContextEmbedding, ContextHead, grid_positions
-from hpseg.distributed import ALONE, Share
 from hpseg.evaluation.evaluate import evaluate
-from hpseg.heads import SegmentationHead
-from hpseg.methods.fs4 import Fs4, PixelClusters, pooled
+from hpseg.export import torch_export as exporting
+from hpseg.methods.fs4.context_embedding import ContextEmbedding, ContextHead, grid_positions
+from hpseg.methods.fs4.method import Fs4, PixelClusters, pooled
+from hpseg.models.backbone import Tokens
+from hpseg.models.heads import SegmentationHead
+from hpseg.run.config import UsageError, make_config
+from hpseg.runtime.distributed import ALONE, Share
 
 TINY = dict(
     method="fs4", classes=3, batch_size=2, size=32, predict_size=48, dim=16, context_dim=8, pyramid_clusters="3,5,6",
@@ -244,8 +244,8 @@ def test_a_run_is_used_like_any_other(trained, tmp_path):
 
 def test_cached_colours_are_those_of_the_photograph(trained, photos, vit_file):
     """A view from the cache holds the mean colours of its patches, cut like its features."""
-    from hpseg.backbones import load_backbone
-    from hpseg.encoder import Encoder
+    from hpseg.features.tokens import Encoder
+    from hpseg.models.backbone import load_backbone
 
     backbone = load_backbone("embedded", vit_file)
     dataset = Fs4.open_photographs(settings(images=str(photos), crop="center"), backbone)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import hpseg
-from hpseg.cli import main
-from hpseg.config import Config, UsageError
-from hpseg.released import CLUSTER, LINEAR, NET, export_hp, import_hp
+from hpseg.cli.main import main
+from hpseg.export.released_checkpoints import CLUSTER, LINEAR, NET, export_hp, import_hp
+from hpseg.run.config import Config, UsageError
 
 
 def make_vit(width, depth=1):

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from hpseg.label_quality import PairQuality, describe, pair_quality
+from hpseg.methods.lookbeyond.pair_quality import PairQuality, describe, pair_quality
 
 
 def brute_force(auxiliary, truth, images):

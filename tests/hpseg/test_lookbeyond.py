@@ -16,14 +16,14 @@ from test_training import assert_same, state_of, train_until
 from torch.nn import functional as F
 
 import hpseg
-from hpseg.auxiliary import FILE, AuxiliaryLabels
-from hpseg.backbones import Tokens, load_backbone
-from hpseg.config import UsageError, make_config
-from hpseg.data.semi import VOID
-from hpseg.distributed import ALONE, Share
+from hpseg.data.few_labels import VOID
 from hpseg.evaluation.evaluate import evaluate
-from hpseg.extractors import ConvExtractor, load_extractor
-from hpseg.methods.lookbeyond import Batch, LookBeyond, sample_balanced
+from hpseg.methods.lookbeyond.auxiliary_labels import FILE, AuxiliaryLabels
+from hpseg.methods.lookbeyond.method import Batch, LookBeyond, sample_balanced
+from hpseg.models.backbone import Tokens, load_backbone
+from hpseg.models.extractor import ConvExtractor, load_extractor
+from hpseg.run.config import UsageError, make_config
+from hpseg.runtime.distributed import ALONE, Share
 
 TINY = dict(
     method="lookbeyond", labeled="1/4", classes=3, batch_size=4, size=32, predict_size=48, dim=16, contrast_dim=12,

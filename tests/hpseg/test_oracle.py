@@ -18,11 +18,11 @@ from sklearn.metrics import confusion_matrix
 from tiny import SMALL, paint
 
 import hpseg
-from hpseg.data.cocostuff import FINE_TO_COARSE
+from hpseg.data.sets.cocostuff import FINE_TO_COARSE
 from hpseg.data.transforms import load_image
 from hpseg.evaluation import evaluate as evaluation
 from hpseg.evaluation.metrics import confusion, score
-from hpseg.predict import label_map
+from hpseg.inference.segmenter import label_map
 
 BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data"
 SAMPLES = Path(os.environ.get("HPSEG_TEST_DATA", BESIDE)) / "cocostuff182_samples"

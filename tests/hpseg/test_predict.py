@@ -12,14 +12,14 @@ from tiny import paint
 from torch.nn import functional as F
 
 import hpseg
-from hpseg.checkpoints import begin_run
-from hpseg.cli import main
-from hpseg.config import UsageError
-from hpseg.files import RunLock
-from hpseg.labelling import predict_files
-from hpseg.labels import NO_CLASS, LabelMap, Matching, label_map
-from hpseg.plots import legend, palette, with_legend
-from hpseg.windows import MAX_TOKENS, Windows
+from hpseg.cli.main import main
+from hpseg.inference.label_map import NO_CLASS, LabelMap, Matching, label_map
+from hpseg.inference.pictures import legend, palette, with_legend
+from hpseg.inference.predict_files import predict_files
+from hpseg.inference.windows import MAX_TOKENS, Windows
+from hpseg.run.config import UsageError
+from hpseg.run.files import RunLock
+from hpseg.run.folder import begin_run
 
 
 @pytest.mark.parametrize("width, height", [(50, 40), (33, 200), (301, 17), (8, 8)])

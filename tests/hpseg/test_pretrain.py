@@ -9,13 +9,29 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hpseg import crops, pretrain
-from hpseg.backbones import load_backbone
-from hpseg.config import UsageError
-from hpseg.procedural import random_image
+from hpseg.data.procedural import random_image
+from hpseg.models.backbone import load_backbone
+from hpseg.pretraining import crops, pretrain
+from hpseg.run.config import UsageError
 
-TINY = ["--steps", "2", "--batch-size", "2", "--width", "24", "--heads", "3", "--depth", "1", "--crop", "32",
-        "--prototypes", "16", "--texture-first", "0.5"]
+TINY = [
+    "--steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--width",
+    "24",
+    "--heads",
+    "3",
+    "--depth",
+    "1",
+    "--crop",
+    "32",
+    "--prototypes",
+    "16",
+    "--texture-first",
+    "0.5",
+]
 
 
 @pytest.fixture
@@ -48,9 +64,17 @@ def test_pretrain_writes_a_backbone_and_resumes(photos, tmp_path):
         pretrain.run(options(photos, "--out", out, *TINY, "--width", "48", "--resume"))
 
 
-@pytest.mark.parametrize("argv, name", [
-    (["--procedural", "1.5"], "--procedural"), (["--crop", "36"], "--crop"), (["--heads", "5"], "--width"),
-    (["--batch-size", "0"], "--batch-size"), (["--minutes", "-1"], "--minutes"), (["--resume"], "--resume")])
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (["--procedural", "1.5"], "--procedural"),
+        (["--crop", "36"], "--crop"),
+        (["--heads", "5"], "--width"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--minutes", "-1"], "--minutes"),
+        (["--resume"], "--resume"),
+    ],
+)
 def test_bad_options_are_named(photos, tmp_path, argv, name):
     with pytest.raises(UsageError, match=name):
         pretrain.run(options(photos, "--out", tmp_path / "vit.safetensors", *argv))

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import paint
 
-from hpseg.config import UsageError
 from hpseg.evaluation.evaluate import format_table
 from hpseg.evaluation.probes import probe
+from hpseg.run.config import UsageError
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from PIL import Image
 from tiny import SMALL, paint
 
 from benchmarks.quality import few_labels, fs4, msrc
-from hpseg.config import make_config
 from hpseg.methods.hp import lambda_at
+from hpseg.run.config import make_config
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from test_training import assert_same, state_of
 from tiny import SMALL, paint
 
 import hpseg
-from hpseg import profile
-from hpseg.checkpoints import Log
-from hpseg.config import UsageError
-from hpseg.predict import assemble
-from hpseg.profile import STAGES, Profile, each, stage
+from hpseg.inference.segmenter import assemble
+from hpseg.run.config import UsageError
+from hpseg.run.folder import Log
+from hpseg.runtime import profile
+from hpseg.runtime.profile import STAGES, Profile, each, stage
 
 STAGE_COLUMNS = [f"seconds_{name}" for name in STAGES]
 
@@ -81,7 +81,7 @@ def test_the_table_leaves_the_first_steps_out_and_adds_up_search_and_loss():
 
 
 def test_a_failure_ends_the_profile(photos, vit_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("hpseg.training.save_state", lambda *_: 1 / 0)
+    monkeypatch.setattr("hpseg.training.loop.save_state", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         hpseg.train(photos, tmp_path / "run", weights=vit_file, steps=2, profile=True, **SMALL)
     assert profile._running is None
@@ -106,7 +106,7 @@ def test_profiled_run(run, photos, vit_file, tmp_path, capsys):
 
 
 def test_profile_on_the_command_line(photos, vit_file, tmp_path, capsys):
-    from hpseg.cli import main
+    from hpseg.cli.main import main
 
     command = ["train", photos, "--out", tmp_path / "run", "--weights", vit_file, "--classes", 3, "--steps", 3]
     options = ["--batch-size", 2, "--size", 32, "--predict-size", 32, "--dim", 8, "--pool-size", 16, "--workers", 0]
@@ -179,7 +179,7 @@ def test_previews_show_the_clusters_and_change_nothing(run, photos, vit_file, tm
 
 def test_the_last_preview_is_what_predict_gives(run, photos):
     from hpseg.data.transforms import load_image, short_side
-    from hpseg.plots import label_image
+    from hpseg.inference.pictures import label_image
 
     segmenter = hpseg.load(run)
     picture = short_side(load_image(sorted(photos.rglob("*.*"))[0]), segmenter.config.predict_size, 8)
@@ -198,7 +198,7 @@ def test_previews_after_kmeans_show_its_centroids(photos, vit_file, tmp_path, mo
         seen.append(tensors["clusters.centroids"].clone())
         return assemble(backbone, tensors, config)
 
-    monkeypatch.setattr("hpseg.report.assemble", watched)
+    monkeypatch.setattr("hpseg.training.report.assemble", watched)
     hpseg.train(photos, tmp_path / "run", steps=4, preview_every=2, **settings)
     final = load_file(tmp_path / "run" / "model.safetensors")["clusters.centroids"]
     assert len(seen) == 2 and torch.equal(seen[1], final) and not torch.equal(seen[0], final)
@@ -206,7 +206,7 @@ def test_previews_after_kmeans_show_its_centroids(photos, vit_file, tmp_path, mo
 
 def test_unreadable_pictures_are_passed_over(tmp_path):
     from hpseg.data.transforms import load_image
-    from hpseg.preview import Previews
+    from hpseg.training.preview import Previews
 
     files = [tmp_path / f"{i}.png" for i in range(6)]
     for i, path in enumerate(files):
@@ -312,7 +312,7 @@ def labelled(tmp_path):
 
 def fake_scores(monkeypatch, scores):
     left = iter(scores)
-    monkeypatch.setattr("hpseg.selection.mean_iou", lambda *_: next(left))
+    monkeypatch.setattr("hpseg.training.selection.mean_iou", lambda *_: next(left))
 
 
 @pytest.mark.parametrize("clusters", ["probe", "kmeans"])
@@ -344,13 +344,13 @@ def test_selection_goes_on_after_an_interruption(photos, vit_file, labelled, tmp
     class Stop(Exception):
         pass
 
-    def stop_after_four(out, state, save=hpseg.checkpoints.save_state):
+    def stop_after_four(out, state, save=hpseg.run.folder.save_state):
         save(out, state)
         if state["step"] == 4:
             raise Stop
 
     with monkeypatch.context() as patched, pytest.raises(Stop):
-        patched.setattr("hpseg.training.save_state", stop_after_four)
+        patched.setattr("hpseg.training.loop.save_state", stop_after_four)
         hpseg.train(photos, tmp_path / "run", **settings)
     fake_scores(monkeypatch, [20.0])
     results = hpseg.train(photos, tmp_path / "run", resume=True, **settings)

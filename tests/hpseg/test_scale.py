@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from tiny import SMALL, paint
 
 import hpseg
-from hpseg.config import UsageError, make_config
-from hpseg.distributed import ALONE, Ranks, Share
-from hpseg.heads import Projection, SegmentationHead
 from hpseg.methods.hp import HiddenPositives
+from hpseg.models.heads import Projection, SegmentationHead
+from hpseg.run.config import UsageError, make_config
+from hpseg.runtime.distributed import ALONE, Ranks, Share
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
@@ -63,12 +63,12 @@ FILL = """
 import datetime, sys, time, torch
 import torch.distributed as dist
 from pathlib import Path
-from hpseg import feature_cache
-from hpseg.backbones import load_backbone
-from hpseg.config import make_config
+from hpseg.features import cache as feature_cache
+from hpseg.models.backbone import load_backbone
+from hpseg.run.config import make_config
 from hpseg.data.folder import PhotoFolder, find_images
-from hpseg.distributed import Ranks
-from hpseg.encoder import Encoder
+from hpseg.runtime.distributed import Ranks
+from hpseg.features.tokens import Encoder
 
 photos, weights, folder = sys.argv[1:]
 torch.set_num_threads(1)
@@ -247,7 +247,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(photos, vit_file, tmp_pa
         "import os, sys\n"
         "if os.environ['RANK'] == '1':\n"
         "    sys.argv[2] = 'nowhere'\n"
-        "from hpseg.cli import main\n"
+        "from hpseg.cli.main import main\n"
         "raise SystemExit(main(sys.argv[1:]))\n"
     )
     command = [*TORCHRUN, tmp_path / "driver.py", "train", photos, "--out", tmp_path / "run", "--classes", "3"]
@@ -282,7 +282,7 @@ def test_a_killed_loader_process_ends_the_run_which_then_goes_on(photos, vit_fil
 
 
 def test_accumulated_gradients_are_the_mean_over_batches(photos, vit_file, tmp_path, monkeypatch):
-    from hpseg import training
+    from hpseg.training import loop as training
 
     gradients = []
 

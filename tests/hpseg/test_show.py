@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from tiny import paint
 
-from hpseg.cli import main
-from hpseg.config import UsageError
-from hpseg.plots import palette
-from hpseg.sheet import principal_colours, show
+from hpseg.cli.main import main
+from hpseg.inference.pictures import palette
+from hpseg.inference.sheet import principal_colours, show
+from hpseg.run.config import UsageError
 
 
 def test_a_sheet_of_some_of_the_pictures(run, photos, tmp_path):

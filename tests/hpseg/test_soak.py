@@ -11,7 +11,7 @@ import pytest
 from tiny import SMALL
 
 import hpseg
-from hpseg import training
+from hpseg.training import loop as training
 
 GROWTH_BYTES = 16 << 20  # over 1,500 steps; an image of a batch kept each step would be 9 MiB, its features 12 MiB
 

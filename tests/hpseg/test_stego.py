@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tiny import SMALL, paint
 
 import hpseg
-from hpseg.backbones import Tokens
-from hpseg.config import UsageError, make_config
-from hpseg.distributed import ALONE, Share
 from hpseg.methods.stego import Stego, correspondence_loss, other_images, sample_points
+from hpseg.models.backbone import Tokens
+from hpseg.run.config import UsageError, make_config
+from hpseg.runtime.distributed import ALONE, Share
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -98,7 +98,7 @@ def test_resumed_training_is_the_uninterrupted_one(photos, vit_file, tmp_path):
     hpseg.train(photos, tmp_path / "whole", **settings)
     state = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
     with pytest.MonkeyPatch.context() as patch:  # stop after the checkpoint of step 3
-        from hpseg import training
+        from hpseg.training import loop as training
 
         class Stopped(Exception):
             pass

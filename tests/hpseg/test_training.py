@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SMALL, make_vit, paint
 
 import hpseg
-from hpseg.config import RunStopped, UsageError
+from hpseg.run.config import RunStopped, UsageError
 
 
 def state_of(run):
@@ -81,9 +81,9 @@ def test_training_moves_every_trained_part(run, photos, vit_file, tmp_path):
     hpseg.train(photos, tmp_path / "one", weights=vit_file, steps=20, save_every=1, **SMALL)
     first, last = state_of(run)["method"], state_of(tmp_path / "one")["method"]
     assert_same(first, last)  # how often a run is saved changes nothing
-    from hpseg.config import make_config
     from hpseg.data.folder import hash_seed
     from hpseg.methods.hp import HiddenPositives
+    from hpseg.run.config import make_config
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash_seed("init", 0))
@@ -141,10 +141,10 @@ def test_workers_change_nothing(photos, vit_file, tmp_path):
 
 
 def test_cached_features(photos, vit_file, tmp_path):
-    from hpseg.backbones import load_backbone
-    from hpseg.config import make_config
     from hpseg.data.folder import PhotoFolder, find_images
-    from hpseg.encoder import Encoder
+    from hpseg.features.tokens import Encoder
+    from hpseg.models.backbone import load_backbone
+    from hpseg.run.config import make_config
 
     backbone = load_backbone(weights=vit_file)
     config = make_config(classes=3, crop="random", cache_features=True, consistency_weight=0.0, workers=0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hpkernels as hk
-from hpkernels import panels
+from hpkernels.losses import panels
 from tests import oracle
 from tests.properties.cases import (
     FP32,
@@ -97,7 +97,14 @@ class Problem:
         Q = None if self.head_weight is None else pairs(self.seed + 1)
         streams = [x.double().numpy() for x in self.streams()]
         return oracle.loss(
-            streams, pairs(self.seed), Q, M, self.head_weight or 0.0, self.tokens, self.temperature, BASE,
+            streams,
+            pairs(self.seed),
+            Q,
+            M,
+            self.head_weight or 0.0,
+            self.tokens,
+            self.temperature,
+            BASE,
             self.weighting,
         )
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 import hpkernels as hk
-from hpkernels import _bits
+from hpkernels.common import bits as _bits
 from tests.properties.cases import seeds, tries, with_threads
 
 sizes = st.integers(0, 300)

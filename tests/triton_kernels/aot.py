@@ -129,7 +129,7 @@ Case = tuple[str, Callable[[], object]]
 
 def cases(dtypes: tuple[torch.dtype, ...] = DTYPES, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
     """Calls that between them launch every kernel in every configuration for these dtypes and widths."""
-    from hpkernels.ops.normalize import kernels as normalize
+    from hpkernels.ops.normalize import triton as normalize
 
     normalize._output_dtype = lambda x: x.dtype  # what it answers on a GPU
     for dtype in dtypes:
@@ -149,7 +149,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = DTYPES, widths: tuple[int, ...] = WI
 
 
 def _pair_bits_cases() -> Iterator[Case]:
-    from hpkernels.ops.pair_bits import kernels as pair_bits
+    from hpkernels.ops.pair_bits import triton as pair_bits
 
     bits = torch.zeros(256, 8, dtype=torch.int32)
     yield "random_bits", lambda: pair_bits.random_bits(torch.tensor(1), 256, 256, 0.02)
@@ -158,7 +158,7 @@ def _pair_bits_cases() -> Iterator[Case]:
 
 
 def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:
-    from hpkernels.ops.local_mix import kernels as local_mix
+    from hpkernels.ops.local_mix import triton as local_mix
 
     for side in (7, 11, 14, 22, 28, 40, 64):  # each power of two that holds a row
         attention = torch.zeros(1, 1, side * side, side * side, dtype=dtype)
@@ -177,7 +177,7 @@ def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _search_cases(x: torch.Tensor) -> Iterator[Case]:
-    from hpkernels.ops.similarity_search import kernels as search
+    from hpkernels.ops.similarity_search import triton as search
 
     n, width = x.shape
     theta, groups, keys = torch.zeros(n), torch.zeros(n, dtype=torch.int64), torch.zeros(1024, width, dtype=x.dtype)
@@ -191,7 +191,7 @@ def _search_cases(x: torch.Tensor) -> Iterator[Case]:
 
 
 def _contrastive_stats_cases(x: torch.Tensor) -> Iterator[Case]:
-    from hpkernels.ops.contrastive import kernels as contrastive
+    from hpkernels.ops.contrastive import triton as contrastive
 
     bits, extra = torch.zeros(2, len(x), 8, dtype=torch.int32)
     negatives = torch.zeros(64, 8, dtype=torch.int32)
@@ -209,7 +209,7 @@ def _contrastive_stats_cases(x: torch.Tensor) -> Iterator[Case]:
 
 
 def _contrastive_grad_cases(x: torch.Tensor) -> Iterator[Case]:
-    from hpkernels.ops.contrastive import kernels as contrastive
+    from hpkernels.ops.contrastive import triton as contrastive
 
     bits, turned, extra, extra_turned = torch.zeros(4, len(x), 8, dtype=torch.int32)
     negatives, vector = torch.zeros(64, 8, dtype=torch.int32), torch.zeros(1, len(x))
@@ -228,7 +228,7 @@ def _contrastive_grad_cases(x: torch.Tensor) -> Iterator[Case]:
 
 
 def _group_lse_cases(x: torch.Tensor) -> Iterator[Case]:
-    from hpkernels.ops.contrastive import kernels_groups
+    from hpkernels.ops.group_lse import triton as kernels_groups
 
     groups = torch.zeros(len(x), dtype=torch.int64)
     for temperature in (0.8, 0.01):
@@ -239,7 +239,7 @@ def _group_lse_cases(x: torch.Tensor) -> Iterator[Case]:
 
 
 def _group_grad_cases(x: torch.Tensor) -> Iterator[Case]:
-    from hpkernels.ops.contrastive import kernels_groups
+    from hpkernels.ops.group_lse import triton as kernels_groups
 
     groups, vector = torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x))
     for temperature, (keys, of_keys) in itertools.product((0.8, 0.04), ((None, False), (x, False), (x, True))):
@@ -249,7 +249,7 @@ def _group_grad_cases(x: torch.Tensor) -> Iterator[Case]:
 
 
 def _cluster_cases(x: torch.Tensor) -> Iterator[Case]:
-    from hpkernels.ops.cluster_assign import kernels as cluster_assign
+    from hpkernels.ops.cluster_assign import triton as cluster_assign
 
     centroids, bias = torch.zeros(100, x.shape[1]), torch.zeros(100)
     yield "cluster_assign", lambda: cluster_assign.cluster_assign(x, centroids, centroids, bias)
@@ -352,9 +352,7 @@ def compiled(arch: str, only: Callable[[str], bool] = lambda case: True, **choic
         for case, call in cases(**choice):
             if only(case):
                 call()
-    return {
-        name: {**resources(kernel), "source": recorder.launches[name]} for name, kernel in recorder.kernels.items()
-    }
+    return {name: {**resources(kernel), "source": recorder.launches[name]} for name, kernel in recorder.kernels.items()}
 
 
 def check() -> list[str]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import hpkernels as hk
-from hpkernels._rows import scores
-from hpkernels.ops.cluster_assign import common, kernels
+from hpkernels.clustering.rows import scores
+from hpkernels.ops.cluster_assign import common
+from hpkernels.ops.cluster_assign import triton as kernels
 from tests.backend_checks import check_assignment
 
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from hpkernels import tuning
-from hpkernels._bits import pack
-from hpkernels.ops.contrastive import common, kernels, kernels_sparse, reference
+from hpkernels.common.bits import pack
+from hpkernels.ops.common import exponentials as common
+from hpkernels.ops.contrastive import reference
+from hpkernels.ops.contrastive import triton as kernels
+from hpkernels.ops.contrastive.triton import sparse as kernels_sparse
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@ import torch
 
 import hpkernels as hk
 from hpkernels import tuning
-from hpkernels.ops.contrastive import kernels, reference
+from hpkernels.ops.group_lse import reference
+from hpkernels.ops.group_lse import triton as kernels
 from tests.backend_checks import check_label_loss
 
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from hpkernels.ops import _triton as shared
-from hpkernels.ops.contrastive import kernels_dense, kernels_dense_grad, kernels_sparse
-from hpkernels.ops.local_mix import kernels as local_mix
-from hpkernels.ops.normalize import kernels as normalize
-from hpkernels.ops.pair_bits import kernels as pair_bits
-from hpkernels.ops.similarity_search import kernels as search
+from hpkernels.ops.common import triton as shared
+from hpkernels.ops.contrastive.triton import dense as kernels_dense
+from hpkernels.ops.contrastive.triton import dense_grad as kernels_dense_grad
+from hpkernels.ops.contrastive.triton import sparse as kernels_sparse
+from hpkernels.ops.local_mix import triton as local_mix
+from hpkernels.ops.normalize import triton as normalize
+from hpkernels.ops.pair_bits import triton as pair_bits
+from hpkernels.ops.similarity_search import triton as search
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps memory without reserving it, as Linux does")
 _NO_RESERVE = 0x4000  # MAP_NORESERVE
@@ -246,9 +248,7 @@ def test_more_images_than_the_later_axes_of_a_grid_hold(name, monkeypatch):
 def start_at(program: int, monkeypatch) -> None:
     """The interpreter numbers the programs of a launch from there on along the first axis."""
     builder = interpreter.interpreter_builder
-    monkeypatch.setattr(
-        builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (program + x, y, z))
-    )
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (program + x, y, z)))
 
 
 def masks(far: bool) -> tuple[Tensor, int, Tensor]:

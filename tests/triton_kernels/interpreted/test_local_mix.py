@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpkernels.ops.local_mix import kernels, reference
+from hpkernels.ops.local_mix import reference
+from hpkernels.ops.local_mix import triton as kernels
 
 SLOW = [pytest.param(grid, marks=pytest.mark.slow) for grid in ((3, 21), (3, 43), (14, 14), (28, 28))]
 GRIDS = [(1, 1), (1, 2), (5, 13), *SLOW]

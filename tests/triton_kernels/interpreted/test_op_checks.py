@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hpkernels as hk
-from hpkernels import panels
+from hpkernels.losses import panels
 
 sys.path.append(str(Path(__file__).parents[2]))
 

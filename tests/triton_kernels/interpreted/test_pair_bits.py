@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpkernels._bits import pack, unpack, words
-from hpkernels.ops.pair_bits import kernels, reference
+from hpkernels.common.bits import pack, unpack, words
+from hpkernels.ops.pair_bits import reference
+from hpkernels.ops.pair_bits import triton as kernels
 
 MASK = 0xFFFFFFFF
 

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from hpkernels import tuning
-from hpkernels._bits import pack, unpack
-from hpkernels.ops._triton import triangle_programs, triangle_tile
-from hpkernels.ops.similarity_search import kernels, reference
+from hpkernels.common.bits import pack, unpack
+from hpkernels.ops.common.triton import triangle_programs, triangle_tile
+from hpkernels.ops.similarity_search import reference
+from hpkernels.ops.similarity_search import triton as kernels
 
 
 def band(d: int) -> float:

@@ -110,7 +110,7 @@ def test_without_a_gpu_nothing_is_tuned(tmp_path, monkeypatch, capsys):
 
 
 def test_fp32_products_are_ieee_unless_tf32_is_accepted():
-    from hpkernels.ops import _triton
+    from hpkernels.ops.common import triton as _triton
 
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32

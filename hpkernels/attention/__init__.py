@@ -1,0 +1,1 @@
+"""Context-aware attention between a patch and its neighbors, in plain torch."""

@@ -1,0 +1,1 @@
+"""Clusters of rows: k-means, assignment and distances of outliers."""

@@ -1,0 +1,1 @@
+"""One public loss a file, each a plain composition of the ops."""

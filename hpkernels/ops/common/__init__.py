@@ -1,0 +1,1 @@
+"""What the files of one backend share across ops."""

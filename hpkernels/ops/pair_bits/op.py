@@ -1,0 +1,76 @@
+"""torch ops on packed pair masks: random bits, counts, transpose, masks from index lists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpkernels import dispatch
+from hpkernels.common.bits import words
+
+
+@torch.library.custom_op("hpkernels::check_padding", mutates_args=())
+def check_padding(bits: Tensor, columns: int) -> Tensor:
+    """Raise where bits past the last column are set, which kernels would take for columns. On the CPU, where looking
+    takes no wait."""
+    if bits.is_cpu and bits.numel():
+        first = columns // 32
+        valid = torch.tensor([(1 << columns % 32) - 1] + [0] * (bits.shape[1] - first - 1), dtype=torch.int32)
+        if first < bits.shape[1] and (bits[:, first:] & ~valid).any():
+            raise ValueError(f"bits: expected zeros past the {columns} columns, got bits that are set there")
+    return bits.new_empty(0)
+
+
+@check_padding.register_fake
+def _(bits, columns):
+    return bits.new_empty(0)
+
+
+@torch.library.custom_op("hpkernels::random_bits", mutates_args=())
+def random_bits(seed: Tensor, rows: int, columns: int, rate: float, backend: str) -> Tensor:
+    """Bernoulli bits from a counter-based generator, the same on every backend. See reference.random_bits."""
+    return dispatch.implementation("pair_bits", backend).random_bits(seed, rows, columns, rate)
+
+
+@random_bits.register_fake
+def _(seed, rows, columns, rate, backend):
+    return seed.new_empty((rows, words(columns)), dtype=torch.int32)
+
+
+@torch.library.custom_op("hpkernels::count_bits", mutates_args=())
+def count_bits(bits: Tensor, backend: str) -> Tensor:
+    """Set bits of each row, int32 (N,)."""
+    return dispatch.implementation("pair_bits", backend).count_bits(bits)
+
+
+@count_bits.register_fake
+def _(bits, backend):
+    return bits.new_empty((bits.shape[0],), dtype=torch.int32)
+
+
+@torch.library.custom_op("hpkernels::transpose_bits", mutates_args=())
+def transpose_bits(bits: Tensor, columns: int, backend: str) -> Tensor:
+    """(N, words(columns)) -> (columns, words(N))."""
+    return dispatch.implementation("pair_bits", backend).transpose_bits(bits, columns)
+
+
+@transpose_bits.register_fake
+def _(bits, columns, backend):
+    return bits.new_empty((columns, words(bits.shape[0])))
+
+
+@torch.library.custom_op("hpkernels::pairs_from_indices", mutates_args=())
+def pairs_from_indices(
+    indices: Tensor, columns: int, symmetric: bool, first_row: int, rows: int, backend: str
+) -> Tensor:
+    """Rows first_row .. first_row + rows - 1 of the mask of the pairs (i, indices[i, .]), indices (N, k).
+
+    With `symmetric` also the mirrored pairs, without the diagonal; columns is N then.
+    """
+    pairs = dispatch.implementation("pair_bits", backend).pairs_from_indices
+    return pairs(indices, columns, symmetric, first_row, rows)
+
+
+@pairs_from_indices.register_fake
+def _(indices, columns, symmetric, first_row, rows, backend):
+    return indices.new_empty((rows, words(columns)), dtype=torch.int32)

@@ -1,0 +1,162 @@
+"""PairMask: a packed N x M bit matrix of chosen pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpkernels import dispatch
+from hpkernels.common.bits import clear_diagonal, pack, unpack, words
+from hpkernels.common.checks import check_dense, check_flag, check_int, check_int_tensor, check_rate, describe
+from hpkernels.ops.pair_bits import op
+
+
+class PairMask:
+    """Chosen pairs (i, j) of N rows and M columns, one bit each: N * M / 8 bytes where a float mask takes 4 * N * M.
+
+    Attributes:
+        bits: int32 (N, words); bit (i, j) is bit j % 32 of word j // 32 of row i. Padding bits are zero.
+        shape: (N, M).
+        symmetric: True when the mask is known to equal its transpose (never computed from the data).
+    """
+
+    def __init__(self, bits: Tensor, columns: int, *, symmetric: bool = False) -> None:
+        if not isinstance(bits, Tensor) or bits.dtype != torch.int32 or bits.ndim != 2:
+            raise TypeError(f"bits: expected an int32 tensor of 2 dimensions, got {describe(bits)}")
+        check_dense("bits", bits)
+        check_int("columns", columns, least=0)
+        check_flag("symmetric", symmetric)
+        if bits.shape[1] != words(columns):
+            raise ValueError(f"bits: expected {words(columns)} words a row for {columns} columns, got {describe(bits)}")
+        if symmetric and bits.shape[0] != columns:
+            raise ValueError(f"symmetric: expected False for a mask of shape {(bits.shape[0], columns)}, got True")
+        if not torch.compiler.is_compiling():
+            op.check_padding(bits, columns)
+        self.bits = bits
+        self.columns = columns
+        self.symmetric = symmetric
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, *, symmetric: bool = False) -> PairMask:
+        """Pack a bool tensor (N, M). Pass `symmetric=True` only for a mask that equals its transpose."""
+        if not isinstance(dense, Tensor) or dense.dtype != torch.bool or dense.ndim != 2:
+            raise TypeError(f"dense: expected a bool tensor of 2 dimensions, got {describe(dense)}")
+        check_dense("dense", dense)
+        return cls(pack(dense), dense.shape[1], symmetric=symmetric)
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, *, ignore_index: int = -1) -> PairMask:
+        """Pairs i != j with equal labels, (N, N), symmetric; rows labelled `ignore_index` have none."""
+        if not isinstance(labels, Tensor) or labels.ndim != 1:
+            raise TypeError(f"labels: expected an integer tensor of 1 dimension, got {describe(labels)}")
+        check_int_tensor("labels", labels, labels.shape, labels.device)
+        check_int("ignore_index", ignore_index)
+        n = labels.shape[0]
+        column = torch.arange(n, device=labels.device)
+        step = max(1, (1 << 26) // max(1, n))
+        rows = [
+            pack(
+                (labels[i : i + step, None] == labels)
+                & (column[i : i + step, None] != column)
+                & (labels != ignore_index)
+            )
+            for i in range(0, n, step)
+        ]
+        bits = torch.cat(rows) if rows else labels.new_empty((0, words(n)), dtype=torch.int32)
+        return cls(bits, n, symmetric=True)
+
+    @classmethod
+    def random(
+        cls, rate: float, shape: tuple[int, int], seed: int | Tensor, *, device=None, backend: str | None = None
+    ) -> PairMask:
+        """Independent bits set with probability `rate` (to 2^-32), a function of (seed, row, column) alone:
+        the same on every backend, device and thread count. `seed`: int or 0-dim int64 tensor."""
+        rate = check_rate("rate", rate)
+        if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+            raise TypeError(f"shape: expected a pair of ints (N, M), got {shape!r}")
+        for length in shape:
+            check_int("shape", length, least=0)
+        if shape[0] * words(shape[1]) >= 2**61:
+            raise ValueError(f"shape: expected a mask of less than 2^63 bytes, got {tuple(shape)}")
+        seed = as_seed(seed, device)
+        chosen = dispatch.choose(seed.device, backend)
+        return cls(op.random_bits(seed, shape[0], shape[1], rate, chosen), shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bits.shape[0], self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed bits."""
+        return self.bits.numel() * self.bits.element_size()
+
+    @property
+    def device(self) -> torch.device:
+        return self.bits.device
+
+    @property
+    def T(self) -> PairMask:
+        """The transposed mask (itself when symmetric)."""
+        if self.symmetric:
+            return self
+        chosen = dispatch.choose(self.device)
+        return PairMask(op.transpose_bits(self.bits, self.columns, chosen), self.bits.shape[0])
+
+    def sum(self, dim: int | None = None) -> Tensor:
+        """Number of pairs: int32 (N,) for dim 1, (M,) for dim 0, a 0-dim int64 tensor for None."""
+        if dim not in (None, 0, 1):
+            raise ValueError(f"dim: expected None, 0 or 1, got {dim!r}")
+        mask = self.T if dim == 0 else self
+        counts = op.count_bits(mask.bits, dispatch.choose(self.device))
+        return counts.sum() if dim is None else counts
+
+    def off_diagonal(self) -> PairMask:
+        """The mask without pairs (i, i)."""
+        return PairMask(clear_diagonal(self.bits.clone(), self.columns), self.columns, symmetric=self.symmetric)
+
+    def to_dense(self) -> Tensor:
+        """bool (N, M): one byte a pair, for small masks."""
+        return unpack(self.bits, self.columns)
+
+    def __and__(self, other: PairMask) -> PairMask:
+        self._check_same(other)
+        return PairMask(self.bits & other.bits, self.columns, symmetric=self.symmetric and other.symmetric)
+
+    def __or__(self, other: PairMask) -> PairMask:
+        self._check_same(other)
+        return PairMask(self.bits | other.bits, self.columns, symmetric=self.symmetric and other.symmetric)
+
+    def __invert__(self) -> PairMask:
+        valid = pack(torch.ones(1, self.columns, dtype=torch.bool, device=self.device))
+        return PairMask(~self.bits & valid, self.columns, symmetric=self.symmetric)
+
+    def _check_same(self, other: PairMask) -> None:
+        if not isinstance(other, PairMask):
+            raise TypeError(f"other: expected a PairMask, got {type(other).__name__}")
+        if other.shape != self.shape or other.device != self.device:
+            raise ValueError(f"other: expected {self!r}'s shape and device, got {other!r}")
+
+    def __repr__(self) -> str:
+        return f"PairMask(shape={self.shape}, symmetric={self.symmetric}, device='{self.device}')"
+
+
+def as_seed(seed: int | Tensor | None, device: torch.device | str | None) -> Tensor:
+    """A 0-dim int64 seed tensor on `device`; None draws one from torch's default generator of that device."""
+    try:
+        device = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device: expected a torch.device, the name of one, or None, got {device!r}") from error
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 0:
+            raise TypeError(f"seed: expected an int or a 0-dim int64 tensor, got {describe(seed)}")
+        if seed.is_meta and device is not None and device.type != "meta":
+            raise ValueError(f"seed: expected a tensor on {device}, got {describe(seed)}")
+        return seed if device is None else seed.to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int or a 0-dim int64 tensor, got {seed!r}")
+    check_int("seed", seed)
+    # Filled on the device: a copy from the host would wait for it, and cannot be captured in a CUDA graph.
+    return torch.full((), seed, dtype=torch.int64, device=device)

@@ -1,0 +1,3 @@
+from hpseg.cli.main import main
+
+raise SystemExit(main())

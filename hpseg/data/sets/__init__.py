@@ -1,0 +1,1 @@
+"""One published data set a file: its folders, its classes, its splits."""

@@ -1,0 +1,1 @@
+"""Runs in formats of other programs: torch.export, the released Hidden Positives checkpoints."""

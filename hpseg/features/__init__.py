@@ -1,0 +1,1 @@
+"""Frozen tokens: from the backbone, from the cache on the disk, clustered, as pools."""

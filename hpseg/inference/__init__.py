@@ -1,0 +1,1 @@
+"""From a trained run to label maps, overlays and contact sheets."""

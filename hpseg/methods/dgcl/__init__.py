@@ -1,0 +1,1 @@
+"""DGCL (CVPR 2023): density-guided contrast with few labels."""

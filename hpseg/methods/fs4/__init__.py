@@ -1,0 +1,1 @@
+"""FS^4 (arXiv 2202.11981): fully self-supervised segmentation."""

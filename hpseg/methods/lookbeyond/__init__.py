@@ -1,0 +1,1 @@
+"""Looking Beyond Single Images (NeurIPS 2021): contrast across images by auxiliary labels."""

@@ -1,0 +1,185 @@
+"""STEGO: "Unsupervised Semantic Segmentation by Distilling Feature Correspondences" (Hamilton et al., ICLR 2022).
+
+Codes of two images should correspond where their frozen features do: of an image with itself, with one of its nearest
+neighbours in the training set, and with random others.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hpkernels
+from hpseg.data.folder import PhotoFolder, hash_seed
+from hpseg.methods.base import Method, Source
+from hpseg.models.backbone import Backbone, Tokens
+from hpseg.models.heads import ClusterProbe, SegmentationHead, channel_dropout
+from hpseg.run.config import Config, UsageError
+from hpseg.runtime.distributed import Share
+from hpseg.runtime.profile import stage
+
+
+def correspondence_loss(
+    features_1: Tensor,
+    features_2: Tensor,
+    codes_1: Tensor,
+    codes_2: Tensor,
+    shift: float,
+    *,
+    pointwise: bool = True,
+    zero_clamp: bool = True,
+    stabilize: bool = False,
+) -> Tensor:
+    """-mean over images and pairs of points of clamp(S) (F - shift): one correspondence term of STEGO, a 0-dim tensor.
+
+        F_pq = cos(f1_p, f2_q), S_pq = cos(s1_p, s2_q);  pointwise: F' = F - mean_q F, then the mean of F over all is
+        restored ("spatial centring");  S is clamped at 0 from below (zero_clamp) and at 0.8 from above (stabilize).
+
+    Args:
+        features_1, features_2: (B, C, h, w) frozen features at sampled points; no gradient.
+        codes_1, codes_2: (B, D, h, w) codes at the same points; the gradient flows to both.
+        shift: b, the similarity of features from which on codes are pulled together.
+
+    Raises:
+        TypeError, ValueError: the argument, its value and what was expected.
+    """
+    _check_maps(dict(features_1=features_1, features_2=features_2, codes_1=codes_1, codes_2=codes_2))
+    if not isinstance(shift, (int, float)) or not math.isfinite(shift):
+        raise ValueError(f"shift: expected a finite number, got {shift!r}")
+    f_1, f_2, s_1, s_2 = (
+        F.normalize(x.flatten(2), dim=1, eps=1e-10) for x in (features_1, features_2, codes_1, codes_2)
+    )
+    with torch.no_grad():
+        similarity = f_1.transpose(1, 2) @ f_2
+        if pointwise:
+            mean = similarity.mean()
+            similarity = similarity - similarity.mean(2, keepdim=True)
+            similarity = similarity - similarity.mean() + mean
+    agreement = s_1.transpose(1, 2) @ s_2
+    if zero_clamp:
+        agreement = agreement.clamp_min(0)
+    if stabilize:
+        agreement = agreement.clamp_max(0.8)
+    return -(agreement * (similarity - shift)).mean()
+
+
+def _check_maps(maps: dict[str, Tensor]) -> None:
+    """Raise unless the four can be compared: else a smaller one might be broadcast, or be read where it is not."""
+
+    def described(x: object) -> str:
+        return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else repr(x)
+
+    for name, x in maps.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor (B, channels, h, w), got {described(x)}")
+        if x.ndim != 4 or x.numel() == 0:
+            raise ValueError(f"{name}: expected (B, channels, h, w), none of them 0, got {described(x)}")
+    for name, other, axes, what in (
+        ("features_2", "features_1", (0, 1), "images, channels and dtype"),
+        ("codes_2", "codes_1", (0, 1), "images, channels and dtype"),
+        ("codes_1", "features_1", (0, 2, 3), "images and points"),
+        ("codes_2", "features_2", (0, 2, 3), "images and points"),
+    ):
+        x, like = maps[name], maps[other]
+        alike = all(x.shape[axis] == like.shape[axis] for axis in axes) and x.device == like.device
+        if not alike or (1 in axes and x.dtype != like.dtype):
+            raise ValueError(f"{name}: expected the {what} of {other}, {described(like)}, got {described(x)}")
+
+
+def sample_points(maps: Tensor, points: Tensor) -> Tensor:
+    """Values of maps (B, C, h, w) at points (B, n, n, 2) in [-1, 1], bilinear: (B, C, n, n)."""
+    return F.grid_sample(maps, points, padding_mode="border", align_corners=True)
+
+
+def other_images(count: int, generator: torch.Generator) -> Tensor:
+    """A random image for each of `count`, never itself (unless there is one only): a permutation whose fixed points
+    move on by one, so some images may be drawn twice."""
+    order = torch.randperm(count, generator=generator)
+    return torch.where(order == torch.arange(count), (order + 1) % count, order)
+
+
+class Stego(Method):
+    """Head and cluster probe, the nearest neighbours of every training view, and the loss of one step."""
+
+    TERMS = ("self", "knn", "random", "cluster")
+    VIEWS = 2
+
+    def __init__(self, channels: int, config: Config):
+        super().__init__()
+        self.config = config
+        self.head = SegmentationHead(channels, config.dim, config.dtype)
+        self.clusters = ClusterProbe(config.dim, config.classes)
+        self.neighbors = torch.empty(0, 0, dtype=torch.int64)  # (views, k), nearest first
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        config = self.config
+        return {
+            "head": torch.optim.AdamW(self.head.parameters(), lr=config.lr, weight_decay=config.weight_decay),
+            "clusters": torch.optim.Adam(self.clusters.parameters(), lr=config.cluster_lr),
+        }
+
+    @staticmethod
+    def open_photographs(config: Config, backbone: Backbone) -> PhotoFolder:
+        photographs = Method.open_photographs(config, backbone)
+        if len(photographs) < 2:
+            raise UsageError("images: STEGO compares views with neighbours, expected two pictures or more, got one")
+        return photographs
+
+    @torch.no_grad()
+    def start(self, source: Source) -> None:
+        """Neighbours by cosine of the mean feature of a view, exact, in memory that grows with the number of views."""
+        rate, means = self.config.mining_dropout, []
+        for features, share in source.features(source.batches(), 0):
+            means.append(share.gather(channel_dropout(features, rate, share).mean(1)))
+        descriptors = F.normalize(torch.cat(means), dim=1)
+        k = min(self.config.neighbors, source.images - 1)
+        _, found = hpkernels.topk_similarity(descriptors, descriptors, k, exclude_self=True)
+        self.neighbors = found.cpu()
+
+    def keys(self, batch: list[tuple[int, int]], step: int) -> list[tuple[int, int]]:
+        """The batch, and for each of its views one of the neighbours."""
+        k, seed = self.neighbors.shape[1], self.config.seed
+        chosen = [int(self.neighbors[index, hash_seed("neighbor", seed, epoch, index) % k]) for epoch, index in batch]
+        return batch + [(epoch, index) for (epoch, _), index in zip(batch, chosen, strict=True)]
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {"neighbors": self.neighbors}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.neighbors = state["neighbors"]
+
+    def losses(self, view: Tokens, jittered: None, step: int, seed: int, share: Share) -> dict[str, Tensor]:
+        """Loss terms of one batch, to be summed.
+
+        view: features of this rank's share of 2 B views, those of the batch first, then those of its neighbours. The
+        comparison itself is cheap beside the backbone: every rank makes all of it, on the features and codes of all.
+        """
+        config, count = self.config, share.total // 2
+        codes = share.gather(self.head(view.features, config.dropout, share))
+        features = share.gather(channel_dropout(view.features, config.mining_dropout, share))
+
+        def sampled(rows: slice | Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+            maps = (x[rows].transpose(1, 2).unflatten(2, view.grid) for x in (features, codes))
+            return tuple(sample_points(x, points) for x in maps)
+
+        def term(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], shift: float) -> Tensor:
+            with stage("loss"):
+                return correspondence_loss(one[0], other[0], one[1], other[1], shift, pointwise=config.pointwise)
+
+        size = (count, config.feature_samples, config.feature_samples, 2)
+        points, other_points = (
+            torch.rand(size, generator=share.generator, device=codes.device) * 2 - 1 for _ in range(2)
+        )
+        anchors = sampled(slice(0, count), points)
+        images = torch.Generator().manual_seed(seed)
+        others = (other_images(count, images).to(codes.device) for _ in range(config.negative_images))
+        random = [term(anchors, sampled(rows, other_points), config.random_shift) for rows in others]
+        return {
+            "self": config.self_weight * term(anchors, anchors, config.self_shift),
+            "knn": config.knn_weight * term(anchors, sampled(slice(count, None), other_points), config.knn_shift),
+            "random": config.random_weight * torch.stack(random).mean(),
+            "cluster": share.alike(self.clusters.loss(codes[:count])),
+        }

@@ -1,0 +1,1 @@
+"""Networks: the frozen backbone, its weights, other extractors, the trained heads."""

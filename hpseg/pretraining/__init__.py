@@ -1,0 +1,1 @@
+"""`hpseg pretrain`: a small ViT from your own photographs."""

@@ -1,0 +1,154 @@
+"""Writing files so that none is ever half there, and no two programs write to one run."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import pickle
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from hpseg.run.config import UsageError
+
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+TEMPORARY = re.compile(r"\.hpseg-[0-9a-f]{16}\.tmp")
+ABANDONED_SECONDS = 24 * 3600  # a temporary file of that age has no writer any more
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Writes under a temporary name of its own, flushes to the disk and renames: at any moment the old file is there or
+    the new, whoever else writes it. What could not be written is removed."""
+    temporary = path.with_name(f".hpseg-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_temporaries(folders: Iterable[Path], own: bool) -> None:
+    """Removes what killed writers left: all of it in folders that nobody else writes to (own), else what is old."""
+    for folder in folders:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if TEMPORARY.fullmatch(path.name):
+                with suppress(FileNotFoundError):  # its writer has just renamed it
+                    if own or time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                        path.unlink()
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """What `read_torch` reads, all at once: tensors, numbers, strings and containers of them."""
+    import torch
+
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    write_atomically(path, stream.getbuffer())
+
+
+def write_image(path: Path, image: Image.Image, **options) -> None:
+    """`Image.save` with its options, in the format of the ending, all at once."""
+    content = io.BytesIO()
+    image.save(content, Image.registered_extensions()[path.suffix.lower()], **options)
+    write_atomically(path, content.getvalue())
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """An .npy file, all at once."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    write_atomically(path, content.getvalue())
+
+
+def read_torch(argument: str, path: Path, advice: str = "") -> Any:
+    """What `torch.save` wrote to `path`, as long as that is tensors, numbers, strings and containers of them: nothing
+    else is unpickled. UsageError otherwise, with what to do about it."""
+    import torch
+    from safetensors import SafetensorError  # torch reads files of that ending by it
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{argument}: {path} is not a torch file of plain tensors ({reason}){advice}") from None
+
+
+def require_folder(argument: str, path: Path) -> None:
+    """UsageError if `path` cannot be a folder, as it or something above it is a file, or a link that leads nowhere."""
+    for part in (path, *path.parents):
+        if os.path.lexists(part) and not part.is_dir():
+            what = "a file" if part.exists() else "a link to nothing"
+            raise UsageError(f"{argument}: {part} is {what}, expected a folder")
+
+
+def require_file(argument: str, path: Path, overwrite: bool) -> None:
+    """UsageError if `path` cannot be a new file: it is a folder, or, unless `overwrite`, there, or below a file."""
+    if path.is_dir():
+        raise UsageError(f"{argument}: {path} is a folder, expected the name of a file")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{argument}: {path} is already there; pass --overwrite to replace it, or another name")
+    require_folder(argument, path.parent)
+
+
+def system_reason(error: Exception) -> str | None:
+    """In words, what the system would not do, as for a full disk; None for another error."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+
+
+def memory_reason(error: Exception) -> str | None:
+    """In words, that there is too little memory; None for another error. torch says so in several ways."""
+    if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
+        return None
+    return "out of memory; smaller pictures or batches need less"
+
+
+class RunLock:
+    """Keeps a second program out of a run folder that one writes to, from `acquire` to the end of the with block, or of
+    the process, however that ends."""
+
+    def __init__(self, run: Path):
+        self.run, self._lock = run, FileLock(run / LOCK, timeout=0)
+
+    def acquire(self) -> None:
+        """The folder must exist. UsageError if another program has it; no lock where the file system knows none."""
+        if self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"out: another program is writing to {self.run}; wait for it, or name another folder"
+            ) from None
+        except NotImplementedError:
+            pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._lock.release()

@@ -1,3 +1,0 @@
-from hpseg.cli import main
-
-raise SystemExit(main())
