@@ -21,7 +21,7 @@ _HOMES = {
     "export_hp": "hpseg.export.released_checkpoints",
     "evaluate": "hpseg.evaluation.evaluate",
     "Config": "hpseg.run.config",
-    "UsageError": "hpseg.run.config",
+    "UsageError": "hpseg.run.errors",
 }
 __all__ = list(_HOMES)
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from hpseg.inference.segmenter import load as load
     from hpseg.inference.sheet import show as show
     from hpseg.run.config import Config as Config
-    from hpseg.run.config import UsageError as UsageError
+    from hpseg.run.errors import UsageError as UsageError
     from hpseg.training.loop import train as train
 else:
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.files import require_folder
 
 TEXTURES = ("stripes", "checks", "dots", "bricks", "cells", "grain")

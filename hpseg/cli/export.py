@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 OF_PROGRAMS = ("input", "output", "size")
 

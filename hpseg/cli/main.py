@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from hpseg.run.config import ReportedElsewhere, RunStopped, UsageError
+from hpseg.run.errors import ReportedElsewhere, RunStopped, UsageError
 from hpseg.runtime.interruption import Interrupted, handled, interrupt
 
 VERBS = {  # verb -> (module, what it does)
@@ -86,7 +86,7 @@ def _reason(error: Exception) -> str | None:
     """In a sentence, what is wrong with the command line or the machine; None for a mistake of ours."""
     if isinstance(error, UsageError | RunStopped):
         return str(error)
-    from hpseg.run.files import memory_reason, system_reason
+    from hpseg.run.errors import memory_reason, system_reason
 
     return system_reason(error) or memory_reason(error)
 

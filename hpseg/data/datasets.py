@@ -18,7 +18,7 @@ from PIL import Image
 
 from hpseg.data.folder import find_images
 from hpseg.data.transforms import UNDECODABLE, UnreadableImage, load_image
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 # name -> module of this package with `open_split(root, split) -> LabelledSet`
 NAMES = {

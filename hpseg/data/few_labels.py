@@ -26,7 +26,7 @@ from hpseg.data.datasets import (
 )
 from hpseg.data.folder import PhotoFolder, find_images, hash_seed
 from hpseg.data.transforms import to_tensor
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 VOID, PADDING = -1, -2
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hpseg.data.transforms import UnreadableImage, five_crop, jitter, load_image, short_side, square, to_tensor
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 EXTENSIONS = {
     ".jpg",

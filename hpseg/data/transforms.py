@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 ImageLike: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
 

@@ -17,7 +17,7 @@ from hpseg.inference.label_map import LabelMap, label_map
 from hpseg.inference.segmenter import Segmenter, refined_scores
 from hpseg.models.backbone import Tokens
 from hpseg.models.heads import fit_centroids
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.folder import load_tensors
 
 KMEANS_ROWS = 65_536

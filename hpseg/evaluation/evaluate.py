@@ -24,7 +24,7 @@ from hpseg.evaluation.metrics import confusion, score
 from hpseg.evaluation.protocols import PROTOCOLS
 from hpseg.inference.label_map import Matching
 from hpseg.inference.segmenter import load
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.files import write_json
 
 TRAINED = ("trained", "trained_crf")  # what the run itself says

@@ -27,7 +27,7 @@ from hpseg.evaluation.protocols import PROTOCOLS
 from hpseg.inference.label_map import label_map
 from hpseg.inference.segmenter import Segmenter, load
 from hpseg.models.heads import ClusterProbe
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.files import write_atomically, write_json
 
 CACHE_BYTES = 4 << 30  # of codes kept between epochs, in half precision

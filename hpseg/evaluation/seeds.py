@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from hpseg.evaluation.evaluate import SCORES, TITLES, evaluate_runs
-from hpseg.run.config import MACHINE_FIELDS, Config, UsageError
+from hpseg.run.config import MACHINE_FIELDS, Config
+from hpseg.run.errors import UsageError
 from hpseg.run.files import write_json
 
 

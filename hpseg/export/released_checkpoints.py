@@ -25,7 +25,8 @@ from torch import Tensor
 
 from hpseg.inference.segmenter import load
 from hpseg.models.backbone import Backbone, load_backbone
-from hpseg.run.config import UsageError, make_config
+from hpseg.run.config import make_config
+from hpseg.run.errors import UsageError
 from hpseg.run.files import RunLock, read_torch, require_file, write_atomically, write_json, write_torch
 from hpseg.run.folder import begin_run, load_model, load_tensors, save_model
 

@@ -24,7 +24,7 @@ from hpkernels import __version__
 from hpseg.data.transforms import load_image, square, to_tensor
 from hpseg.demo import PHOTOS
 from hpseg.inference.segmenter import Segmenter, load
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.files import require_file, write_atomically
 
 FACTS = "hpseg.json"

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from hpseg.data.folder import PhotoFolder
 from hpseg.models.backbone import Backbone, Tokens
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.files import remove_temporaries, require_folder, write_atomically
 from hpseg.runtime.distributed import ALONE, Ranks
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import hpkernels
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 HELD_BYTES = 1 << 30
 SAMPLE_ROWS = 1 << 18

@@ -10,7 +10,8 @@ import torch
 from hpseg.data.folder import PhotoFolder, Views, hash_seed, load_batches
 from hpseg.features.cache import FeatureCache
 from hpseg.models.backbone import Backbone, Tokens
-from hpseg.run.config import Config, UsageError
+from hpseg.run.config import Config
+from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import ALONE, Ranks
 from hpseg.runtime.profile import stage
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from hpseg.data.datasets import NAMES
 from hpseg.inference.pictures import palette
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.files import write_json
 
 LABEL_FLOATS = 1 << 24  # of maps brought to full size at once

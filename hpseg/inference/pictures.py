@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hpseg.data.transforms import ImageLike, as_picture
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 
 def palette() -> list[int]:

@@ -16,7 +16,7 @@ from hpseg.data.folder import find_images
 from hpseg.data.transforms import UnreadableImage, as_picture, load_image, skip
 from hpseg.inference.pictures import label_image, overlay, with_legend
 from hpseg.inference.segmenter import load
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.files import remove_temporaries, require_folder, write_array, write_image
 
 FORMATS = ("png", "npy")

@@ -22,7 +22,8 @@ from hpseg.methods.base import method_class
 from hpseg.models.backbone import Backbone, load_backbone, pick_device
 from hpseg.models.finetune import predicting
 from hpseg.models.heads import Classifier, ClusterProbe, Head
-from hpseg.run.config import Config, UsageError
+from hpseg.run.config import Config
+from hpseg.run.errors import UsageError
 from hpseg.run.folder import load_model
 
 CRF_PIXELS = 1 << 19

@@ -16,7 +16,7 @@ from hpseg.data.transforms import UnreadableImage, skip
 from hpseg.inference.pictures import contact_sheet, label_image, overlay, with_legend
 from hpseg.inference.predict_files import find_jobs
 from hpseg.inference.segmenter import load
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.files import require_file, write_image
 
 MAX_HEIGHT = 2000  # of a row in pixels

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 MAX_TOKENS = 4096  # of one pass through the backbone, unless a window is asked for: 512 x 512 pixels of patch 8
 

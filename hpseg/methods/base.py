@@ -17,7 +17,8 @@ from hpseg.data.folder import PhotoFolder
 from hpseg.features.tokens import Encoder, Keys
 from hpseg.models.backbone import Backbone, Tokens
 from hpseg.models.heads import Classifier, ClusterProbe, Head, SegmentationHead
-from hpseg.run.config import Config, UsageError
+from hpseg.run.config import Config
+from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import Ranks, Share
 
 

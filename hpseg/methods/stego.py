@@ -17,7 +17,8 @@ from hpseg.data.folder import PhotoFolder, hash_seed
 from hpseg.methods.base import Method, Source
 from hpseg.models.backbone import Backbone, Tokens
 from hpseg.models.heads import ClusterProbe, SegmentationHead, channel_dropout
-from hpseg.run.config import Config, UsageError
+from hpseg.run.config import Config
+from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import Share
 from hpseg.runtime.profile import stage
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 import hpkernels
 from hpseg.models.weights import load_weights, missing_file, plain_vit, read_weights, require_reachable, timm_source
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "vit_tiny8.safetensors"
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hpseg.models.backbone import Backbone, Tokens, fingerprint, load_backbone
 from hpseg.models.weights import read_weights, require_reachable, timm_source
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 PLAIN_VITS = ("vision_transformer", "eva", "deit", "beit")  # modules of timm
 

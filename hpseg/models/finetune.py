@@ -15,7 +15,8 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from hpseg.models.backbone import Backbone, fingerprint
-from hpseg.run.config import Config, UsageError
+from hpseg.run.config import Config
+from hpseg.run.errors import UsageError
 
 PREFIX = "backbone."  # of its tensors among those of the method
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hpseg.data.procedural import random_image
 from hpseg.data.transforms import UnreadableImage, load_image
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, the custom of timm's ViTs
 STATISTICS = 42  # of texture and colour, per patch

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from hpseg.data.folder import find_images
 from hpseg.models.backbone import pick_device
 from hpseg.pretraining.crops import MEAN, STATISTICS, STD, Crops, change_colours, random_masks, texture_statistics
-from hpseg.run.config import RunStopped, UsageError
+from hpseg.run.errors import RunStopped, UsageError
 from hpseg.run.files import read_torch, require_file, write_atomically, write_json, write_torch
 from hpseg.run.folder import explaining_state
 from hpseg.runtime.interruption import Stop

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpseg.run.errors import UsageError
 from hpseg.run.presets import METHOD_PRESETS, PRESETS
 from hpseg.run.settings import (
     LEARN_FROM_LABELS,
@@ -31,18 +32,6 @@ from hpseg.run.settings import (
 )
 
 FORMAT = 1  # of a run folder; to be raised when what older versions wrote means something else
-
-
-class UsageError(ValueError):
-    """A setting, a path or a file is not what was expected; the message says which, its value and what to do."""
-
-
-class RunStopped(RuntimeError):
-    """Training cannot go on, through no fault of its settings; what it saved is intact."""
-
-
-class ReportedElsewhere(RunStopped):
-    """Training cannot go on because another rank failed, which says so itself."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -108,20 +108,6 @@ def require_file(argument: str, path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UsageError(f"{argument}: {path} is already there; pass --overwrite to replace it, or another name")
     require_folder(argument, path.parent)
-
-
-def system_reason(error: Exception) -> str | None:
-    """In words, what the system would not do, as for a full disk; None for another error."""
-    if not isinstance(error, OSError) or error.errno is None:
-        return None
-    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-
-
-def memory_reason(error: Exception) -> str | None:
-    """In words, that there is too little memory; None for another error. torch says so in several ways."""
-    if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
-        return None
-    return "out of memory; smaller pictures or batches need less"
 
 
 class RunLock:

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hpseg.run.config import MACHINE_FIELDS, Config, UsageError
+from hpseg.run.config import MACHINE_FIELDS, Config
+from hpseg.run.errors import UsageError
 from hpseg.run.files import LOCK, RunLock, read_torch, remove_temporaries, require_folder, write_atomically, write_torch
 
 RUN_FILES = (

@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpseg.run.config import ReportedElsewhere, RunStopped, UsageError
-from hpseg.run.files import memory_reason, system_reason
+from hpseg.run.errors import ReportedElsewhere, RunStopped, UsageError, memory_reason, system_reason
 
 T = TypeVar("T")
 # How long a rank waits for another before it gives up, as for one that was stopped; one that died is noticed at once.

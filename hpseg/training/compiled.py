@@ -7,7 +7,7 @@ from torch import nn
 
 from hpseg.models.backbone import Backbone
 from hpseg.models.heads import SegmentationHead
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 
 def require_compiler(device: torch.device) -> None:

@@ -33,7 +33,8 @@ from hpseg.models.backbone import load_backbone, pick_device
 from hpseg.models.finetune import predicting
 from hpseg.models.heads import fit_centroids
 from hpseg.models.weights import note_on
-from hpseg.run.config import Config, ReportedElsewhere, RunStopped, UsageError, make_config
+from hpseg.run.config import Config, make_config
+from hpseg.run.errors import ReportedElsewhere, RunStopped, UsageError
 from hpseg.run.files import RunLock, write_json
 from hpseg.run.folder import explaining_state, open_run, resumed, save_model, save_state
 from hpseg.run.presets import PRESETS

@@ -12,7 +12,8 @@ from torch import Tensor
 from hpseg.data.folder import PhotoFolder
 from hpseg.inference.segmenter import assemble
 from hpseg.models.backbone import Backbone
-from hpseg.run.config import Config, UsageError
+from hpseg.run.config import Config
+from hpseg.run.errors import UsageError
 from hpseg.run.folder import EVENTS_SUFFIX, TENSORBOARD, Log
 from hpseg.runtime.profile import STAGES, Profile, stage
 from hpseg.training.preview import Previews

@@ -103,6 +103,11 @@ def contrastive(shim) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def group_lse(shim) -> Iterator[ModuleType]:
+    yield from _on_shim("group_lse")
+
+
+@pytest.fixture(scope="module")
 def cluster_assign(shim) -> Iterator[ModuleType]:
     yield from _on_shim("cluster_assign")
 

@@ -12,7 +12,7 @@ from tiny import ARCH, SMALL, make_vit
 
 from hpseg.models.backbone import Backbone, load_backbone
 from hpseg.models.weights import DINO_FILES, OTHER_S8, PUBLISHED_S8, dino_url, load_weights, note_on, timm_source
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 FAMILIES = {  # timm name: settings that make it tiny
     "vit_small_patch8_224.dino": dict(embed_dim=32, depth=2, num_heads=2, img_size=32),

@@ -21,7 +21,8 @@ from hpseg.data.folder import PhotoFolder, find_images
 from hpseg.features import cache as feature_cache
 from hpseg.features.tokens import Encoder
 from hpseg.models.backbone import load_backbone
-from hpseg.run.config import UsageError, make_config
+from hpseg.run.config import make_config
+from hpseg.run.errors import UsageError
 from hpseg.run.files import write_atomically
 
 CACHED = {**SMALL, "cache_features": True, "consistency_weight": 0.0, "crop": "random", "preview_every": 0}

@@ -10,7 +10,7 @@ from tiny import paint
 
 from hpseg.data.folder import PhotoFolder, epoch_batches, find_images, load_batches
 from hpseg.data.transforms import UnreadableImage, five_crop, jitter, load_image, square, to_tensor
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 
 def test_exif_rotation_is_honoured(tmp_path):

@@ -11,7 +11,7 @@ from tiny import SMALL, paint
 import hpseg
 from hpseg.data.datasets import NAMES, open_data, open_named
 from hpseg.data.sets import cocostuff
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 WIDTH, HEIGHT = 48, 32
 

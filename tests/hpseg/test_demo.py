@@ -9,7 +9,7 @@ from PIL import Image
 
 from hpseg import demo
 from hpseg.data import procedural
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 
 def options(*argv):

@@ -21,7 +21,8 @@ from hpseg.export.released_checkpoints import export_hp
 from hpseg.methods.dgcl.bank import Bank
 from hpseg.methods.dgcl.method import Dgcl
 from hpseg.methods.teacher_labels import cross_entropy, cutmix_masks, entropy, hard_pixels, pseudo_labels
-from hpseg.run.config import UsageError, make_config
+from hpseg.run.config import make_config
+from hpseg.run.errors import UsageError
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220]], np.uint8)

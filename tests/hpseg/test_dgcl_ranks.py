@@ -12,7 +12,7 @@ from test_scale import TOLERANCE, TORCHRUN, finish, needs_gloo, spawn
 from test_training import state_of
 
 import hpseg
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import Ranks
 
 # On each rank within a process group of its own: argv holds a file of cases and the folder of the runs, which gets what

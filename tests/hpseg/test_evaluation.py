@@ -22,7 +22,7 @@ from hpseg.evaluation.probes import probe
 from hpseg.evaluation.seeds import evaluate_seeds
 from hpseg.inference.crf import dense_crf
 from hpseg.inference.segmenter import load
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 
 def brute_force(counts):

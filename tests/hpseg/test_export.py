@@ -12,7 +12,7 @@ import hpseg
 from hpseg.cli.main import main
 from hpseg.data.transforms import to_tensor
 from hpseg.export import torch_export as exporting
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 
 @pytest.fixture(scope="module")

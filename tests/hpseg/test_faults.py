@@ -33,7 +33,7 @@ from hpseg.data.transforms import load_image
 from hpseg.evaluation.evaluate import evaluate
 from hpseg.features import cache as feature_cache
 from hpseg.inference.predict_files import predict_files
-from hpseg.run.config import RunStopped, UsageError
+from hpseg.run.errors import RunStopped, UsageError
 from hpseg.run.files import RunLock, write_atomically
 from hpseg.run.folder import load_state
 

@@ -32,7 +32,8 @@ import hpseg
 from hpseg.cli.main import main
 from hpseg.data.folder import _say_nothing_of_lost_connections, load_batches
 from hpseg.models.backbone import load_backbone
-from hpseg.run.config import Config, RunStopped, UsageError, make_config
+from hpseg.run.config import Config, make_config
+from hpseg.run.errors import RunStopped, UsageError
 from hpseg.run.files import TEMPORARY, RunLock, remove_temporaries
 from hpseg.run.folder import load_state
 from hpseg.runtime import interruption

@@ -7,7 +7,7 @@ import torch
 
 import hpkernels
 from hpseg.features.clustering import FeatureStream, assign_features, cluster_features, sample_rows
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 
 def groups(n=300, d=8, k=4, seed=0):

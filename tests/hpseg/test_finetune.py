@@ -18,7 +18,8 @@ from hpseg.evaluation.evaluate import evaluate
 from hpseg.methods.dgcl.method import Dgcl
 from hpseg.models.backbone import Backbone, load_backbone
 from hpseg.models.finetune import parameter_groups, predicting, trainable
-from hpseg.run.config import UsageError, make_config
+from hpseg.run.config import make_config
+from hpseg.run.errors import UsageError
 
 TUNED = {**TINY, "finetune": True, "backbone_lr": 0.05}
 

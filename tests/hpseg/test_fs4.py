@@ -17,7 +17,8 @@ from hpseg.methods.fs4.context_embedding import ContextEmbedding, ContextHead, g
 from hpseg.methods.fs4.method import Fs4, PixelClusters, pooled
 from hpseg.models.backbone import Tokens
 from hpseg.models.heads import SegmentationHead
-from hpseg.run.config import UsageError, make_config
+from hpseg.run.config import make_config
+from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import ALONE, Share
 
 TINY = dict(

@@ -22,7 +22,8 @@ from hpseg.methods.lookbeyond.auxiliary_labels import FILE, AuxiliaryLabels
 from hpseg.methods.lookbeyond.method import Batch, LookBeyond, sample_balanced
 from hpseg.models.backbone import Tokens, load_backbone
 from hpseg.models.extractor import ConvExtractor, load_extractor
-from hpseg.run.config import UsageError, make_config
+from hpseg.run.config import make_config
+from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import ALONE, Share
 
 TINY = dict(

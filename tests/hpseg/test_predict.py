@@ -17,7 +17,7 @@ from hpseg.inference.label_map import NO_CLASS, LabelMap, Matching, label_map
 from hpseg.inference.pictures import legend, palette, with_legend
 from hpseg.inference.predict_files import predict_files
 from hpseg.inference.windows import MAX_TOKENS, Windows
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.files import RunLock
 from hpseg.run.folder import begin_run
 

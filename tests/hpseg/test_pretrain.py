@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from hpseg.data.procedural import random_image
 from hpseg.models.backbone import load_backbone
 from hpseg.pretraining import crops, pretrain
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 TINY = [
     "--steps",

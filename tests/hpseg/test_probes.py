@@ -13,7 +13,7 @@ from tiny import paint
 
 from hpseg.evaluation.evaluate import format_table
 from hpseg.evaluation.probes import probe
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 
 @pytest.fixture

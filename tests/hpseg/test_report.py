@@ -17,7 +17,7 @@ from tiny import SMALL, paint
 
 import hpseg
 from hpseg.inference.segmenter import assemble
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 from hpseg.run.folder import Log
 from hpseg.runtime import profile
 from hpseg.runtime.profile import STAGES, Profile, each, stage

@@ -23,7 +23,8 @@ from tiny import SMALL, paint
 import hpseg
 from hpseg.methods.hp import HiddenPositives
 from hpseg.models.heads import Projection, SegmentationHead
-from hpseg.run.config import UsageError, make_config
+from hpseg.run.config import make_config
+from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import ALONE, Ranks, Share
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")

@@ -9,7 +9,7 @@ from tiny import paint
 from hpseg.cli.main import main
 from hpseg.inference.pictures import palette
 from hpseg.inference.sheet import principal_colours, show
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 
 def test_a_sheet_of_some_of_the_pictures(run, photos, tmp_path):

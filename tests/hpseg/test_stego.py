@@ -14,7 +14,8 @@ from tiny import SMALL, paint
 import hpseg
 from hpseg.methods.stego import Stego, correspondence_loss, other_images, sample_points
 from hpseg.models.backbone import Tokens
-from hpseg.run.config import UsageError, make_config
+from hpseg.run.config import make_config
+from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import ALONE, Share
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SMALL, make_vit, paint
 
 import hpseg
-from hpseg.run.config import RunStopped, UsageError
+from hpseg.run.errors import RunStopped, UsageError
 
 
 def state_of(run):

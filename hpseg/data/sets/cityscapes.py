@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpseg.data.datasets import LabelledSet, class_table, require
-from hpseg.run.config import UsageError
+from hpseg.run.errors import UsageError
 
 CLASSES = [
     *("road", "sidewalk", "parking", "rail track", "building", "wall", "fence", "guard rail", "bridge", "tunnel"),

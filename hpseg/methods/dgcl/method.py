@@ -25,7 +25,8 @@ from hpseg.methods.dgcl.bank import SCALES, Bank
 from hpseg.methods.teacher_labels import cross_entropy, cutmix_masks, hard_pixels, nearest, pseudo_labels
 from hpseg.models.backbone import Backbone
 from hpseg.models.finetune import parameter_groups, trainable
-from hpseg.run.config import Config, UsageError
+from hpseg.run.config import Config
+from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import Share
 from hpseg.runtime.profile import stage
 

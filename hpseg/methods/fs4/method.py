@@ -23,7 +23,8 @@ from hpseg.methods.base import Method, Source
 from hpseg.methods.fs4.context_embedding import ContextEmbedding, ContextHead
 from hpseg.models.backbone import Backbone, Tokens
 from hpseg.models.heads import ClusterProbe, SegmentationHead
-from hpseg.run.config import Config, UsageError
+from hpseg.run.config import Config
+from hpseg.run.errors import UsageError
 from hpseg.run.settings import numbers_of
 from hpseg.runtime.distributed import Share
 from hpseg.runtime.profile import stage

@@ -31,7 +31,8 @@ from hpseg.methods.teacher_labels import cross_entropy
 from hpseg.models.backbone import Backbone
 from hpseg.models.extractor import load_extractor
 from hpseg.models.finetune import parameter_groups, trainable
-from hpseg.run.config import Config, UsageError
+from hpseg.run.config import Config
+from hpseg.run.errors import UsageError
 from hpseg.run.files import write_json
 from hpseg.runtime.distributed import Share
 from hpseg.runtime.profile import stage
