@@ -35,6 +35,7 @@ from hpkernels.ops.common.triton import (
     tile_product,
     transpose_bits,
 )
+from hpkernels.ops.contrastive.masks import Masks
 
 _PANEL = 16  # rows that share a list of positives
 _LIST_MULTIPLE = 64  # lists are padded to whole tiles: every BLOCK_C divides it
@@ -230,30 +231,25 @@ def _contrastive_listed_stats_kernel(
     tl.store(ext_ptr + at, tl.sum(ext, 0) * LN2, mask=mask_rows < n)
 
 
-def stats(
-    x: Tensor, positives: Tensor, extra: Tensor | None, negatives: Tensor | None,
-    everything: bool, temperature: float, first_row: int, fixed_shift: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def stats(x: Tensor, masks: Masks, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts (1 or 2, S, n): over the positives without M's columns and, with negatives, over M's columns."""
     config = tuning.lookup("contrastive_stats_sparse", x.dtype, x.shape[2], x.shape[1], x.device)
     x = padded_rows(x, config["BLOCK_K"])
     streams, total, d = x.shape
-    n = positives.shape[0]
-    period = total if negatives is None else negatives.shape[0]
-    width = positives.stride(0)
-    masks = (positives, positives if extra is None else extra, positives if negatives is None else negatives)
-    parts = torch.empty((4, 1 if negatives is None else 2, streams, n), dtype=torch.float32, device=x.device)
-    families = [(False, _positive_lists(total, positives, extra), _PANEL, 1)]
-    if negatives is not None:
+    n, period = masks.anchors, masks.period(total)
+    positives, _, extra, _, negatives = masks.filled()
+    families = [(False, _positive_lists(total, masks.positives, masks.extra), _PANEL, 1)]
+    if masks.negatives is not None:
         blocks = triton.cdiv(triton.cdiv(n, period), _NEGATIVE_ROWS)
-        families.append((True, _negative_lists(negatives, total), _NEGATIVE_ROWS, blocks))
+        families.append((True, _negative_lists(masks.negatives, total), _NEGATIVE_ROWS, blocks))
+    parts = torch.empty((4, len(families), streams, n), dtype=torch.float32, device=x.device)
     with on_device(x):
         for part, (of_negatives, lists, rows, blocks) in enumerate(families):
             _contrastive_listed_stats_kernel[(lists.number, blocks, streams)](
-                x, *masks, *lists.arguments(), *parts[:, part], first_row, n, total, d, period, width,
-                LOG2E / temperature, LOG2E / temperature,
-                NEGATIVES=of_negatives, HAS_EXTRA=extra is not None, HAS_NEGATIVES=negatives is not None,
-                FIXED_SHIFT=fixed_shift, BLOCK_R=rows,
+                x, positives, extra, negatives, *lists.arguments(), *parts[:, part],
+                masks.first_row, n, total, d, period, positives.stride(0), LOG2E / temperature, LOG2E / temperature,
+                NEGATIVES=of_negatives, HAS_EXTRA=masks.extra is not None, HAS_NEGATIVES=masks.negatives is not None,
+                FIXED_SHIFT=common.has_fixed_shift(temperature), BLOCK_R=rows,
                 PRECISION=precision(x.dtype), **config,
             )  # fmt: skip
     return tuple(parts)
@@ -469,30 +465,25 @@ class _ColumnSide:
         self.workspace = torch.empty((windows.rooms, d), dtype=dtype, device=negatives.device)
 
 
-def grad(
-    x: Tensor, positives: Tensor, positives_t: Tensor | None, extra: Tensor | None, extra_t: Tensor | None,
-    negatives: Tensor | None, everything: bool, temperature: float, first_row: int,
-    lse2: Tensor, grad_lse: Tensor, grad_pos: Tensor, grad_ext: Tensor, out_scale: Tensor,
-) -> Tensor:  # fmt: skip
-    """out_scale sum_j (G_ij + G_ji) x_j in x's dtype, stream by stream to bound the scratch; lse2 in base 2."""
+def grad(x: Tensor, masks: Masks, temperature: float, tables: list[Tensor], out_scale: Tensor) -> Tensor:
+    """out_scale sum_j (G_ij + G_ji) x_j in x's dtype, stream by stream to bound the scratch.
+
+    tables: lse in base 2 and the three row gradients, (S, N).
+    """
     config = tuning.lookup("contrastive_grad_sparse", x.dtype, x.shape[2], x.shape[1], x.device)
-    n = positives.shape[0]
+    n, first_row, negatives = masks.anchors, masks.first_row, masks.negatives
     out = x.new_empty(x.shape[0], n, x.shape[2])
     x = padded_rows(x, config["BLOCK_D"])
     streams, total, d = x.shape
-    period = total if negatives is None else negatives.shape[0]
-    width = positives.stride(0)
-    masks = [positives if mask is None else mask for mask in (positives, positives_t, extra, extra_t, negatives)]
+    period, width, bits = masks.period(total), masks.positives.stride(0), masks.filled()
     pieces = triton.cdiv(d, config["BLOCK_D"])
     scale = LOG2E / temperature
-    options = dict(
-        PRECISION=precision(x.dtype), **config,
-    )  # fmt: skip
+    options = dict(PRECISION=precision(x.dtype), **config)
     listed = dict(
-        SYMMETRIC_POSITIVES=positives_t is None, HAS_EXTRA=extra is not None, SYMMETRIC_EXTRA=extra_t is None,
-        HAS_NEGATIVES=negatives is not None, **options,
+        SYMMETRIC_POSITIVES=masks.positives_t is None, HAS_EXTRA=masks.extra is not None,
+        SYMMETRIC_EXTRA=masks.extra_t is None, HAS_NEGATIVES=negatives is not None, **options,
     )  # fmt: skip
-    positive_lists = _positive_lists(total, positives, positives_t, extra, extra_t)
+    positive_lists = _positive_lists(total, *masks[:4])
     if negatives is not None:
         negative_lists = _negative_lists(negatives, total)
         side = _ColumnSide(negative_lists, negatives, total, first_row, n, d, x.dtype)
@@ -501,20 +492,20 @@ def grad(
         blocks = triton.cdiv(triton.cdiv(n, period), _NEGATIVE_ROWS)
     with on_device(x):
         for s in range(streams):
-            vectors = (lse2[s], grad_lse[s], grad_pos[s], grad_ext[s])
+            vectors = [table[s] for table in tables]
             sizes = (first_row, n, total, d, period, width, scale)
             if negatives is None:
                 _contrastive_listed_grad_kernel[(positive_lists.number, 1, pieces)](
-                    x[s], *masks, *positive_lists.arguments(), *vectors, out_scale, out[s], out.shape[2], *sizes,
+                    x[s], *bits, *positive_lists.arguments(), *vectors, out_scale, out[s], out.shape[2], *sizes,
                     NEGATIVES=False, ADD=False, BLOCK_R=_PANEL, **listed,
                 )  # fmt: skip
                 continue
             _contrastive_listed_grad_kernel[(positive_lists.number, 1, pieces)](
-                x[s], *masks, *positive_lists.arguments(), *vectors, one, partial, d, *sizes,
+                x[s], *bits, *positive_lists.arguments(), *vectors, one, partial, d, *sizes,
                 NEGATIVES=False, ADD=False, BLOCK_R=_PANEL, **listed,
             )  # fmt: skip
             _contrastive_listed_grad_kernel[(negative_lists.number, blocks, pieces)](
-                x[s], *masks, *negative_lists.arguments(), *vectors, one, partial, d, *sizes,
+                x[s], *bits, *negative_lists.arguments(), *vectors, one, partial, d, *sizes,
                 NEGATIVES=True, ADD=True, BLOCK_R=_NEGATIVE_ROWS, **listed,
             )  # fmt: skip
             for w in range(side.windows):
@@ -522,12 +513,12 @@ def grad(
                 _contrastive_column_side_kernel[(period, _COLUMN_SPLITS, pieces)](
                     x[s], negatives, negative_lists.prefix, *negative_lists.arguments(),
                     side.bits, side.prefix, side.counts, side.starts, window, side.workspace,
-                    lse2[s], grad_lse[s], total, d, period, width, side.bits.stride(0), scale,
+                    *vectors[:2], total, d, period, width, side.bits.stride(0), scale,
                     BLOCK_R=_NEGATIVE_ROWS, **options,
                 )  # fmt: skip
                 _contrastive_column_sum_kernel[(min(n, _SUM_PROGRAMS),)](
                     x[s], side.bits, side.counts, side.starts, negative_lists.starts, negative_lists.capacity,
-                    window, side.workspace, lse2[s], grad_lse[s], partial, out_scale, out[s],
+                    window, side.workspace, *vectors[:2], partial, out_scale, out[s],
                     out.shape[2], first_row, total, d, period, side.bits.stride(0), scale,
                     BLOCK_D=triton.next_power_of_2(d), BLOCK_R=16, BLOCK_S=_SUM_ROWS, num_warps=2 if d <= 256 else 4,
                 )  # fmt: skip
