@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import tuning
-from hpkernels.ops._tf32 import tf32_accepted
+from hpkernels.ops.common.gpu import tf32_accepted
 
 LOG2E = math.log2(math.e)
 WORKSPACE_BYTES = 256 << 20

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpkernels.ops._tf32 import tf32_accepted
+from hpkernels.ops.common.gpu import tf32_accepted
 from hpkernels.tuning import dtype_class  # noqa: F401  (kernels take it from here, with the rest)
 
 LOG2E = 1.4426950408889634
