@@ -118,12 +118,10 @@ def spills() -> int:
     """Most bytes of registers that any contrastive kernel compiled so far in this process spills."""
     from triton.runtime.jit import JITFunction
 
-    from hpkernels.ops.contrastive.triton import dense as kernels_dense
-    from hpkernels.ops.contrastive.triton import dense_grad as kernels_dense_grad
-    from hpkernels.ops.contrastive.triton import sparse as kernels_sparse
+    from hpkernels.ops.contrastive.triton import dense, dense_grad, lists, sparse, sparse_grad
 
     most = 0
-    for module in (kernels_dense, kernels_dense_grad, kernels_sparse):
+    for module in (dense, dense_grad, lists, sparse, sparse_grad):
         for function in vars(module).values():
             if isinstance(function, JITFunction):
                 for cache in function.device_caches.values():

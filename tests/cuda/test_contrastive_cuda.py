@@ -7,8 +7,7 @@ import torch
 
 from hpkernels import tuning
 from hpkernels.common.bits import pack, unpack
-from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.contrastive import reference
+from hpkernels.ops.contrastive import reference, workspace
 from hpkernels.ops.contrastive.masks import Masks
 from tests.cuda.guard import before_guard_page
 
@@ -99,7 +98,7 @@ def test_lists_of_several_tiles(contrastive):
 
 
 def test_windows_share_the_workspace(contrastive, monkeypatch):
-    monkeypatch.setattr(common, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
     _check(contrastive, _units(1, 66, 24), _masks(66, 6, 0.3, True, False), "sparse", 0.5, 3, 20)
 
 
@@ -112,7 +111,7 @@ def test_a_column_side_that_finds_no_room_is_summed_from_the_bits(contrastive, d
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_of_the_workspace(contrastive, dtype, monkeypatch):
     """Several, the first of them beginning before the anchors."""
-    monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 0)
     masks = _masks(150, 50, 0.2, symmetric=False, extra=True)
     _check(contrastive, _units(1, 150, 24, dtype), masks, "dense", 0.5, 37, 101)
 

@@ -11,17 +11,10 @@ from torch import Tensor
 
 from hpkernels import _cuda
 from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.common.cuda import (
-    SUFFIX,
-    TILE,
-    aligned,
-    launch,
-    processor_count,
-    require_supported,
-    shares_of_columns,
-    whole_chunks,
-)
+from hpkernels.ops.common.cuda import SUFFIX, TILE, aligned, launch, require_supported, shares_of_columns, whole_chunks
+from hpkernels.ops.common.gpu import LOG2E, processor_count
 from hpkernels.ops.contrastive.masks import Masks
+from hpkernels.ops.contrastive.workspace import ColumnWindows, grad_by_workspace, uses_workspace
 
 _SLOT_SHARE = (5, 32)  # capacity of the column side as a share of the pairs (row of the negatives, anchor)
 _SUM_BLOCKS = 4096
@@ -52,7 +45,7 @@ def contrastive_stats(x: Tensor, masks: Masks, temperature: float) -> tuple[Tens
     tiles = -(-n // TILE) * x.shape[0]
     shares = len(families) if sparse else shares_of_columns(tiles, x.shape[1], x.device)
     parts = torch.empty(4, shares, *shape, dtype=torch.float32, device=x.device)
-    scale = common.LOG2E / temperature
+    scale = LOG2E / temperature
     scales = (scale, scale if common.has_fixed_shift(temperature) else -torch.inf, 1 / temperature)
     if sparse:
         for part, family in enumerate(families):
@@ -76,13 +69,13 @@ def contrastive_grad(
     if x.numel() == 0 or masks.anchors == 0:
         return x.new_empty(x.shape[0], masks.anchors, x.shape[2])
     gradients, out_scale = common.scaled_gradients(x.dtype, temperature, (grad_lse, grad_pos, grad_ext))
-    lse2 = (lse.float() * common.LOG2E).contiguous()
+    lse2 = (lse.float() * LOG2E).contiguous()
     arguments = (x, masks.map(aligned), temperature, [lse2, *gradients], out_scale)
     if masks.denominator == "sparse" and masks.negatives is not None:
         return _grad_of_lists_and_columns(*arguments)
     if masks.denominator == "sparse":
         return _grad_of_lists(*arguments, _cuda.ContrastivePairs.positives)
-    if common.uses_workspace(x.dtype, x.shape[2], x.shape[1], x.device):
+    if uses_workspace(x.dtype, x.shape[2], x.shape[1], x.device):
         return _grad_by_workspace(*arguments)
     return _grad_of_lists(*arguments, _cuda.ContrastivePairs.all)
 
@@ -90,7 +83,7 @@ def contrastive_grad(
 def _grad_by_workspace(x: Tensor, masks: Masks, temperature: float, tables: list[Tensor], out_scale: Tensor) -> Tensor:
     """The dense gradient through blocks of G + G^T, one library product each."""
     padded = whole_chunks(x)
-    scale = common.LOG2E / temperature
+    scale = LOG2E / temperature
     lse2, grad_lse, *others = tables
     shared, factor = common.shared_exponential(temperature, lse2, grad_lse)
     native = _native(masks, x.shape[1])
@@ -100,7 +93,7 @@ def _grad_by_workspace(x: Tensor, masks: Masks, temperature: float, tables: list
                 _tables(s, lse2, factor, *others), block_row, block_rows, workspace.stride(0),
                 workspace.data_ptr())  # fmt: skip
 
-    return common.grad_by_workspace(x, masks.first_row, masks.anchors, out_scale, TILE, TILE, write_weights)
+    return grad_by_workspace(x, masks.first_row, masks.anchors, out_scale, TILE, TILE, write_weights)
 
 
 def _grad_of_lists(
@@ -112,7 +105,7 @@ def _grad_of_lists(
     out = x.new_empty(streams, masks.anchors, d)
     native = _native(masks, total)
     for s in range(streams):
-        _launch("contrastive_listed_grad", padded[s], total, d, native, pairs, common.LOG2E / temperature,
+        _launch("contrastive_listed_grad", padded[s], total, d, native, pairs, LOG2E / temperature,
                 _tables(s, *tables), out[s].data_ptr(), 0, False, out_scale.data_ptr(), 0, 0)  # fmt: skip
     return out[..., : x.shape[2]].contiguous()
 
@@ -128,7 +121,7 @@ def _grad_of_lists_and_columns(
     padded = whole_chunks(x)
     streams, total, d = padded.shape
     pairs = _cuda.ContrastivePairs
-    scale = common.LOG2E / temperature
+    scale = LOG2E / temperature
     n, period, native = masks.anchors, masks.period(total), _native(masks, total)
     words = -(-period // 32)
     turned = torch.empty(total, words, dtype=torch.int32, device=x.device)
@@ -136,7 +129,7 @@ def _grad_of_lists_and_columns(
     launch(_cuda.contrastive_turn_negatives, x.device, native, total, words, turned.data_ptr(),
            counts.data_ptr())  # fmt: skip
     capacity = _column_capacity(period, n)
-    windows = common.ColumnWindows(counts, masks.first_row, n, period, capacity, d * x.element_size())
+    windows = ColumnWindows(counts, masks.first_row, n, period, capacity, d * x.element_size())
     all_slots = windows.starts[total:].data_ptr()
     shares = max(1, 4 * processor_count(x.device) // period)  # blocks that share a row of the negatives
     workspace = x.new_empty(windows.rooms, d)

@@ -7,18 +7,17 @@ import torch
 
 from hpkernels import tuning
 from hpkernels.common.bits import pack
-from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.contrastive import reference
+from hpkernels.ops.contrastive import reference, workspace
 from hpkernels.ops.contrastive import triton as kernels
 from hpkernels.ops.contrastive.masks import Masks
-from hpkernels.ops.contrastive.triton import sparse as kernels_sparse
+from hpkernels.ops.contrastive.triton import lists, sparse_grad
 
 
 @pytest.fixture(autouse=True)
 def _fewer_programs(monkeypatch):
     """The interpreter pays for programs: same code, smaller grids."""
-    monkeypatch.setattr(kernels_sparse, "_COLUMN_SPLITS", 2)
-    monkeypatch.setattr(kernels_sparse, "_SUM_PROGRAMS", 16)
+    monkeypatch.setattr(sparse_grad, "_COLUMN_SPLITS", 2)
+    monkeypatch.setattr(sparse_grad, "_SUM_PROGRAMS", 16)
 
 
 def _masks(n, tokens, rate, symmetric, extra):
@@ -82,14 +81,14 @@ def test_two_streams_and_low_temperature(denominator, rate, temperature, units, 
 
 @pytest.mark.parametrize("rate", [0.1, 0.9])
 def test_sparse_lists_that_find_no_room_are_walked(rate, units, monkeypatch):
-    monkeypatch.setattr(kernels_sparse, "_LIST_SHARE", (0, 1))
-    monkeypatch.setattr(kernels_sparse, "_LIST_MULTIPLE", 64)
+    monkeypatch.setattr(lists, "_LIST_SHARE", (0, 1))
+    monkeypatch.setattr(lists, "_LIST_MULTIPLE", 64)
     _check(units(1, 40, 16), _masks(40, 10, rate, symmetric=False, extra=True), "sparse", 0.5)
 
 
 def test_sparse_windows_share_the_workspace(units, monkeypatch):
-    monkeypatch.setattr(common, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(kernels_sparse, "_SUM_PROGRAMS", 4)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(sparse_grad, "_SUM_PROGRAMS", 4)
     _check(units(1, 60, 16), _masks(60, 6, 0.1, symmetric=True, extra=False), "sparse", 0.5)
 
 
@@ -153,7 +152,7 @@ def test_a_range_of_anchors_equals_that_slice_of_the_whole(denominator, tokens, 
 @pytest.mark.parametrize("temperature", [0.5, 0.04])
 def test_routes_of_the_dense_gradient(route, first_row, n, temperature, dtype, units, monkeypatch):
     """Several blocks of the workspace, the first of them beginning before the anchors."""
-    monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 0)
     x = units(2, 150, 24, dtype=dtype)
     masks = _masks(150, 50, 0.2, symmetric=False, extra=True)
     part = [mask[first_row : first_row + n] for mask in masks[:4]] + [masks[4]]

@@ -1,8 +1,8 @@
 """Masked contrastive statistics and their gradient in Triton: the choice between sweeping all tiles and walking lists.
 
-`dense` and `dense_grad` sweep every tile of the pairs; `sparse` visits only listed columns: those that a row of the
-negatives names, and those where a panel of rows has any positive. Both return the same pieces, which are put together
-here. The op group_lse has the denominator by groups.
+`dense` and `dense_grad` sweep every tile of the pairs; `sparse` and `sparse_grad` visit only listed columns: those that
+a row of the negatives names, and those where a panel of rows has any positive. Both return the same pieces, which are
+put together here. The op group_lse has the denominator by groups.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops.common import exponentials as common
+from hpkernels.ops.common.gpu import LOG2E
 from hpkernels.ops.common.triton import require_supported
 from hpkernels.ops.contrastive.masks import Masks
-from hpkernels.ops.contrastive.triton import dense, dense_grad, sparse
+from hpkernels.ops.contrastive.triton import dense, dense_grad, sparse, sparse_grad
 
 
 def contrastive_stats(x: Tensor, masks: Masks, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +44,6 @@ def contrastive_grad(
     if x.numel() == 0 or masks.anchors == 0:
         return x.new_empty(x.shape[0], masks.anchors, x.shape[2])
     gradients, out_scale = common.scaled_gradients(x.dtype, temperature, (grad_lse, grad_pos, grad_ext))
-    tables = [(lse.float() * common.LOG2E).contiguous(), *gradients]
-    route = sparse if masks.denominator == "sparse" else dense_grad
+    tables = [(lse.float() * LOG2E).contiguous(), *gradients]
+    route = sparse_grad if masks.denominator == "sparse" else dense_grad
     return route.grad(x.contiguous(), masks.map(Tensor.contiguous), temperature, tables, out_scale)

@@ -13,16 +13,8 @@ from torch import Tensor
 
 from hpkernels import tuning
 from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.common.triton import (
-    LN2,
-    LOG2E,
-    bit_tile,
-    on_device,
-    padded_rows,
-    precision,
-    split_tiles,
-    tile_product,
-)
+from hpkernels.ops.common.gpu import LOG2E, padded_rows
+from hpkernels.ops.common.triton import LN2, bit_tile, on_device, precision, split_tiles, tile_product
 from hpkernels.ops.contrastive.masks import Masks
 
 

@@ -16,16 +16,10 @@ from torch import Tensor
 
 from hpkernels import tuning
 from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.common.triton import (
-    LOG2E,
-    bit_tile,
-    on_device,
-    padded_rows,
-    precision,
-    tile_product,
-    turned_bit_tile,
-)
+from hpkernels.ops.common.gpu import LOG2E, padded_rows
+from hpkernels.ops.common.triton import bit_tile, on_device, precision, tile_product, turned_bit_tile
 from hpkernels.ops.contrastive.masks import Masks
+from hpkernels.ops.contrastive.workspace import grad_by_workspace, uses_workspace
 
 
 @triton.jit
@@ -167,7 +161,7 @@ def grad(x: Tensor, masks: Masks, temperature: float, tables: list[Tensor], out_
         PRECISION=precision(x.dtype),
     )  # fmt: skip
     key = (x.dtype, x.shape[2], x.shape[1], x.device)
-    route = _grad_by_workspace if common.uses_workspace(*key) else _grad_fused
+    route = _grad_by_workspace if uses_workspace(*key) else _grad_fused
     return route(x, masks, LOG2E / temperature, [lse2, factor, *others], out_scale, choices, key)
 
 
@@ -205,4 +199,4 @@ def _grad_by_workspace(
                 masks.period(total), bits[0].stride(0), workspace.stride(0), shift, shift, **choices, **config,
             )  # fmt: skip
 
-    return common.grad_by_workspace(x, first_row, n, out_scale, 32, config["BLOCK_M"], write_weights)
+    return grad_by_workspace(x, first_row, n, out_scale, 32, config["BLOCK_M"], write_weights)
