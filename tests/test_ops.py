@@ -41,11 +41,11 @@ def op_calls(backend: str, device) -> list[tuple]:
     mixed = (code.clone(), code.clone(), weights.clone(), 4, 5, True, False, backend)
     softplus = (own, table[0].clone().requires_grad_(), counts, *by_label, 0.3)
     return [
-        ("max_similarity", search._max_similarity, (rows, rows[:5], backend)),
-        ("topk_similarity", search._topk_similarity, (rows, rows, 4, True, None, None, backend)),
-        ("topk_groups", search._topk_similarity, (rows, rows, 4, False, groups, groups, backend)),
-        ("pairs_above", search._pairs_above, (rows, table[0], None, None, backend)),
-        ("pairs_above_keys", search._pairs_above, (rows, table[0], rows[:9], table[1, :9], backend)),
+        ("max_similarity", search.max_similarity, (rows, rows[:5], backend)),
+        ("topk_similarity", search.topk_similarity, (rows, rows, 4, True, None, None, backend)),
+        ("topk_groups", search.topk_similarity, (rows, rows, 4, False, groups, groups, backend)),
+        ("pairs_above", search.pairs_above, (rows, table[0], None, None, backend)),
+        ("pairs_above_keys", search.pairs_above, (rows, table[0], rows[:9], table[1, :9], backend)),
         ("stats_all", stats_rows, (grad, P.bits, P.T.bits, Q.bits, None, None, "all", 0, 0.8, backend)),
         ("stats_dense", stats_rows, (grad, *masks, "dense", 0, 0.8, backend)),
         ("stats_sparse", stats_rows, (grad, *masks, "sparse", 0, 0.8, backend)),
@@ -56,8 +56,8 @@ def op_calls(backend: str, device) -> list[tuple]:
         ("group_lse", group_op._group_lse, (own, groups, None, None, 0.3, backend)),
         ("group_lse_keys", group_op._group_lse, (own, groups, bank, groups[:17], 0.3, backend)),
         ("group_lse_grad", group_op._group_lse_grad, (rows, groups, None, None, 0.3, *table, False, backend)),
-        ("neighbor_weights", local_mix._neighbor_weights, (attention, 4, 5, 28.0, 0.1, 0.9, backend)),
-        ("neighbor_weights_qk", local_mix._neighbor_weights_qk, (queries, keys, 4, 5, 0.3, 28.0, 0.1, 0.9, backend)),
+        ("neighbor_weights", local_mix.neighbor_weights, (attention, 4, 5, 28.0, 0.1, 0.9, backend)),
+        ("neighbor_weights_qk", local_mix.neighbor_weights_qk, (queries, keys, 4, 5, 0.3, 28.0, 0.1, 0.9, backend)),
         ("neighbor_mix", local_mix._neighbor_mix, (code.requires_grad_(), weights.requires_grad_(), 4, 5, backend)),
         ("neighbor_mix_code", local_mix._neighbor_mix, (code, weights.detach(), 4, 5, backend)),
         ("neighbor_mix_grad", local_mix._neighbor_mix_grad, mixed),
