@@ -10,7 +10,9 @@ from hpkernels.clustering.kmeans import Assignment, Clustering, assign_clusters,
 from hpkernels.clustering.outliers import outlier_distances
 from hpkernels.density import neighbor_density
 from hpkernels.losses.by_label import supervised_contrastive_loss
-from hpkernels.losses.hidden_positive import LossStats, hidden_positive_loss, masked_contrastive_loss
+from hpkernels.losses.hidden_positive import hidden_positive_loss
+from hpkernels.losses.masked import masked_contrastive_loss
+from hpkernels.losses.statistics import LossStats
 from hpkernels.mining import hidden_positives
 from hpkernels.mixing import local_mix, neighbor_mix, neighbor_weights, neighbor_weights_qk
 from hpkernels.pairs import PairMask

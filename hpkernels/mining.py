@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,9 +38,19 @@ def hidden_positives(
     Returns:
         Symmetric PairMask (N, N) without a diagonal. No gradient.
     """
-    check_rule("features", features, "pool", pool, positives_per_anchor)
-    chosen = dispatch.choose(features.device, backend, features, pool)
-    return find_rule("features", features, "pool", pool, positives_per_anchor, chosen).mask()
+    graph = Graph("features", features, "pool", pool, positives_per_anchor)
+    check_graph(graph)
+    return find_rule(graph, dispatch.choose(features.device, backend, features, pool)).mask()
+
+
+class Graph(NamedTuple):
+    """What positive pairs are found from, by the caller's names: features (N, C), and a pool (M, C) or a number k."""
+
+    name: str
+    features: Tensor
+    pool_name: str
+    pool: Tensor | None
+    neighbors: int | None  # k
 
 
 class PairRule(Protocol):
@@ -83,8 +93,9 @@ class PairsNamed:
         return pair_bits.pairs_from_indices(self.indices, self.indices.shape[0], True, first_row, rows, self.backend)
 
 
-def check_rule(name: str, features: Tensor, pool_name: str, pool: Tensor | None, k: int | None) -> None:
-    """What can be wrong with one process's arguments of `find_rule`, by the caller's names for them."""
+def check_graph(graph: Graph) -> None:
+    """What can be wrong with one process's part of what `find_rule` takes."""
+    name, features, pool_name, pool, k = graph
     check_float_tensor(name, features)
     if (pool is None) == (k is None):
         given = "neither" if pool is None else "both"
@@ -98,16 +109,9 @@ def check_rule(name: str, features: Tensor, pool_name: str, pool: Tensor | None,
         check_int("positives_per_anchor", k)
 
 
-def find_rule(
-    name: str,
-    features: Tensor,
-    pool_name: str,
-    pool: Tensor | None,
-    k: int | None,
-    backend: str,
-    ranks: Ranks = ALONE,
-) -> PairRule:
+def find_rule(graph: Graph, backend: str, ranks: Ranks = ALONE) -> PairRule:
     """The rule of `hidden_positives` for the patches of all ranks, from this rank's features and part of the pool."""
+    name, features, pool_name, pool, k = graph
     if pool is not None:
         unit = normalize_rows(features.detach(), name, backend)
         every_pool = ranks.gather(normalize_rows(pool.detach(), pool_name, backend), pool_name)

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hpkernels.losses import by_label as label_losses
-from hpkernels.losses import hidden_positive as losses
-from hpkernels.losses.hidden_positive import LossStats
+from hpkernels.losses.by_label import supervised_contrastive_loss
+from hpkernels.losses.hidden_positive import hidden_positive_loss
+from hpkernels.losses.masked import masked_contrastive_loss
+from hpkernels.losses.statistics import LossStats
 from hpkernels.pairs import PairMask
 
 __all__ = ["HiddenPositiveLoss", "MaskedContrastiveLoss", "SupervisedContrastiveLoss"]
@@ -46,7 +47,7 @@ class HiddenPositiveLoss(nn.Module):
     def forward(
         self, z: Tensor, features: Tensor, pool: Tensor | None = None, **inputs: Any
     ) -> Tensor | tuple[Tensor, LossStats]:
-        return losses.hidden_positive_loss(z, features, pool, **self.options, **inputs)
+        return hidden_positive_loss(z, features, pool, **self.options, **inputs)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items() if value is not None)
@@ -77,7 +78,7 @@ class MaskedContrastiveLoss(nn.Module):
         }
 
     def forward(self, z: Tensor, positives: PairMask, **inputs: Any) -> Tensor:
-        return losses.masked_contrastive_loss(z, positives, **self.options, **inputs)
+        return masked_contrastive_loss(z, positives, **self.options, **inputs)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items() if value is not None)
@@ -106,7 +107,7 @@ class SupervisedContrastiveLoss(nn.Module):
         }
 
     def forward(self, z: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
-        return label_losses.supervised_contrastive_loss(z, labels, **self.options, **inputs)
+        return supervised_contrastive_loss(z, labels, **self.options, **inputs)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items() if value is not None)

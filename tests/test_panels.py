@@ -82,7 +82,7 @@ def test_more_panels_in_single_precision(options, backend, device, bounded):
 def test_rows_of_a_rule_are_rows_of_its_mask(n, backend, device):
     p = problem(n, dtype=torch.float32, device=device)
     for graph in (("features", p["features"], "pool", p["pool"], None), ("features", p["features"], "pool", None, 6)):
-        rule = mining.find_rule(*graph, backend)
+        rule = mining.find_rule(mining.Graph(*graph), backend)
         whole = rule.mask().bits
         assert whole.any()
         for first, end in ((0, n), (0, 0), (1, 64), (33, n), (n - 1, n)):

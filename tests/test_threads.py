@@ -8,8 +8,8 @@ import torch
 
 import hpkernels as hk
 from hpkernels.common.sums import sum_all, sum_last
-from hpkernels.losses import hidden_positive as losses
-from hpkernels.losses.panels import Statistics
+from hpkernels.losses.statistics import Statistics
+from hpkernels.losses.statistics import average as weighted_average
 
 ROWS = 40_000
 
@@ -45,7 +45,7 @@ def test_averages(weighting, tokens, same_for_all_threads):
     n_pos, n_ext = torch.randint(0, 9, (2, ROWS)).float()
 
     def average():
-        loss, stats = losses._average(Statistics(lse, pos, ext, n_pos, n_ext), 0.3, tokens, ROWS, weighting)
+        loss, stats = weighted_average(Statistics(lse, pos, ext, n_pos, n_ext), 0.3, tokens, ROWS, weighting)
         return loss, *stats
 
     same_for_all_threads(average)

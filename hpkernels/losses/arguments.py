@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,30 +23,61 @@ from hpkernels.common.checks import (
     look_number,
 )
 from hpkernels.losses.panels import bits_bytes
-from hpkernels.mining import check_rule
+from hpkernels.mining import Graph, check_graph
 from hpkernels.pairs import as_seed
 
 WEIGHTINGS = ("pairs", "anchors", "separate")
 
 
+class Options(NamedTuple):
+    """The options of `hidden_positive_loss`, as they are given."""
+
+    tokens_per_image: int | None
+    temperature: float
+    base_temperature: float
+    weighting: str
+    negative_rate: float
+    negative_mask: Tensor | None
+    seed: int | Tensor | None
+    head_weight: float | Tensor
+    head_in_denominator: bool
+    backend: str | None
+
+
 @dataclass
 class Batch:
-    """One process's patches, as rows."""
+    """One process's patches, as rows, and what to make of them."""
 
     streams: list[Tensor]  # z, or z and z_local: (n, D) each
-    graphs: list[tuple[str, Tensor, str, Tensor | None]]  # names and rows of the features and the pool behind P, and Q
+    graphs: list[Graph]  # behind P, and behind Q if there is one
     tokens: int
-    negative_rate: float
     seed: Tensor | None  # None where nothing is drawn
     backend: str
-    options: dict[str, object] = field(default_factory=dict)  # what all ranks of a process group must agree on
+    options: Options
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """All that is given by rows, by the names of the arguments."""
+        of_graphs = [((graph.name, graph.features), (graph.pool_name, graph.pool)) for graph in self.graphs]
+        named = [*zip(("z", "z_local"), self.streams), *(part for parts in of_graphs for part in parts)]
+        return {name: x for name, x in named if x is not None}
 
     def describe(self) -> tuple[dict[str, int], dict[str, object]]:
-        """(rows by name, options by name) for `ranks.meet`. Looks for non-finite numbers: later is too late."""
+        """(rows by name, options that all ranks must agree on by name) for `ranks.meet`.
+
+        Looks for non-finite numbers: later is too late.
+        """
+        given = self.options
+        options: dict[str, object] = dict(
+            tokens_per_image=self.tokens, positives_per_anchor=self.graphs[0].neighbors,
+            temperature=given.temperature, base_temperature=given.base_temperature,
+            negative_rate=float(given.negative_rate), weighting=given.weighting,
+            head_in_denominator=given.head_in_denominator,
+            negative_mask="None" if given.negative_mask is None else f"shape {tuple(given.negative_mask.shape)}",
+            head_weight="a tensor" if isinstance(given.head_weight, Tensor) else given.head_weight,
+        )  # fmt: skip
         sizes: dict[str, int] = {}
-        options = dict(self.options)
-        streams = dict(zip(("z", "z_local"), self.streams))
-        inputs = streams | {name: x for graph in self.graphs for name, x in zip(graph[::2], graph[1::2])}
+        inputs = self.inputs
         for name in ("z", "z_local", "features", "pool", "head_features", "head_pool"):
             x = inputs.get(name)
             options[name] = "None" if x is None else f"vectors of length {x.shape[1]}, {x.dtype}, on {x.device.type}"
@@ -56,55 +88,53 @@ class Batch:
         return sizes, options
 
 
-def check_batch(
-    z: Tensor,
-    features: Tensor,
-    pool: Tensor | None,
-    z_local: Tensor | None,
-    head_features: Tensor | None,
-    head_pool: Tensor | None,
-    head_weight: float | Tensor,
-    positives_per_anchor: int | None,
-    tokens_per_image: int | None,
-    temperature: float,
-    base_temperature: float,
-    negative_rate: float,
-    negative_mask: Tensor | None,
-    weighting: str,
-    head_in_denominator: bool,
-    seed: int | Tensor | None,
-    process_group: object,
-    return_stats: bool,
-    backend: str | None,
-) -> Batch:
-    """The arguments of `hidden_positive_loss` as a Batch, or the error that names the one that is wrong."""
-    tokens = tokens_of(z, tokens_per_image)
-    if process_group is not None and tokens_per_image is None and z.ndim == 2:
+def check_batch(z: Tensor, z_local: Tensor | None, graphs: list[Graph], options: Options, shared: bool) -> Batch:
+    """The arguments of `hidden_positive_loss` as a Batch, or the error that names the one that is wrong.
+
+    graphs: from `graphs_of`. shared: whether there is a process_group.
+    """
+    tokens = tokens_of(z, options.tokens_per_image)
+    if shared and options.tokens_per_image is None and z.ndim == 2:
         raise ValueError("tokens_per_image: expected an int, or z of shape (B, T, D), with a process_group; got None")
     streams = streams_of(z, z_local)
-    count = streams[0].shape[0]
-    graphs = [("features", _rows("features", features, count, z), "pool", pool)]
-    chosen = dispatch.choose(z.device, backend, *streams, features, pool, head_features, head_pool)
-    rate = check_rate("negative_rate", negative_rate)
-    check_loss_options(temperature, base_temperature, weighting)
-    check_flag("head_in_denominator", head_in_denominator)
-    head_features = _check_head(head_features, head_pool, head_weight, pool, count, z)
-    if head_features is not None:
-        graphs.append(("head_features", head_features, "head_pool", head_pool))
+    count = len(streams[0])
+    graphs = [
+        Graph(graph.name, _rows(graph.name, graph.features, count, z), graph.pool_name, graph.pool, graph.neighbors)
+        for graph in graphs
+    ]
+    given = [x for graph in graphs for x in (graph.features, graph.pool)]
+    chosen = dispatch.choose(z.device, options.backend, *streams, *given)
+    rate = check_rate("negative_rate", options.negative_rate)
+    check_loss_options(options.temperature, options.base_temperature, options.weighting)
+    check_flag("head_in_denominator", options.head_in_denominator)
+    head = graphs[1].features if len(graphs) > 1 else None
+    check_weight("head_weight", options.head_weight, "head_features", head, z)
     for graph in graphs:
-        check_rule(*graph, positives_per_anchor)
-    check_flag("return_stats", return_stats)
+        check_graph(graph)
     bits_bytes(z.device)  # finds a setting that is no number
-    _check_negative_mask(negative_mask, z)
-    drawn = negative_mask is None and 0.0 < rate < 1.0
-    options: dict[str, object] = dict(
-        tokens_per_image=tokens, positives_per_anchor=positives_per_anchor, temperature=temperature,
-        base_temperature=base_temperature, negative_rate=rate, weighting=weighting,
-        head_in_denominator=head_in_denominator,
-        negative_mask="None" if negative_mask is None else f"shape {tuple(negative_mask.shape)}",
-        head_weight="a tensor" if isinstance(head_weight, Tensor) else head_weight,
-    )  # fmt: skip
-    return Batch(streams, graphs, tokens, rate, as_seed(seed, z.device) if drawn else None, chosen, options)
+    _check_negative_mask(options.negative_mask, z)
+    drawn = options.negative_mask is None and 0.0 < rate < 1.0
+    seed = as_seed(options.seed, z.device) if drawn else None
+    return Batch(streams, graphs, tokens, seed, chosen, options)
+
+
+def graphs_of(
+    features: Tensor,
+    pool: Tensor | None,
+    head_features: Tensor | None,
+    head_pool: Tensor | None,
+    positives_per_anchor: int | None,
+) -> list[Graph]:
+    """What P is found from, and Q: head_features need a head_pool exactly when the features have a pool."""
+    graphs = [Graph("features", features, "pool", pool, positives_per_anchor)]
+    if head_features is not None:
+        if (pool is None) != (head_pool is None):
+            expected = "None, as pool is None" if pool is None else "a pool for head_features, as pool is given"
+            raise ValueError(f"head_pool: expected {expected}, got {describe(head_pool)}")
+        graphs.append(Graph("head_features", head_features, "head_pool", head_pool, positives_per_anchor))
+    elif head_pool is not None:
+        raise ValueError(f"head_pool: expected only together with head_features, got {describe(head_pool)}")
+    return graphs
 
 
 def tokens_of(z: Tensor, tokens_per_image: int | None) -> int:
@@ -148,26 +178,6 @@ def _rows(name: str, x: Tensor, count: int, z: Tensor) -> Tensor:
     if rows.shape[0] != count:
         raise ValueError(f"{name}: expected {count} rows as in z {tuple(z.shape)}, got {describe(x)}")
     return rows
-
-
-def _check_head(
-    head_features: Tensor | None,
-    head_pool: Tensor | None,
-    head_weight: float | Tensor,
-    pool: Tensor | None,
-    count: int,
-    z: Tensor,
-) -> Tensor | None:
-    """head_features as (N, H), or None; they need a head_pool exactly when the features have a pool."""
-    check_weight("head_weight", head_weight, "head_features", head_features, z)
-    if head_features is None:
-        if head_pool is not None:
-            raise ValueError(f"head_pool: expected only together with head_features, got {describe(head_pool)}")
-        return None
-    if (pool is None) != (head_pool is None):
-        expected = "None, as pool is None" if pool is None else "a pool for head_features, as pool is given"
-        raise ValueError(f"head_pool: expected {expected}, got {describe(head_pool)}")
-    return _rows("head_features", head_features, count, z)
 
 
 def check_weight(name: str, weight: float | Tensor, pairs_name: str, pairs: object, z: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The losses, as plain composition: normalise, mine, three statistics a row, one weighted average.
+"""The hidden-positive loss as plain composition: mine, normalise, three statistics a row, one weighted average.
 
 Notation of the paper and of the op READMEs: P positives, Q head positives, E the denominator set,
 l_ij = <x_i, x_j>/tau.
@@ -6,27 +6,50 @@ l_ij = <x_i, x_j>/tau.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from hpkernels import dispatch
 from hpkernels.common.bits import pack
 from hpkernels.common.checks import check_flag, describe, poison
 from hpkernels.common.ranks import ALONE, Ranks, meet
-from hpkernels.common.sums import sum_all, sum_last
-from hpkernels.losses.arguments import Batch, check_batch, check_loss_options, check_weight, streams_of, tokens_of
-from hpkernels.losses.panels import Denominator, Statistics, panel_rows, panel_statistics, tables
+from hpkernels.losses.arguments import Batch, Options, check_batch, graphs_of
+from hpkernels.losses.panels import Anchors, panel_rows, panel_statistics
+from hpkernels.losses.statistics import (
+    Denominator,
+    LossStats,
+    Statistics,
+    average,
+    statistics_of_all,
+    unit_rows,
+)
 from hpkernels.mining import find_rule
-from hpkernels.ops.contrastive.op import contrastive_stats
-from hpkernels.ops.normalize.op import normalize_rows
 from hpkernels.ops.pair_bits import op as pair_bits
-from hpkernels.pairs import PairMask
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    class _Keywords(TypedDict, total=False):
+        """The keyword arguments that do not decide what comes back."""
+
+        z_local: Tensor | None
+        head_features: Tensor | None
+        head_pool: Tensor | None
+        head_weight: float | Tensor
+        positives_per_anchor: int | None
+        tokens_per_image: int | None
+        temperature: float
+        base_temperature: float
+        negative_rate: float
+        negative_mask: Tensor | None
+        weighting: str
+        head_in_denominator: bool
+        seed: int | Tensor | None
+        process_group: ProcessGroup | None
+        backend: str | None
+
 
 # Up to this rate, for each image that shares a row of random columns and at most the second figure, the columns are
 # gathered instead of swept. Measured break-even on a CPU: 0.06 for one image, 0.3 for eight (op README). On a GPU,
@@ -35,47 +58,20 @@ if TYPE_CHECKING:
 SPARSE_RATE_PER_IMAGE, SPARSE_RATE_LIMIT = 0.06, {"cpu": 0.25, "cuda": 0.125}
 
 
-class LossStats(NamedTuple):
-    """0-dim tensors on the loss's device; reading one synchronises, computing them does not."""
-
-    positives_per_anchor: Tensor  # mean number of P pairs of a row
-    kept_fraction: Tensor  # share of rows that have a P pair
-    mean_lse: Tensor  # mean of LSE_i over rows and streams
-
-
 @overload
 def hidden_positive_loss(
-    z: Tensor, features: Tensor, pool: Tensor | None = None, *, z_local: Tensor | None = None,
-    head_features: Tensor | None = None, head_pool: Tensor | None = None, head_weight: float | Tensor = 0.0,
-    positives_per_anchor: int | None = None, tokens_per_image: int | None = None, temperature: float = 0.8,
-    base_temperature: float = 0.07, negative_rate: float = 0.02, negative_mask: Tensor | None = None,
-    weighting: str = "pairs", head_in_denominator: bool = False, seed: int | Tensor | None = None,
-    process_group: ProcessGroup | None = None, return_stats: Literal[False] = False, backend: str | None = None,
+    z: Tensor, features: Tensor, pool: Tensor | None = None, *, return_stats: Literal[False] = False,
+    **options: Unpack[_Keywords],
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def hidden_positive_loss(
-    z: Tensor, features: Tensor, pool: Tensor | None = None, *, z_local: Tensor | None = None,
-    head_features: Tensor | None = None, head_pool: Tensor | None = None, head_weight: float | Tensor = 0.0,
-    positives_per_anchor: int | None = None, tokens_per_image: int | None = None, temperature: float = 0.8,
-    base_temperature: float = 0.07, negative_rate: float = 0.02, negative_mask: Tensor | None = None,
-    weighting: str = "pairs", head_in_denominator: bool = False, seed: int | Tensor | None = None,
-    process_group: ProcessGroup | None = None, return_stats: Literal[True], backend: str | None = None,
+    z: Tensor, features: Tensor, pool: Tensor | None = None, *, return_stats: Literal[True],
+    **options: Unpack[_Keywords],
 ) -> tuple[Tensor, LossStats]: ...  # fmt: skip
-
-
 @overload
 def hidden_positive_loss(
-    z: Tensor, features: Tensor, pool: Tensor | None = None, *, z_local: Tensor | None = None,
-    head_features: Tensor | None = None, head_pool: Tensor | None = None, head_weight: float | Tensor = 0.0,
-    positives_per_anchor: int | None = None, tokens_per_image: int | None = None, temperature: float = 0.8,
-    base_temperature: float = 0.07, negative_rate: float = 0.02, negative_mask: Tensor | None = None,
-    weighting: str = "pairs", head_in_denominator: bool = False, seed: int | Tensor | None = None,
-    process_group: ProcessGroup | None = None, return_stats: bool, backend: str | None = None,
+    z: Tensor, features: Tensor, pool: Tensor | None = None, *, return_stats: bool, **options: Unpack[_Keywords]
 ) -> Tensor | tuple[Tensor, LossStats]: ...  # fmt: skip
-
-
 def hidden_positive_loss(
     z: Tensor,
     features: Tensor,
@@ -156,98 +152,53 @@ def hidden_positive_loss(
         non-finite input makes the loss NaN (HPKERNELS_CHECK=1 raises instead).
     """
 
+    options = Options(
+        tokens_per_image, temperature, base_temperature, weighting,
+        negative_rate, negative_mask, seed, head_weight, head_in_denominator, backend,
+    )  # fmt: skip
+
     def check() -> Batch:
-        return check_batch(
-            z, features, pool, z_local, head_features, head_pool, head_weight, positives_per_anchor, tokens_per_image,
-            temperature, base_temperature, negative_rate, negative_mask, weighting, head_in_denominator, seed,
-            process_group, return_stats, backend,
-        )  # fmt: skip
+        check_flag("return_stats", return_stats)
+        graphs = graphs_of(features, pool, head_features, head_pool, positives_per_anchor)
+        return check_batch(z, z_local, graphs, options, shared=process_group is not None)
 
     batch, ranks = (check(), ALONE) if process_group is None else meet(process_group, check, Batch.describe)
-    chosen, tokens, count = batch.backend, batch.tokens, batch.streams[0].shape[0]
-    total = ranks.total("z", batch.streams[0])
-    rows_at_a_time = panel_rows(count, total, len(batch.graphs), z.device)
-    denominator = _denominator(batch, negative_mask, head_in_denominator, total, rows_at_a_time, ranks)
-    temperature, base_temperature = float(temperature), float(base_temperature)
-
-    if ranks is ALONE and rows_at_a_time == count:
-        masks = [find_rule(*graph, positives_per_anchor, chosen).mask() for graph in batch.graphs]
-        statistics = _statistics(_unit(batch.streams, chosen), masks, denominator, temperature, chosen)
-    else:
-        rules = [find_rule(*graph, positives_per_anchor, chosen, ranks) for graph in batch.graphs]
-        x = _unit(batch.streams, chosen)
-        statistics = panel_statistics(x, rules, rows_at_a_time, denominator, temperature, chosen, ranks)
-    loss, stats = _average(statistics, head_weight, tokens, total, weighting)
-    loss = loss * (temperature / base_temperature)
+    statistics, total = _statistics(batch, ranks)
+    loss, stats = average(statistics, head_weight, batch.tokens, total, weighting)
+    loss = loss * (float(temperature) / float(base_temperature))
     if not z.is_cpu:
-        loss = loss + poison(*batch.streams, *(x for graph in batch.graphs for x in graph[1::2]))
+        loss = loss + poison(*batch.inputs.values())
     if process_group is not None:
         loss, *shares = ranks.sum(torch.stack([loss, *stats])).unbind()
         stats = LossStats(*shares)
     return (loss, stats) if return_stats else loss
 
 
-def masked_contrastive_loss(
-    z: Tensor,
-    positives: PairMask,
-    *,
-    extra_positives: PairMask | None = None,
-    extra_weight: float | Tensor = 0.0,
-    negatives: PairMask | None = None,
-    tokens_per_image: int | None = None,
-    temperature: float = 0.8,
-    base_temperature: float = 0.07,
-    weighting: str = "pairs",
-    extra_in_denominator: bool = False,
-    backend: str | None = None,
-) -> Tensor:
-    """`hidden_positive_loss` on pairs of your own: positives and denominator are given as PairMasks.
-
-    Args:
-        z: (N, D) or (B, T, D), any floating dtype, normalised inside. The gradient flows to it.
-        positives: PairMask (N, N), P; its diagonal is ignored. It always enters the denominator.
-        extra_positives: PairMask (N, N), Q, weighted by extra_weight (float or 0-dim tensor); in the denominator
-            only with extra_in_denominator.
-        negatives: PairMask (R, N), R divides N; row i's denominator holds P and the columns of row i mod R.
-            None: every other row (as in SupCon, Khosla et al. 2020).
-        tokens_per_image, temperature, base_temperature, weighting, backend: as in `hidden_positive_loss`.
-
-    Returns:
-        0-dim fp32 loss (fp64 if z is fp64), scaled by temperature / base_temperature.
-    """
-    tokens = tokens_of(z, tokens_per_image)
-    (rows,) = streams_of(z, None)
-    count = rows.shape[0]
-    check_loss_options(temperature, base_temperature, weighting)
-    check_flag("extra_in_denominator", extra_in_denominator)
-    _check_pairs("positives", positives, (count, count), z)
-    if extra_positives is not None:
-        _check_pairs("extra_positives", extra_positives, (count, count), z)
-    check_weight("extra_weight", extra_weight, "extra_positives", extra_positives, z)
-    if negatives is not None:
-        _check_pairs("negatives", negatives, (None, count), z)
-        if count and (negatives.shape[0] == 0 or count % negatives.shape[0]):
-            raise ValueError(f"negatives: expected a number of rows that divides N = {count}, got {negatives!r}")
-    masks = [mask.off_diagonal() for mask in (positives, extra_positives) if mask is not None]
-    chosen = dispatch.choose(z.device, backend, z)
-    bits, form = (None, "all") if negatives is None else (negatives.bits, "dense")
-    denominator = Denominator(bits, form, extra_in_denominator)
-    statistics = _statistics(_unit([rows], chosen), masks, denominator, float(temperature), chosen)
-    loss, _ = _average(statistics, extra_weight, tokens, count, weighting)
-    loss = loss * (temperature / base_temperature)
-    return loss if z.is_cpu else loss + poison(rows)
+def _statistics(batch: Batch, ranks: Ranks) -> tuple[Statistics, int]:
+    """The statistics of this rank's anchors, all bits at once or in panels, and the number of all ranks' rows."""
+    temperature, backend, count = float(batch.options.temperature), batch.backend, len(batch.streams[0])
+    total = ranks.total("z", batch.streams[0])
+    rows_at_a_time = panel_rows(count, total, len(batch.graphs), batch.streams[0].device)
+    denominator = _denominator(batch, total, rows_at_a_time, ranks)
+    if ranks is ALONE and rows_at_a_time == count:
+        pairs = [find_rule(graph, backend).mask() for graph in batch.graphs]
+        x = unit_rows(batch.streams, backend)
+        return statistics_of_all(x, pairs, denominator, temperature, backend), total
+    rules = [find_rule(graph, backend, ranks) for graph in batch.graphs]
+    x = unit_rows(batch.streams, backend)
+    anchors = Anchors(rules, rows_at_a_time, denominator, temperature, backend, ranks, count)
+    return panel_statistics(x, anchors), total
 
 
-def _denominator(
-    batch: Batch, negative_mask: Tensor | None, with_head: bool, total: int, rows_at_a_time: int, ranks: Ranks
-) -> Denominator:
+def _denominator(batch: Batch, total: int, rows_at_a_time: int, ranks: Ranks) -> Denominator:
     """E from the random columns or those given, and the cheapest way to evaluate it."""
-    rate, tokens = batch.negative_rate, batch.tokens
-    if negative_mask is not None:
-        if tuple(negative_mask.shape) not in ((tokens, total), (total, total)):
+    mask, rate, tokens = batch.options.negative_mask, float(batch.options.negative_rate), batch.tokens
+    with_head = batch.options.head_in_denominator
+    if mask is not None:
+        if tuple(mask.shape) not in ((tokens, total), (total, total)):
             expected = f"expected shape {(tokens, total)} or {(total, total)}"
-            raise ValueError(f"negative_mask: {expected}, got {describe(negative_mask)}")
-        return Denominator(pack(negative_mask), "dense", with_head)
+            raise ValueError(f"negative_mask: {expected}, got {describe(mask)}")
+        return Denominator(pack(mask), "dense", with_head)
     if rate == 1.0:
         return Denominator(None, "all", with_head)
     if batch.seed is None:  # rate 0
@@ -257,72 +208,3 @@ def _denominator(
     images = rows_at_a_time // tokens
     form = "sparse" if rate <= min(limit, SPARSE_RATE_PER_IMAGE * images) else "dense"
     return Denominator(negatives, form, with_head)
-
-
-def _unit(streams: list[Tensor], backend: str) -> list[Tensor]:
-    """Unit rows, (S_c, n, D) for each call of the contrastive op.
-
-    On a GPU all streams share launches and column lists. On a CPU one call a stream: the backward pass then holds the
-    gradient of one stream at a time beside the unit rows.
-    """
-    x = [normalize_rows(rows, name, backend)[None] for rows, name in zip(streams, ("z", "z_local"))]
-    return x if x[0].is_cpu else [torch.cat(x)]
-
-
-def _statistics(
-    x: list[Tensor], masks: list[PairMask], denominator: Denominator, temperature: float, backend: str
-) -> Statistics:
-    """The statistics of all rows at once; masks: P, or P and Q."""
-    P, Q = masks[0], masks[1] if len(masks) > 1 else None
-    bits = (P.bits, _transpose(P, backend), None if Q is None else Q.bits, _transpose(Q, backend))
-    evaluate = partial(contrastive_stats, temperature=temperature, backend=backend)
-    lse, pos, ext = tables(evaluate, x, denominator.calls(*bits))
-    n_pos = pair_bits.count_bits(P.bits, backend).to(lse.dtype)
-    n_ext = torch.zeros_like(n_pos) if Q is None else pair_bits.count_bits(Q.bits, backend).to(lse.dtype)
-    return Statistics(lse, pos, ext, n_pos, n_ext)
-
-
-def _average(
-    statistics: Statistics, extra_weight: float | Tensor, tokens: int, total: int, weighting: str
-) -> tuple[Tensor, LossStats]:
-    """The loss before its scale, and LossStats, of the images at hand: as a share of what all `total` rows make."""
-    lse, pos, ext, n_pos, n_ext = statistics
-    kept = (n_pos > 0).to(lse.dtype)
-    streams, count = lse.shape
-    images, all_images = max(1, count // tokens), max(1, total // tokens)
-
-    def per_image(rows: Tensor) -> Tensor:
-        return sum_last(rows.reshape(*rows.shape[:-1], images, -1))
-
-    def average(numerator: Tensor, weight: Tensor) -> Tensor:
-        """Mean over streams and images of sum(numerator) / sum(weight); an image without weight adds 0."""
-        weight = per_image(weight)
-        inverse = torch.where(weight == 0, 0.0, 1.0 / torch.where(weight == 0, 1.0, weight))
-        return sum_all(per_image(numerator) * inverse) / (streams * all_images)
-
-    if weighting == "separate":
-        loss = average(n_pos * lse - pos, n_pos) + extra_weight * average(n_ext * lse - ext, n_ext)
-    else:
-        weight = kept * (n_pos + extra_weight * n_ext)
-        rows = weight * lse - kept * (pos + extra_weight * ext)
-        if weighting == "anchors":
-            rows, weight = rows / torch.where(weight == 0, 1.0, weight), kept
-        loss = average(rows, weight)
-    anchors = max(1, total)
-    with torch.no_grad():
-        stats = LossStats(sum_all(n_pos) / anchors, sum_all(kept) / anchors, sum_all(lse) / (anchors * streams))
-    return loss.to(lse.dtype), stats
-
-
-def _transpose(mask: PairMask | None, backend: str) -> Tensor | None:
-    if mask is None or mask.symmetric:
-        return None
-    return pair_bits.transpose_bits(mask.bits, mask.columns, backend)
-
-
-def _check_pairs(name: str, pairs: object, shape: tuple[int | None, int], z: Tensor) -> None:
-    if not isinstance(pairs, PairMask):
-        raise TypeError(f"{name}: expected a PairMask, got {type(pairs).__name__}")
-    if pairs.shape[1] != shape[1] or shape[0] not in (None, pairs.shape[0]) or pairs.device != z.device:
-        rows = "R" if shape[0] is None else shape[0]
-        raise ValueError(f"{name}: expected a PairMask of shape ({rows}, {shape[1]}) on {z.device}, got {pairs!r}")

@@ -13,61 +13,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hpkernels.common.bits import words
 from hpkernels.common.ranks import Ranks
+from hpkernels.losses.statistics import Denominator, Statistics, pair_counts, tables_of_calls
 from hpkernels.mining import PairRule
 from hpkernels.ops.contrastive.masks import Masks
 from hpkernels.ops.contrastive.op import contrastive_grad_rows, contrastive_stats_rows
-from hpkernels.ops.pair_bits.op import count_bits
 
 T = TypeVar("T")
 BITS_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}  # bits of all graphs to hold at a time, by the type of device
 PANEL_MULTIPLE = 128  # anchors: whole tiles of every backend
-
-
-class Denominator(NamedTuple):
-    """E, the pairs of the log-sum-exp: P, the rows of `negatives`, and Q if it has the extra positives too."""
-
-    negatives: Tensor | None  # packed (R, N), the same on all ranks
-    form: str  # as `denominator` of contrastive_stats
-    with_extra: bool = False
-
-    def calls(
-        self, P: Tensor, P_t: Tensor | None, Q: Tensor | None, Q_t: Tensor | None, first_row: int = 0
-    ) -> list[Masks]:
-        """The masks of contrastive_stats: of the call for lse and of that for pos and ext, or of one for all three.
-
-        The kernels hold P and the negatives in E. For Q in it lse takes P | Q as P; the sums need no negatives.
-        """
-        if Q is None or not self.with_extra or self.form == "all":
-            return [Masks(P, P_t, Q, Q_t, self.negatives, self.form, first_row)]
-        symmetric = P_t is None and Q_t is None
-        union_t = None if symmetric else (P if P_t is None else P_t) | (Q if Q_t is None else Q_t)
-        of_lse = Masks(P | Q, union_t, None, None, self.negatives, self.form, first_row)
-        return [of_lse, Masks(P, P_t, Q, Q_t, None, "sparse", first_row)]
-
-
-def tables(
-    evaluate: Callable[[Tensor, Masks], tuple[Tensor, Tensor, Tensor]], x: list[Tensor], calls: list[Masks]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, pos and ext of all streams; evaluate(rows of some, masks of a call) has those of its streams."""
-    found = [[torch.cat(table) for table in zip(*(evaluate(rows, masks) for rows in x))] for masks in calls]
-    return found[0][0], found[-1][1], found[-1][2]
-
-
-class Statistics(NamedTuple):
-    """What the losses know of the pairs: numbers of each stream and row (S, n), and of each row (n,)."""
-
-    lse: Tensor
-    pos: Tensor
-    ext: Tensor
-    n_pos: Tensor  # number of P pairs, in the dtype of the other tables
-    n_ext: Tensor
 
 
 def bits_bytes(device: torch.device) -> int:
@@ -92,11 +52,11 @@ def panel_rows(anchors: int, total: int, graphs: int, device: torch.device) -> i
 
 
 @dataclass
-class _Anchors:
-    """This rank's anchors and what their pairs are made from."""
+class Anchors:
+    """This rank's n anchors and what their pairs with all ranks' rows are made from."""
 
-    rules: list[PairRule]
-    rows_at_a_time: int
+    rules: list[PairRule]  # how to mine the rows of P, and of Q if there is one
+    rows_at_a_time: int  # from `panel_rows`
     denominator: Denominator
     temperature: float
     backend: str
@@ -124,17 +84,15 @@ class _PanelStatistics(torch.autograd.Function):
     """(anchors, x (S_1, n, D), x (S_2, n, D) ..) -> the Statistics of all streams, (S, n) and (n,)."""
 
     @staticmethod
-    def forward(ctx, anchors: _Anchors, *x: Tensor):
+    def forward(ctx, anchors: Anchors, *x: Tensor):
         every = [anchors.ranks.gather(rows, "z", dim=1) for rows in x]
 
         def of_panel(_, first_row: int, P: Tensor, Q: Tensor | None) -> tuple[Tensor, ...]:
             def evaluate(rows: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
                 return contrastive_stats_rows(rows, *masks, anchors.temperature, anchors.backend)
 
-            lse, pos, ext = tables(evaluate, every, anchors.denominator.calls(P, None, Q, None, first_row))
-            n_pos = count_bits(P, anchors.backend)
-            n_ext = torch.zeros_like(n_pos) if Q is None else count_bits(Q, anchors.backend)
-            return lse, pos, ext, n_pos.to(lse.dtype), n_ext.to(lse.dtype)
+            lse, pos, ext = tables_of_calls(evaluate, every, anchors.denominator.calls(P, None, Q, None, first_row))
+            return lse, pos, ext, *pair_counts(P, Q, lse.dtype, anchors.backend)
 
         parts = anchors.for_each_panel(of_panel)
         statistics = [torch.cat(part, -1) for part in zip(*parts)]
@@ -165,27 +123,13 @@ class _PanelStatistics(torch.autograd.Function):
         return None, *grads
 
 
-def panel_statistics(
-    x: list[Tensor],
-    rules: list[PairRule],
-    rows_at_a_time: int,
-    denominator: Denominator,
-    temperature: float,
-    backend: str,
-    ranks: Ranks,
-) -> Statistics:
-    """The statistics of this rank's n anchors against all ranks' rows; differentiable in x, once, on every rank.
+def panel_statistics(x: list[Tensor], anchors: Anchors) -> Statistics:
+    """The statistics of this rank's anchors against all ranks' rows; differentiable in x, once, on every rank.
 
-    Args:
-        x: this rank's unit rows, (S_c, n, D) for each call of the op; all calls share the pairs.
-        rules: how to mine the rows of P, and of Q if there is one.
-        rows_at_a_time: from `panel_rows`.
-
-    With several ranks all of them run the backward pass, which exchanges 4 S numbers a row.
+    x: this rank's unit rows, (S_c, n, D) for each call of the op; all calls share the pairs. With several ranks all of
+    them run the backward pass, which exchanges 4 S numbers a row.
     """
-    count = x[0].shape[1]
-    anchors = _Anchors(rules, rows_at_a_time, denominator, temperature, backend, ranks, count)
     apply = _PanelStatistics.apply
-    if ranks.group is not None and torch.compiler.is_compiling():  # a compiled graph cannot hold the exchanges
+    if anchors.ranks.group is not None and torch.compiler.is_compiling():  # a compiled graph cannot hold the exchanges
         apply = torch.compiler.disable(apply)
     return Statistics(*apply(anchors, *x))
