@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from hpseg.assets import PHOTOS
 from hpseg.run.errors import UsageError
 from hpseg.run.files import require_folder
 
 TEXTURES = ("stripes", "checks", "dots", "bricks", "cells", "grain")
-PHOTOS = Path(__file__).parent / "assets" / "photos"
 SIDE = 160  # of a mosaic, in pixels
 REGIONS = 5  # of a mosaic
 # On top of the preset for small folders, the learning rate and temperature of the published runs: here they do better.

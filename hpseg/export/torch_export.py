@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpkernels import __version__
+from hpseg.assets import PHOTOS
 from hpseg.data.transforms import load_image, square, to_tensor
-from hpseg.demo import PHOTOS
 from hpseg.inference.segmenter import Segmenter, load
 from hpseg.run.errors import UsageError
 from hpseg.run.files import require_file, write_atomically

@@ -147,6 +147,16 @@ class Method(nn.Module, ABC):
     def load_extra_state(self, state: dict[str, Any]) -> None: ...
 
 
+def lambda_at(step: int, config: Config) -> float:
+    """Weight of task-specific positives: 0 up to the warm-up, then linear, reaching 1 at the end of the run.
+
+    log.csv has it as "lambda", whatever the method.
+    """
+    if step <= config.lambda_warmup:
+        return 0.0
+    return (step - config.lambda_warmup) / (config.steps - config.lambda_warmup)
+
+
 METHODS = {  # name -> module of this package, class
     "hp": ("hp", "HiddenPositives"),
     "stego": ("stego", "Stego"),

@@ -27,8 +27,7 @@ from hpseg.data.datasets import NAMES
 from hpseg.data.folder import epoch_batches, hash_seed
 from hpseg.features.pools import draw_tokens
 from hpseg.features.tokens import Encoder
-from hpseg.methods.base import Method, Source, method_class
-from hpseg.methods.hp import lambda_at
+from hpseg.methods.base import Method, Source, lambda_at, method_class
 from hpseg.models.backbone import load_backbone, pick_device
 from hpseg.models.finetune import predicting
 from hpseg.models.heads import fit_centroids
