@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ class Source:
     dropout_rng: torch.Generator
     pool_rng: torch.Generator  # on the CPU
     run: Path  # its folder
-    say: Callable[[str], None]  # to who started the run
 
     @property
     def images(self) -> int:

@@ -1,6 +1,7 @@
 """Fixtures: the tiny ViT in a file, a handful of painted photographs, a finished run."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -13,6 +14,19 @@ from tiny import ARCH, SMALL, make_vit, paint
 def tally(record_property):
     """tally(what, n): n more of `what` were tried; summed over all tests and printed at the end."""
     return lambda what, n=1: record_property("tally", (what, n))
+
+
+@pytest.fixture
+def news(caplog):
+    """news(): what hpseg's loggers said since the test began or asked last, a line each."""
+    caplog.set_level(logging.INFO, "hpseg")
+
+    def since():
+        lines = [record.getMessage() for record in caplog.records if record.name.startswith("hpseg.")]
+        caplog.clear()
+        return lines
+
+    return since
 
 
 @pytest.fixture(autouse=True)

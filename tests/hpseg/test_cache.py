@@ -48,21 +48,23 @@ def open_encoder(backbone, pictures, out, **settings):
 class Counted:
     """What a fill runs the backbone on and what it says."""
 
-    def __init__(self, backbone):
-        self.backbone, self.images, self.lines = backbone, 0, []
+    def __init__(self, backbone, news):
+        self.backbone, self.news, self.images, self.lines = backbone, news, 0, []
 
     def filled(self, pictures, out, **settings):
-        self.images, self.lines = 0, []
+        self.images = 0
+        self.news()
         hook = self.backbone.register_forward_hook(lambda *_: setattr(self, "images", self.images + 1))
         encoder = open_encoder(self.backbone, pictures, out, **settings)
-        encoder.fill(self.lines.append)
+        encoder.fill()
         hook.remove()
+        self.lines = self.news()
         return encoder
 
 
 @pytest.fixture
-def counted(vit_file):
-    return Counted(load_backbone(weights=vit_file))
+def counted(vit_file, news):
+    return Counted(load_backbone(weights=vit_file), news)
 
 
 def shards(folder):
@@ -100,14 +102,14 @@ def test_half_precision_is_stored_and_nothing_else_changes(counted, pictures, tm
     assert sizes[1] < 0.7 * sizes[0]
 
 
-def test_further_runs_train_the_same_head_without_the_backbone(pictures, vit_file, tmp_path, monkeypatch, capsys):
+def test_further_runs_train_the_same_head_without_the_backbone(pictures, vit_file, tmp_path, monkeypatch, news):
     settings = {**CACHED, "weights": vit_file, "steps": 4, "cache_dir": tmp_path / "shared"}
     hpseg.train(pictures, tmp_path / "own", **{**settings, "cache_dir": None})
     hpseg.train(pictures, tmp_path / "first", **settings)
     assert (tmp_path / "own" / "features").is_dir() and not (tmp_path / "first" / "features").exists()
     monkeypatch.setattr("hpseg.models.backbone.Backbone.forward", lambda *_, **__: pytest.fail("the backbone was run"))
     hpseg.train(pictures, tmp_path / "second", **{**settings, "quiet": False})
-    assert f"features: those of all 5 photographs are in {tmp_path / 'shared'}" in capsys.readouterr().err
+    assert f"features: those of all 5 photographs are in {tmp_path / 'shared'}" in news()
     hpseg.train(pictures, tmp_path / "own", overwrite=True, **{**settings, "cache_dir": None})
     heads = [load_file(tmp_path / name / "model.safetensors") for name in ("own", "first", "second")]
     for name, value in heads[0].items():
@@ -168,7 +170,7 @@ def test_another_backbone_or_transform_is_said_and_nothing_else_is_touched(count
     old = shards(tmp_path / "features")
     for name in ("notes.txt", "model.safetensors", f"{'0' * 32}.safetensors"):  # the last has a shard's name
         save_file({"mine": torch.zeros(1)}, tmp_path / "features" / name)
-    other = Counted(load_backbone(weights=vit_file, pos_embed="dino"))
+    other = Counted(load_backbone(weights=vit_file, pos_embed="dino"), counted.news)
     other.filled(pictures, tmp_path)
     assert other.images == 5 and "(1) of pos_embed timm instead of dino; removed" in other.lines[0]
     assert not old[0].exists() and len(list((tmp_path / "features").iterdir())) == 1 + 3
@@ -191,7 +193,7 @@ def test_another_backbone_or_transform_is_said_and_nothing_else_is_touched(count
 def test_runs_share_a_folder_and_leave_each_other_alone(counted, pictures, vit_file, tmp_path):
     shared = str(tmp_path / "shared")
     counted.filled(pictures, tmp_path / "a", cache_dir=shared)
-    other = Counted(load_backbone(weights=vit_file, dtype="bf16"))
+    other = Counted(load_backbone(weights=vit_file, dtype="bf16"), counted.news)
     other.filled(pictures, tmp_path / "b", cache_dir=shared)
     assert "computed in fp32 instead of bf16; left as they are" in other.lines[0]
     counted.filled(pictures, tmp_path / "c", cache_dir=shared)
@@ -213,7 +215,7 @@ def test_two_writers_of_a_shared_folder_do_not_harm_each_other(pictures, vit_fil
 
     def fill(backbone):
         encoder = open_encoder(backbone, pictures, tmp_path, cache_dir=str(tmp_path / "shared"))
-        encoder.fill(lambda line: None)
+        encoder.fill()
         return encoder
 
     with ThreadPoolExecutor(4) as pool:
@@ -226,11 +228,11 @@ def test_two_writers_of_a_shared_folder_do_not_harm_each_other(pictures, vit_fil
 def test_what_another_process_has_made_since_is_found(vit_file, pictures, tmp_path):
     backbone = load_backbone(weights=vit_file)
     first, second = (open_encoder(backbone, pictures, tmp_path) for _ in range(2))
-    first.fill(lambda line: None)
+    first.fill()
     second.cache.problems.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "forward", lambda *_, **__: pytest.fail("the backbone was run"))
-        second.fill(lambda line: None)
+        second.fill()
     same_tokens((first.cache[i] for i in range(5)), (second.cache[i] for i in range(5)))
 
 
@@ -245,13 +247,13 @@ def test_unreadable_pictures_are_known_and_their_stand_ins_watched(counted, pict
     assert torch.equal(after.cache[1].features, after.cache[2].features)
 
 
-def test_a_killed_fill_goes_on(pictures, vit_file, tmp_path, monkeypatch, capsys):
+def test_a_killed_fill_goes_on(pictures, vit_file, tmp_path, monkeypatch, news):
     photograph = 4 * 4 * 1.6 * 41 * 4  # bytes: one a shard
     for number in range(60):
         paint(40, 40, number).save(pictures / f"x{number:02}.png")
     settings = {**CACHED, "weights": str(vit_file), "steps": 3, "workers": 1, "quiet": False}
     command = (
-        f"import hpseg, torch; from hpseg import feature_cache; feature_cache.SHARD_BYTES = {photograph}\n"
+        f"import hpseg.features.cache, torch; hpseg.features.cache.SHARD_BYTES = {photograph}\n"
         f"torch.set_num_threads(1); hpseg.train({str(pictures)!r}, {str(tmp_path / 'run')!r}, **{settings!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
@@ -266,7 +268,7 @@ def test_a_killed_fill_goes_on(pictures, vit_file, tmp_path, monkeypatch, capsys
     (folder / ".hpseg-0123456789abcdef.tmp").write_bytes(b"half")
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", photograph)
     hpseg.train(pictures, tmp_path / "run", resume=True, **settings)
-    assert f"features: {len(made)} of 65 photographs are in" in capsys.readouterr().err
+    assert any(line.startswith(f"features: {len(made)} of 65 photographs are in") for line in news())
     assert len(list(folder.iterdir())) == 65 and all(path.stat().st_mtime_ns == at for path, at in made.items())
 
 

@@ -1,6 +1,5 @@
 """The demo end to end with tiny settings, and the pictures it draws."""
 
-import argparse
 import json
 
 import numpy as np
@@ -8,14 +7,13 @@ import pytest
 from PIL import Image
 
 from hpseg import demo
+from hpseg.assets import PHOTOS
+from hpseg.cli.main import main
 from hpseg.data import procedural
-from hpseg.run.errors import UsageError
 
 
-def options(*argv):
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return parser.parse_args([str(argument) for argument in argv])
+def run(*argv):
+    return main(["demo", *(str(argument) for argument in argv)])
 
 
 def test_demo_writes_results_overlays_and_contact_sheet(tmp_path, monkeypatch, capsys, vit_file):
@@ -24,7 +22,7 @@ def test_demo_writes_results_overlays_and_contact_sheet(tmp_path, monkeypatch, c
     monkeypatch.setattr(demo, "PHOTO_SETTINGS", {**demo.PHOTO_SETTINGS, **small})
     out = tmp_path / "out"
     few = ("--seeds", 2, "--steps", 2, "--train-images", 4, "--test-images", 4)
-    demo.run(options("--out", out, *few, "--device", "cpu", "--weights", vit_file))
+    assert run("--out", out, *few, "--device", "cpu", "--weights", vit_file) == 0
 
     results = json.loads((out / "results.json").read_text())
     assert set(results["miou"]) == set(demo.METHODS) and all(len(v) == 2 for v in results["miou"].values())
@@ -32,12 +30,11 @@ def test_demo_writes_results_overlays_and_contact_sheet(tmp_path, monkeypatch, c
     assert results["miou_mean"]["trained"] == pytest.approx(np.mean(results["miou"]["trained"]))
     with Image.open(out / "contact_sheet.png") as sheet:
         assert sheet.width > 500
-    photographs = {path.name for path in demo.PHOTOS.glob("*.jpg")}
+    photographs = {path.name for path in PHOTOS.glob("*.jpg")}
     assert photographs and photographs < {path.name for path in (out / "overlays").iterdir()}
     printed = capsys.readouterr().out
     assert "seed 1" in printed and "trained head" in printed and "mean" in printed
-    with pytest.raises(UsageError, match="--out"):
-        demo.run(options("--out", out))
+    assert run("--out", out) == 2 and "hpseg demo: error: --out: " in capsys.readouterr().err
 
 
 def test_default_folder_finds_a_free_name(tmp_path, monkeypatch):
@@ -51,9 +48,9 @@ def test_default_folder_finds_a_free_name(tmp_path, monkeypatch):
     assert demo.output_folder(tmp_path / "elsewhere", False) == tmp_path / "elsewhere"
 
 
-def test_bad_numbers_are_named(tmp_path):
-    with pytest.raises(UsageError, match="--seeds"):
-        demo.run(options("--out", tmp_path / "out", "--seeds", 0))
+def test_bad_numbers_are_named(tmp_path, capsys):
+    assert run("--out", tmp_path / "out", "--seeds", 0) == 2
+    assert "hpseg demo: error: --seeds: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -251,7 +251,7 @@ def test_cached_colours_are_those_of_the_photograph(trained, photos, vit_file):
     backbone = load_backbone("embedded", vit_file)
     dataset = Fs4.open_photographs(settings(images=str(photos), crop="center"), backbone)
     encoder = Encoder(backbone, dataset, settings(images=str(photos), crop="center"), torch.device("cpu"), trained)
-    encoder.fill(lambda line: None)
+    encoder.fill()
     ((view, _),) = encoder([[(0, 0), (0, 1)]])
     pixels = torch.stack([dataset[0, index][0] for index in (0, 1)]).float() / 255
     expected = pixels.unflatten(2, (4, 8)).unflatten(4, (4, 8)).mean((3, 5)).flatten(2).transpose(1, 2)

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from hpseg.methods.lookbeyond.pair_quality import PairQuality, describe, pair_quality
+from hpseg.methods.lookbeyond.pair_quality import PairQuality, describe
 
 
 def brute_force(auxiliary, truth, images):
@@ -27,6 +27,13 @@ def brute_force(auxiliary, truth, images):
     return [*found, positives / everywhere]
 
 
+def scores_of(auxiliary, truth, clusters, classes):
+    quality = PairQuality(clusters, classes)
+    for maps in zip(auxiliary, truth, strict=True):
+        quality.add(*maps)
+    return quality.scores()
+
+
 def flat(scores):
     names = ("positive_precision", "positive_recall", "negative_precision")
     both = [scores[name] for name in names] + [scores["across_images"][name] for name in names]
@@ -39,7 +46,7 @@ def test_scores_are_those_of_all_pairs(seed):
     truth = random.integers(-1, 4, (5, 24))
     noise, near = random.integers(-1, 6, (5, 24)), truth + random.integers(0, 3, (5, 24))
     auxiliary = np.where(random.random((5, 24)) < 0.6, near, noise)
-    scores = pair_quality(list(auxiliary), list(truth))
+    scores = scores_of(auxiliary, truth, 6, 4)
     images = np.repeat(np.arange(5), 24)
     assert flat(scores) == pytest.approx(brute_force(auxiliary.ravel(), truth.ravel(), images), rel=1e-15)
     both = (auxiliary >= 0) & (truth >= 0)
@@ -50,10 +57,10 @@ def test_scores_are_those_of_all_pairs(seed):
 
 def test_true_labels_are_perfect_and_one_label_for_everything_is_not():
     truth = [np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2])]
-    perfect = pair_quality(truth, truth)
+    perfect = scores_of(truth, truth, 3, 3)
     assert flat(perfect)[:6] == [1.0] * 6
     assert perfect["positives_across_images"] == 6 / 9  # pairs of class 0: 3, 2 across; of class 1: 6, 4 across
-    one = pair_quality([np.zeros(4, int)] * 2, truth)
+    one = scores_of([np.zeros(4, int)] * 2, truth, 1, 3)
     assert one["positive_precision"] == 9 / 28 and one["positive_recall"] == 1 and one["negative_precision"] is None
     assert json.loads(json.dumps(one)) == one and "none" in describe(one)
 

@@ -1,6 +1,5 @@
 """Pre-training on a handful of pictures, and the parts it is made of."""
 
-import argparse
 import json
 
 import numpy as np
@@ -9,29 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from hpseg.cli.main import main
 from hpseg.data.procedural import random_image
 from hpseg.models.backbone import load_backbone
 from hpseg.pretraining import crops, pretrain
+from hpseg.pretraining.options import Options
 from hpseg.run.errors import UsageError
 
-TINY = [
-    "--steps",
-    "2",
-    "--batch-size",
-    "2",
-    "--width",
-    "24",
-    "--heads",
-    "3",
-    "--depth",
-    "1",
-    "--crop",
-    "32",
-    "--prototypes",
-    "16",
-    "--texture-first",
-    "0.5",
-]
+TINY = dict(steps=2, batch_size=2, width=24, heads=3, depth=1, crop=32, prototypes=16, texture_first=0.5)
 
 
 @pytest.fixture
@@ -43,25 +27,19 @@ def photos(tmp_path):
     return folder
 
 
-def options(*argv):
-    parser = argparse.ArgumentParser()
-    pretrain.add_arguments(parser)
-    return parser.parse_args([str(argument) for argument in argv])
-
-
 def test_pretrain_writes_a_backbone_and_resumes(photos, tmp_path):
     out = tmp_path / "vit.safetensors"
-    pretrain.run(options(photos, "--out", out, *TINY))
+    assert pretrain.pretrain(photos, out, **TINY)[0] == 2
     assert {tensor.dtype for tensor in load_file(out).values()} == {torch.float16}
     backbone = load_backbone("embedded", out)
     tokens = backbone(torch.zeros(1, 3, 40, 48, dtype=torch.uint8))
     assert tokens.features.shape == (1, 30, 24) and tokens.features.isfinite().all()
 
-    pretrain.run(options(photos, "--out", out, *TINY, "--steps", "4", "--resume"))
+    pretrain.pretrain(photos, out, **{**TINY, "steps": 4}, resume=True)
     assert json.loads(out.with_suffix(".json").read_text())["steps"] == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "vit.json", "vit.safetensors", "vit.state.pt"]
     with pytest.raises(UsageError, match="--resume"):
-        pretrain.run(options(photos, "--out", out, *TINY, "--width", "48", "--resume"))
+        pretrain.pretrain(photos, out, **{**TINY, "width": 48}, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -75,46 +53,46 @@ def test_pretrain_writes_a_backbone_and_resumes(photos, tmp_path):
         (["--resume"], "--resume"),
     ],
 )
-def test_bad_options_are_named(photos, tmp_path, argv, name):
-    with pytest.raises(UsageError, match=name):
-        pretrain.run(options(photos, "--out", tmp_path / "vit.safetensors", *argv))
+def test_bad_options_are_named(photos, tmp_path, argv, name, capsys):
+    assert main(["pretrain", str(photos), "--out", str(tmp_path / "vit.safetensors"), *argv]) == 2
+    assert f"hpseg pretrain: error: {name}: " in capsys.readouterr().err
 
 
 def test_bad_paths_are_named(photos, tmp_path):
     with pytest.raises(UsageError, match="no folder"):
-        pretrain.run(options(tmp_path / "none", "--out", tmp_path / "vit.safetensors"))
+        pretrain.pretrain(tmp_path / "none", tmp_path / "vit.safetensors")
     with pytest.raises(UsageError, match="safetensors"):
-        pretrain.run(options(photos, "--out", tmp_path / "vit.pt"))
+        pretrain.pretrain(photos, tmp_path / "vit.pt")
     (tmp_path / "vit.safetensors").write_bytes(b"kept")
     with pytest.raises(UsageError, match="--overwrite"):
-        pretrain.run(options(photos, "--out", tmp_path / "vit.safetensors"))
+        pretrain.pretrain(photos, tmp_path / "vit.safetensors")
     assert (tmp_path / "vit.safetensors").read_bytes() == b"kept"
 
 
 @pytest.mark.parametrize("procedural", [0.0, 0.5, 1.0])
-def test_crops_of_photographs_and_drawn_images(procedural, photos, capsys):
+def test_crops_of_photographs_and_drawn_images(procedural, photos, news):
     """As the loading process makes them; what cannot be decoded is said, and enough if all images are drawn."""
     bad = photos / "bad.png"
     bad.write_bytes(b"no picture")
-    args = options(photos, "--out", "vit.safetensors", *TINY, "--small-crops", "3", "--procedural", procedural)
-    batches = [next(iter(crops.Crops([*sorted(photos.glob("?.png")), bad], args, start))) for start in (0, 0, 1)]
+    options = Options(**TINY, small_crops=3, procedural=procedural)
+    batches = [next(iter(crops.Crops([*sorted(photos.glob("?.png")), bad], options, start))) for start in (0, 0, 1)]
     for large, small in batches:
         assert large.shape == (2, 2, 3, 32, 32) and small.shape == (3, 2, 3, 16, 16) and large.dtype == torch.uint8
         assert large.float().std() > 1
     assert torch.equal(batches[0][0], batches[1][0]) and not torch.equal(batches[0][0], batches[2][0])
-    assert capsys.readouterr().err.count(f"skipped {bad}: ") == 3
+    assert sum(line.startswith(f"skipped {bad}: ") for line in news()) == 3
     if procedural < 1:
         with pytest.raises(UsageError, match="photos: none of the 1 pictures can be decoded, for example .*bad.png"):
-            crops.Crops([bad], args, 0)
+            crops.Crops([bad], options, 0)
     else:
-        next(iter(crops.Crops([bad], args, 0)))
+        next(iter(crops.Crops([bad], options, 0)))
 
 
 def test_every_part_of_the_student_learns_and_the_teacher_does_not():
-    args = options("photos", "--out", "vit.safetensors", *TINY)
-    vit, _ = pretrain.build_vit(args)
+    options = Options(**TINY)
+    vit, _ = pretrain.build_vit(options)
     student = pretrain.Learner(vit, 16, crops.STATISTICS)
-    teacher = pretrain.Learner(pretrain.build_vit(args)[0], 16, crops.STATISTICS)
+    teacher = pretrain.Learner(pretrain.build_vit(options)[0], 16, crops.STATISTICS)
     large = torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8)
     small = torch.randint(0, 256, (2, 3, 3, 16, 16), dtype=torch.uint8)
     terms = pretrain.losses(student, teacher, large, small, 8, torch.Generator().manual_seed(0), False)

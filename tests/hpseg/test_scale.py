@@ -61,7 +61,7 @@ assert group() is None, gc.get_referrers(group())  # its threads would abort the
 
 # Two ranks that wait for one another no longer than five seconds fill a cache, one photograph a shard, then fail at it.
 FILL = """
-import datetime, sys, time, torch
+import datetime, logging, sys, time, torch
 import torch.distributed as dist
 from pathlib import Path
 from hpseg.features import cache as feature_cache
@@ -88,7 +88,11 @@ backbone.forward = slow
 dist.barrier()
 ranks = Ranks(dist.new_group(timeout=datetime.timedelta(seconds=5)))
 lines = []
-encoder.fill(lines.append, ranks)
+class Kept(logging.Handler):
+    emit = lines.append
+logging.getLogger("hpseg").addHandler(Kept())
+logging.getLogger("hpseg").setLevel(logging.INFO)
+encoder.fill(ranks)
 assert encoder.cache.missing() == [] and len(lines) == (1 if ranks.writes else 0), lines
 counts = ranks.collect(made)
 assert counts == [3, 2], counts
@@ -96,7 +100,7 @@ if ranks.rank == 1:
     feature_cache.write_atomically = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
 encoder = Encoder(backbone, dataset, config, device, folder / "again")
 try:
-    encoder.fill(lines.append, ranks)
+    encoder.fill(ranks)
 except Exception as error:
     print(ranks.rank, type(error).__name__, str(error)[:60], file=sys.stderr)
 dist.barrier()
