@@ -177,7 +177,7 @@ def test_another_backbone_or_transform_is_said_and_nothing_else_is_touched(count
 
     save_file(make_vit(seed=1).state_dict(), tmp_path / "w.safetensors")
     (tmp_path / "w.json").write_bytes(vit_file.with_suffix(".json").read_bytes())
-    weights = Counted(load_backbone(weights=tmp_path / "w.safetensors", pos_embed="dino"))
+    weights = Counted(load_backbone(weights=tmp_path / "w.safetensors", pos_embed="dino"), counted.news)
     weights.filled(pictures, tmp_path)
     fingerprints = f"backbone {other.backbone.fingerprint} instead of {weights.backbone.fingerprint}"
     assert weights.images == 5 and fingerprints in weights.lines[0]
@@ -185,7 +185,7 @@ def test_another_backbone_or_transform_is_said_and_nothing_else_is_touched(count
     assert weights.images == 5 and "interpolation bilinear, antialiased instead of nearest" in weights.lines[0]
     facts = {"arch": {**ARCH, "num_heads": 4}, "mean": [0.5] * 3, "std": [0.2] * 3}
     (tmp_path / "w.json").write_text(json.dumps(facts))
-    heads = Counted(load_backbone(weights=tmp_path / "w.safetensors", pos_embed="dino"))
+    heads = Counted(load_backbone(weights=tmp_path / "w.safetensors", pos_embed="dino"), counted.news)
     heads.filled(pictures, tmp_path)  # the same weights, read in another way
     assert heads.images == 5 and "architecture" in heads.lines[0] and "std" in heads.lines[0]
 
