@@ -17,7 +17,7 @@ from hpseg.data.datasets import LabelledSet, training_images
 from hpseg.data.few_labels import PADDING, VOID, SemiFolder, listed
 from hpseg.data.sets import cityscapes19
 from hpseg.evaluation.evaluate import evaluate
-from hpseg.export.released_checkpoints import export_hp
+from hpseg.interop.released_checkpoints import export_hp
 from hpseg.methods.dgcl.bank import Bank
 from hpseg.methods.dgcl.method import Dgcl
 from hpseg.methods.teacher_labels import cross_entropy, cutmix_masks, entropy, hard_pixels, pseudo_labels

@@ -11,7 +11,7 @@ from tiny import paint
 import hpseg
 from hpseg.cli.main import main
 from hpseg.data.transforms import to_tensor
-from hpseg.export import torch_export as exporting
+from hpseg.interop import torch_export as exporting
 from hpseg.run.errors import UsageError
 
 

@@ -31,6 +31,7 @@ from torch import distributed as dist
 import hpseg
 from hpseg.cli.main import main
 from hpseg.data.folder import _say_nothing_of_lost_connections, load_batches
+from hpseg.features.tokens import Encoder
 from hpseg.models.backbone import load_backbone
 from hpseg.run.config import Config, make_config
 from hpseg.run.errors import RunStopped, UsageError
@@ -476,7 +477,7 @@ def test_a_signal_outside_of_a_step_interrupts_at_once(photos, vit_file, run, tm
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Encoder, "fill", asked)
+        patch.setattr(Encoder, "fill", asked)
         assert main(train_words(photos, tmp_path / "run", vit_file)) == 143
         patch.setattr(labelling, "write_image", asked)
         assert main(["predict", str(run), str(photos), "--out", str(tmp_path / "out")]) == 143

@@ -12,7 +12,7 @@ from tiny import paint
 import hpkernels
 import hpseg
 from hpseg.evaluation.evaluate import evaluate
-from hpseg.export import torch_export as exporting
+from hpseg.interop import torch_export as exporting
 from hpseg.methods.fs4.context_embedding import ContextEmbedding, ContextHead, grid_positions
 from hpseg.methods.fs4.method import Fs4, PixelClusters, pooled
 from hpseg.models.backbone import Tokens

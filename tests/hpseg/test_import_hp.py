@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import hpseg
 from hpseg.cli.main import main
-from hpseg.export.released_checkpoints import CLUSTER, LINEAR, NET, export_hp, import_hp
+from hpseg.interop.released_checkpoints import CLUSTER, LINEAR, NET, export_hp, import_hp
 from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+import hpseg
 from tests.imports import circle, imports_of
 
 # From the bottom up. A room imports from its own and from those in the lines above, never from one beside it.
@@ -17,7 +18,7 @@ ORDER = [
     {"inference"},  # its heads come from methods
     {"evaluation"},
     {"training"},  # previews and selection look through inference and evaluation
-    {"export", "pretraining"},
+    {"interop", "pretraining"},
     {"demo"},
     {"cli"},
     {"__main__", "hpseg"},  # the public names
@@ -32,6 +33,11 @@ def room_of(module):
 
 def test_every_room_has_its_place():
     assert {room_of(module) for module in imports_of("hpseg")} == set(RANKS)
+
+
+def test_no_room_hides_a_public_name():
+    """Importing hpseg.<room> sets hpseg's attribute of that name to the package."""
+    assert not set(RANKS) & set(hpseg.__all__)
 
 
 def test_no_import_runs_upwards():
