@@ -1,7 +1,7 @@
 """The command line: `hpseg VERB ...`. A verb's arguments and what it runs stand together in the module named here.
 
 Such a module has `add_arguments(parser)` and `run(args) -> exit status or None`; it is imported when its verb is asked
-for, and those of hpseg.cli import nothing heavy before they run, so that help and mistakes are answered at once.
+for, and imports nothing heavy before it runs, so that help and mistakes are answered at once.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from hpseg.evaluation import evaluate as evaluation
 from hpseg.evaluation.metrics import confusion, score
 from hpseg.inference.segmenter import label_map
 
-BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data"
+BESIDE = Path(__file__).resolve().parents[4] / "shared" / "data"
 SAMPLES = Path(os.environ.get("HPSEG_TEST_DATA", BESIDE)) / "cocostuff182_samples"
 SIZES = ((61, 43), (40, 97), (33, 32))  # (width, height), none of them whole patches
 

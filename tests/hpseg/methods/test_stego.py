@@ -18,7 +18,7 @@ from hpseg.run.config import make_config
 from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import ALONE, Share
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
 
 @pytest.mark.parametrize("name", ("pointwise", "stabilize"))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import assert_same, state_of
 from safetensors.torch import load_file
-from test_training import assert_same, state_of
 from tiny import SMALL, paint
 
 import hpseg

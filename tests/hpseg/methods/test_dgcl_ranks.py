@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
-from test_dgcl import TINY, data  # noqa: F401  (a fixture)
-from test_scale import TOLERANCE, TORCHRUN, finish, needs_gloo, spawn
-from test_training import state_of
+from processes import TORCHRUN, finish, needs_gloo, spawn
+from runs import TOLERANCE, state_of
+from tiny import DGCL
 
 import hpseg
 from hpseg.run.errors import UsageError
@@ -75,8 +75,8 @@ torch.distributed.destroy_process_group()
 
 
 @needs_gloo
-def test_two_ranks(data, vit_file, tmp_path):  # noqa: F811
-    common = {**TINY, "weights": str(vit_file), "save_every": 8}
+def test_two_ranks(data, vit_file, tmp_path):
+    common = {**DGCL, "weights": str(vit_file), "save_every": 8}
     supervised = {**common, "steps": 8, "supervised_share": 1.0, "ohem_pixels": 1, "ohem_probability": 1.0}
     contrast = {"steps": 12, "dropout": 0.0, "contrast_grad_scale": 0.5, "bank_rows": 30, "bank_inserts": 15}
     cases = {
@@ -116,7 +116,7 @@ def test_two_ranks(data, vit_file, tmp_path):  # noqa: F811
             assert float(row["supervised"]) == pytest.approx(float(other["supervised"]), rel=2e-5) != 0
 
 
-def test_uneven_batches_are_an_error(data, vit_file, tmp_path, monkeypatch):  # noqa: F811
+def test_uneven_batches_are_an_error(data, vit_file, tmp_path, monkeypatch):
     class Three(Ranks):
         def __init__(self):
             super().__init__()
@@ -125,7 +125,7 @@ def test_uneven_batches_are_an_error(data, vit_file, tmp_path, monkeypatch):  # 
     monkeypatch.setattr("hpseg.runtime.distributed.ALONE", Three())
     monkeypatch.setattr(Ranks, "collect", lambda ranks, value: [value])
     with pytest.raises(UsageError, match="batch_size: method dgcl expects as many pictures on every rank, got 8 for 3"):
-        hpseg.train(data, tmp_path / "run", weights=vit_file, steps=2, **{**TINY, "labeled": "1/3"})
+        hpseg.train(data, tmp_path / "run", weights=vit_file, steps=2, **{**DGCL, "labeled": "1/3"})
 
 
 def test_rows_of_one_process_are_its_own():

@@ -1,5 +1,7 @@
 """Training from a folder to a run folder, and going on after a kill as if nothing had happened."""
 
+from __future__ import annotations
+
 import csv
 import json
 import os
@@ -12,49 +14,12 @@ import time
 
 import pytest
 import torch
+from runs import assert_same, state_of
 from safetensors.torch import load_file, save_file
 from tiny import SMALL, make_vit, paint
 
 import hpseg
 from hpseg.run.errors import RunStopped, UsageError
-
-
-def state_of(run):
-    return torch.load(run / "state.pt", weights_only=True)
-
-
-def train_until(step, method, images, out, /, **settings):
-    """A run that is stopped by an error in step `step` of `method`, a class, after its optimisers."""
-
-    class Stop(Exception):
-        pass
-
-    follow_up = method.follow_up
-
-    def stopping(self, now):
-        if now == step:
-            raise Stop
-        follow_up(self, now)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(method, "follow_up", stopping)
-        hpseg.train(images, out, **settings)
-
-
-def assert_same(a, b, where=""):
-    """Bitwise equality through dictionaries, lists and tensors."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 def test_five_pictures_twenty_steps(run):

@@ -1,4 +1,4 @@
-"""Two thousand steps: `pytest -m slow tests/hpseg/test_soak.py`. Prints memory and open files over the run."""
+"""Two thousand steps: `pytest -m slow tests/hpseg/training/test_soak.py`. Prints memory and open files over the run."""
 
 from __future__ import annotations
 

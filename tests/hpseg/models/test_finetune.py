@@ -7,10 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from runs import assert_same, state_of, train_until
 from safetensors.torch import load_file, save_file
-from test_dgcl import SETTINGS, TINY, data  # noqa: F401  (a fixture)
-from test_training import assert_same, state_of, train_until
-from tiny import make_vit
+from tiny import DGCL, DGCL_SETTINGS, make_vit
 
 import hpseg
 from hpseg.cli.main import main
@@ -21,18 +20,18 @@ from hpseg.models.finetune import parameter_groups, predicting, trainable
 from hpseg.run.config import make_config
 from hpseg.run.errors import UsageError
 
-TUNED = {**TINY, "finetune": True, "backbone_lr": 0.05}
+TUNED = {**DGCL, "finetune": True, "backbone_lr": 0.05}
 
 
 @pytest.fixture(scope="module")
-def tuned(data, vit_file, tmp_path_factory):  # noqa: F811
+def tuned(data, vit_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("tuned") / "run"
     hpseg.train(data, out, weights=vit_file, steps=12, save_every=6, **TUNED)
     return out
 
 
 def config(**changes):
-    return make_config(**{**SETTINGS, "finetune": True, **changes})
+    return make_config(**{**DGCL_SETTINGS, "finetune": True, **changes})
 
 
 def test_a_trainable_copy_has_gradients_of_every_weight(vit_file):
@@ -82,7 +81,7 @@ def _loaded(model):
     return vit
 
 
-def test_prediction_is_of_the_trained_backbone(tuned, data, tmp_path):  # noqa: F811
+def test_prediction_is_of_the_trained_backbone(tuned, data, tmp_path):
     segmenter, model = hpseg.load(tuned), load_file(tuned / "model.safetensors")
     images = torch.randint(256, (1, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     features = Backbone(_loaded(model), "", (0.5,) * 3, (0.25,) * 3)(images).features
@@ -130,7 +129,7 @@ def test_a_timm_name_needs_no_weights_to_predict(tuned, vit_file, monkeypatch):
     assert torch.equal(found.vit.norm.bias, trained.vit.norm.bias.detach()) and not found.vit.norm.bias.requires_grad
 
 
-def test_resumes_bitwise(tuned, data, vit_file, tmp_path):  # noqa: F811
+def test_resumes_bitwise(tuned, data, vit_file, tmp_path):
     settings = dict(weights=vit_file, steps=12, save_every=6, **TUNED)
     train_until(8, Dgcl, data, tmp_path / "cut", **settings)
     assert state_of(tmp_path / "cut")["step"] == 6
@@ -140,7 +139,7 @@ def test_resumes_bitwise(tuned, data, vit_file, tmp_path):  # noqa: F811
     assert_same(*(load_file(run / "model.safetensors") for run in (tuned, tmp_path / "cut")))
 
 
-def test_bf16_trains_in_fp32_weights(data, vit_file, tmp_path):  # noqa: F811
+def test_bf16_trains_in_fp32_weights(data, vit_file, tmp_path):
     hpseg.train(data, tmp_path / "run", weights=vit_file, steps=3, dtype="bf16", **TUNED)
     model = load_file(tmp_path / "run" / "model.safetensors")
     assert all(x.dtype == torch.float32 for name, x in model.items() if name.startswith("backbone."))

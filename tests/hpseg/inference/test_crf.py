@@ -10,7 +10,7 @@ import torch
 
 from hpseg.inference.crf import _Filter, dense_crf
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
 
 @pytest.mark.parametrize("number", (0, 1))

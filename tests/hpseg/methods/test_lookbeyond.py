@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import DRIVER, TORCHRUN, finish, needs_gloo, spawn
+from runs import TOLERANCE, assert_same, moments, state_of, train_until
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_dgcl import data  # noqa: F401  (the same twelve pictures)
-from test_scale import DRIVER, TOLERANCE, TORCHRUN, finish, moments, needs_gloo, spawn
-from test_training import assert_same, state_of, train_until
 from torch.nn import functional as F
 
 import hpseg
@@ -124,7 +123,7 @@ def test_rates_fall_in_both_stages():
     assert found == pytest.approx([1, 0.5**0.9, 0.1, 0.1 * 0.5**0.9])
 
 
-def test_auxiliary_labels_are_the_clusters_of_the_features(data, vit_file, tmp_path):  # noqa: F811
+def test_auxiliary_labels_are_the_clusters_of_the_features(data, vit_file, tmp_path):
     """From whole photographs, with the right share of outliers; a damaged or foreign file is made anew."""
     settings = {**UNLABELLED, "weights": vit_file, "steps": 1, "outliers": 0.25, "outlier_scope": "global"}
     hpseg.train(data, tmp_path / "run", **settings)
@@ -151,7 +150,7 @@ def test_auxiliary_labels_are_the_clusters_of_the_features(data, vit_file, tmp_p
     assert AuxiliaryLabels.open(tmp_path / "bad", recipe) is None
 
 
-def test_labels_are_learned_and_scored_without_matching(data, vit_file, tmp_path):  # noqa: F811
+def test_labels_are_learned_and_scored_without_matching(data, vit_file, tmp_path):
     hpseg.train(data, tmp_path / "run", weights=vit_file, steps=80, **TINY)
     log = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
     contrast, supervised = ([float(row[log[0].index(name)]) for row in log[1:]] for name in LookBeyond.TERMS)
@@ -163,7 +162,7 @@ def test_labels_are_learned_and_scored_without_matching(data, vit_file, tmp_path
     assert scores["images"] == 3 and scores["positive_precision"] > 0.4 and scores["labels_used"] == 6
 
 
-def test_without_labels_kmeans_makes_the_clusters(data, vit_file, tmp_path):  # noqa: F811
+def test_without_labels_kmeans_makes_the_clusters(data, vit_file, tmp_path):
     hpseg.train(data / "images", tmp_path / "run", weights=vit_file, steps=20, **UNLABELLED)
     assert not (tmp_path / "run" / "label_quality.json").exists()
     assert hpseg.load(tmp_path / "run", device="cpu").config.labels_used is None
@@ -172,7 +171,7 @@ def test_without_labels_kmeans_makes_the_clusters(data, vit_file, tmp_path):  # 
 
 
 @pytest.mark.parametrize("stop", (3, 9, 20))
-def test_resumes_bitwise(stop, data, vit_file, tmp_path, monkeypatch):  # noqa: F811
+def test_resumes_bitwise(stop, data, vit_file, tmp_path, monkeypatch):
     """Stopped before the first checkpoint, in the first stage, in the second; labels are not made a second time."""
     settings = dict(weights=vit_file, steps=24, save_every=6, **TINY)
     hpseg.train(data, tmp_path / "straight", **settings)
@@ -184,7 +183,7 @@ def test_resumes_bitwise(stop, data, vit_file, tmp_path, monkeypatch):  # noqa: 
     assert_same(state_of(tmp_path / "straight"), state_of(tmp_path / "cut"))
 
 
-def test_labels_that_were_lost_are_made_again_or_refused(data, vit_file, tmp_path):  # noqa: F811
+def test_labels_that_were_lost_are_made_again_or_refused(data, vit_file, tmp_path):
     settings = dict(weights=vit_file, save_every=2, **TINY)
     hpseg.train(data, tmp_path / "run", steps=4, **settings)
     (tmp_path / "run" / FILE).unlink()
@@ -195,7 +194,7 @@ def test_labels_that_were_lost_are_made_again_or_refused(data, vit_file, tmp_pat
         hpseg.train(data, tmp_path / "run", steps=4, resume=True, **settings)
 
 
-def test_the_backbone_is_trained_and_resumed(data, vit_file, tmp_path, monkeypatch):  # noqa: F811
+def test_the_backbone_is_trained_and_resumed(data, vit_file, tmp_path, monkeypatch):
     """Auxiliary labels stay those of the backbone as it was."""
     settings = dict(weights=vit_file, steps=8, save_every=3, finetune=True, backbone_lr=1e-3, **TINY)
     hpseg.train(data, tmp_path / "straight", **settings)
@@ -212,7 +211,7 @@ def test_the_backbone_is_trained_and_resumed(data, vit_file, tmp_path, monkeypat
 
 
 @needs_gloo
-def test_two_ranks_make_the_gradients_of_one_process(data, vit_file, tmp_path):  # noqa: F811
+def test_two_ranks_make_the_gradients_of_one_process(data, vit_file, tmp_path):
     """Of both stages, with dropout and a trained backbone; auxiliary labels from features that the ranks shared."""
     common = {**TINY, "weights": str(vit_file), "dropout": 0.2, "steps": 1, "finetune": True}
     cases = {
@@ -244,13 +243,13 @@ def test_two_ranks_make_the_gradients_of_one_process(data, vit_file, tmp_path): 
                 assert (one[key] - two[key]).abs().max() <= allowed, (name, key)
 
 
-def test_labels_alone_need_no_clusters(data, vit_file, tmp_path):  # noqa: F811
+def test_labels_alone_need_no_clusters(data, vit_file, tmp_path):
     hpseg.train(data, tmp_path / "run", weights=vit_file, steps=3, fine_tune_share=1.0, **TINY)
     assert not (tmp_path / "run" / FILE).exists()
 
 
 @pytest.mark.parametrize("stride", (0, 16))
-def test_a_convolutional_extractor(stride, data, vit_file, tmp_path):  # noqa: F811
+def test_a_convolutional_extractor(stride, data, vit_file, tmp_path):
     import timm
 
     torch.manual_seed(0)
@@ -298,6 +297,6 @@ def test_extractors_that_cannot_be(tmp_path, monkeypatch):
         (dict(extractor_stride=8, extractor="embedded"), "extractor_stride"),
     ],
 )
-def test_errors_name_the_setting(change, named, data, vit_file, tmp_path):  # noqa: F811
+def test_errors_name_the_setting(change, named, data, vit_file, tmp_path):
     with pytest.raises(UsageError, match=f"^{named}"):
         hpseg.train(data, tmp_path / "run", weights=vit_file, steps=2, **{**TINY, **change})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import assert_same, state_of, train_until
+from runs import assert_same, state_of, train_until
 from tiny import paint
 
 import hpkernels

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_datasets import halves, save_ids, save_photo
-from test_training import assert_same, state_of, train_until
+from runs import assert_same, state_of, train_until
+from tiny import DGCL, DGCL_SETTINGS
 from torch.nn import functional as F
+from trees import COLOURS, halves, save_ids, save_photo
 
 import hpkernels
 import hpseg
@@ -24,37 +24,9 @@ from hpseg.methods.teacher_labels import cross_entropy, cutmix_masks, entropy, h
 from hpseg.run.config import make_config
 from hpseg.run.errors import UsageError
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
-COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220]], np.uint8)
-TINY = dict(
-    method="dgcl", labeled="1/4", classes=3, batch_size=4, size=32, predict_size=48, dim=16, bank_rows=60,
-    bank_inserts=20, anchors=10, positives=8, contrast_negatives=32, supervised_share=0.1, lr=0.1, workers=0,
-    device="cpu", quiet=True,
-)  # fmt: skip
-SETTINGS = {name: value for name, value in TINY.items() if name != "quiet"} | {"images": "x"}
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Twelve pictures of three colours in blocks, and their label maps; classes 0 to 2 in all of them."""
-    root = tmp_path_factory.mktemp("blocks")
-    for i in range(12):
-        random = np.random.default_rng(i)
-        labels = random.permuted(np.arange(9) % 3).reshape(3, 3).repeat(16, 0).repeat(16, 1).astype(np.uint8)
-        noise = random.integers(-25, 25, (48, 48, 3))
-        for folder, picture in (
-            ("images", np.clip(COLOURS[labels] + noise, 0, 255).astype(np.uint8)),
-            ("labels", labels),
-        ):
-            (root / folder).mkdir(exist_ok=True)
-            Image.fromarray(picture).save(root / folder / f"{i}.png")
-    return root
-
-
-@pytest.mark.skipif(
-    not GOLDEN.is_dir(),
-    reason="golden numbers are beside the checkout only, in ../shared/golden",
-)
 @pytest.mark.parametrize("number", [0, 1])
 def test_bank_gives_golden_densities(number):
     golden = np.load(GOLDEN / f"dgcl_density_{number}.npz")
@@ -121,7 +93,7 @@ def test_cutmix_pastes_half_of_the_picture_half_of_the_time():
 
 def test_contrast_is_the_published_formula():
     """One class, everything in the anchors: against the formula in fp64."""
-    config = make_config(**{**SETTINGS, "dim": 6, "temperature": 0.5})
+    config = make_config(**{**DGCL_SETTINGS, "dim": 6, "temperature": 0.5})
     method = Dgcl(8, config)
     random = torch.Generator().manual_seed(2)
     for label in range(3):
@@ -147,7 +119,7 @@ def test_contrast_is_the_published_formula():
 
 
 def test_teacher_copies_then_averages():
-    config = make_config(**{**SETTINGS, "steps": 100})
+    config = make_config(**{**DGCL_SETTINGS, "steps": 100})
     method = Dgcl(8, config)
     teacher, student = method.clusters.weight, method.student["clusters"].weight
     torch.nn.init.ones_(student)
@@ -219,13 +191,13 @@ def test_only_listed_labels_are_opened(data, vit_file, tmp_path):
     for path in (root / "labels").iterdir():
         if path.stem not in ("3", "7"):
             path.write_bytes(b"no picture")
-    settings = {**TINY, "labeled": str(tmp_path / "list")}
+    settings = {**DGCL, "labeled": str(tmp_path / "list")}
     hpseg.train(root, tmp_path / "run", weights=vit_file, steps=3, **settings)
     assert len(training_images(str(root), None)[0]) == 12  # label maps are no photographs
 
 
 def test_beats_chance_without_matching(data, vit_file, tmp_path):
-    hpseg.train(data, tmp_path / "run", weights=vit_file, steps=60, **TINY)
+    hpseg.train(data, tmp_path / "run", weights=vit_file, steps=60, **DGCL)
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert float(log[-1].split(",")[log[0].split(",").index("contrast")]) > 0
     with pytest.raises(UsageError, match="run: .* has a classifier learned from labels"):
@@ -237,7 +209,7 @@ def test_beats_chance_without_matching(data, vit_file, tmp_path):
 
 def test_resumes_bitwise(data, vit_file, tmp_path):
     """Stopped between two checkpoints with a bank in use; the state, bank and teacher in it, ends the same."""
-    settings = dict(weights=vit_file, steps=24, save_every=6, **TINY)
+    settings = dict(weights=vit_file, steps=24, save_every=6, **DGCL)
     hpseg.train(data, tmp_path / "straight", **settings)
 
     train_until(20, Dgcl, data, tmp_path / "cut", **settings)
@@ -261,7 +233,7 @@ def test_resumes_bitwise(data, vit_file, tmp_path):
 )
 def test_errors_name_the_setting(change, named, data, vit_file, tmp_path):
     with pytest.raises(UsageError, match=f"^{named}"):
-        hpseg.train(data, tmp_path / "run", weights=vit_file, steps=2, **{**TINY, **change})
+        hpseg.train(data, tmp_path / "run", weights=vit_file, steps=2, **{**DGCL, **change})
 
 
 def test_lists_of_both_families_on_disk(tmp_path):
@@ -325,7 +297,7 @@ def test_classes_of_the_cityscapes_benchmark():
 
 
 def test_contrast_begins_with_the_classes_that_are_full():
-    config = make_config(**{**SETTINGS, "dim": 6, "contrast_by_class": True, "contrast_background": -1})
+    config = make_config(**{**DGCL_SETTINGS, "dim": 6, "contrast_by_class": True, "contrast_background": -1})
     method, random = Dgcl(8, config), torch.Generator().manual_seed(5)
     features, projections = (torch.randn(80, 6, generator=random) for _ in range(2))
     labels = torch.tensor([1] * 40 + [2] * 40)
