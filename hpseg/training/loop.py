@@ -61,8 +61,8 @@ def train(
     """Trains on the photographs in `images` and writes the run folder `out`; returns its results.
 
     images: a folder, searched recursively, or the name of a data set (hpseg.data.datasets.NAMES) found in `root`.
-    quiet: no progress bar and no news in the log. News are INFO of the loggers below "hpseg"; without a terminal, which
-    has the bar, a program that wants them calls `logging.basicConfig(level=logging.INFO)` before.
+    quiet: no progress bar and no news. News are INFO records of the loggers below "hpseg"; a program sees them after
+    `logging.basicConfig(level=logging.INFO)`, and warnings in any case.
     settings: fields of `hpseg.run.config.Config`, for example classes=8, steps=400.
     resume: goes on with the run in `out`, if there is one. Settings that decide the result may then be left out, and
     must be the run's own if given.
