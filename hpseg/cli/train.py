@@ -12,8 +12,6 @@ from hpseg.run.settings.shared import RunSettings
 
 KINDS = {"int": int, "float": float}
 METAVARS = {"preset": "NAME"}  # of more choices than a line holds
-
-
 OVER_PRESETS = "Flags override the preset; a larger --preset has defaults of its own."
 
 

@@ -154,4 +154,4 @@ def test_a_config_goes_through_pickle_and_replace():
     assert dataclasses.replace(config, steps=3).steps == 3
     with pytest.raises(UsageError, match=r"lr: expected at least 0, got -1$"):
         make_config(lr=-1)
-    assert isinstance(make_config(lr=1).lr, float)
+    assert isinstance(make_config(lr=1).lr, float) and make_config(steps=10**400).steps == 10**400

@@ -68,7 +68,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
         if bounded and not low <= value <= high:
             expected = f"at least {low}" if high == math.inf else f"a number in [{low}, {high}]"
             raise UsageError(f"{field.name}: expected {expected}, got {given}")
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{field.name}: expected a finite number, got {value}")
         if not value > rules["above"]:
             raise UsageError(f"{field.name}: expected a number above {rules['above']}, got {value}")

@@ -132,8 +132,7 @@ class HeadSettings:
         methods=("hp", "stego"),
     )
     temperature: float = setting(
-        "temperature of the contrast; Hidden Positives publishes 0.8 for COCO-Stuff, 0.6 for "
-        "Cityscapes, 0.4 for Potsdam",
+        "temperature of the contrast; Hidden Positives publishes 0.8, 0.6, 0.4 for COCO-Stuff, Cityscapes, Potsdam",
         0.8,
         above=0,
         methods=("hp", "dgcl", "lookbeyond"),
