@@ -32,6 +32,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     for verb in VERBS:
         assert f"usage: hpseg {verb} " in help_of(verb)
     assert "--batch-size" in help_of("train") and "--resume" in help_of("train")
+    assert "--pixel-balance" in help_of("train", "--help-all")
 
 
 def test_train_predict_and_errors(photos, vit_file, tmp_path, capsys):
