@@ -6,6 +6,7 @@
 
 #include "cpu/runtime/isa.h"
 #include "cpu/runtime/memory.h"
+#include "shared/source_hash.h"
 
 namespace hpk {
 namespace {
@@ -23,6 +24,7 @@ Registrar::Registrar(BindFunction bind) { registered().push_back(bind); }
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of hpkernels. Raw pointers: call them through hpkernels.ops.";
+  m.attr("source_hash") = hpk::kSourceHash;
   m.def("isa", [] { return hpk::isa_name(hpk::isa()); }, "The instruction set in use.");
   m.def("isas", &hpk::supported_isas, "The instruction sets this machine and this build support, oldest first.");
   m.def("set_isa", &hpk::set_isa, py::arg("name"), "Use the named instruction set from now on (tests and benchmarks).");

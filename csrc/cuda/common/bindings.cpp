@@ -3,6 +3,8 @@
 
 #include <vector>
 
+#include "shared/source_hash.h"
+
 namespace hpk::gpu {
 
 static std::vector<BindFunction>& registered() {
@@ -15,5 +17,6 @@ Registrar::Registrar(BindFunction bind) { registered().push_back(bind); }
 }  // namespace hpk::gpu
 
 PYBIND11_MODULE(_cuda, m) {
+  m.attr("source_hash") = hpk::kSourceHash;
   for (auto bind : hpk::gpu::registered()) bind(m);
 }
