@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SUFFIX = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-TILE = 128  # rows and columns of a tile, csrc/cuda/tile.cuh
+TILE = 128  # rows and columns of a tile, csrc/cuda/common/tile.cuh
 
 
 def require_supported(**tensors: Tensor | None) -> None:
