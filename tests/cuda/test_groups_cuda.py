@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpkernels.ops.common import cuda as helpers
+from hpkernels.ops.common import gpu as helpers
 from hpkernels.ops.group_lse import reference
 from tests.backend_checks import check_label_loss
 from tests.cuda.guard import before_guard_page
