@@ -5,8 +5,8 @@
 #include <iostream>
 #include <string>
 
-#include "cpu/memory.h"
-#include "cpu/thread_pool.h"
+#include "cpu/runtime/memory.h"
+#include "cpu/runtime/thread_pool.h"
 
 int main(int, char** arguments) {
   const std::string fault = arguments[1];

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import results as tidy
+from benchmarks.markdown import markdown
 from benchmarks.plan import BACKENDS, OURS
 
 ROWS = 50176
@@ -106,8 +107,6 @@ def table(run: dict) -> list[list[str]]:
 
 
 def render(run: dict) -> str:
-    from benchmarks.report import markdown
-
     v, setting = run["versions"], run["setting"]
     where = f"{v.get('gpu', v['cpu'])}, {setting['dtype']}, commit {run['commit']}, {run['date']}"
     return f"Marks ({where}):\n\n" + markdown(["mark", "required", "by", "measured", "met"], table(run))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks import marks, plots, stages
 from benchmarks import results as tidy
+from benchmarks.markdown import markdown
 from benchmarks.plan import CASES, CEILING_TITLES, OURS, STAGES
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -58,11 +59,6 @@ def rewrite_readme(readme: Path, folder: Path) -> None:
     tail = rest.split(END, 1)[1]
     blocks = [summary(run, folder, readme) for run in runs.values()]
     readme.write_text("\n\n".join([head + BEGIN, *blocks, END]) + tail)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines)
 
 
 def _heading(run: dict) -> str:

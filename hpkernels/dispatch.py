@@ -9,7 +9,9 @@ less: it is what torch makes of the equations, so its products round as torch's 
 place of a row among others, and its backward pass takes part in autocast if called inside of it, as torch advises
 against. In return it can be differentiated any number of times and followed by torch.func.
 
-An explicit `backend=` wins, then the environment variable HPKERNELS_BACKEND, then the device's default.
+An explicit `backend=` wins, then the environment variable HPKERNELS_BACKEND, then the device's default. In a source
+tree an extension that was not built, or was built from other sources, is an error where it would be the default: the
+reference, many times slower, does not silently take its place.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from types import ModuleType
 
 import torch
+
+from hpkernels.common.sources import ROOT, in_source_tree, source_hash
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
@@ -39,12 +44,26 @@ def _missing(extension: str, remedy: str) -> str | None:
     return None
 
 
+def _stale(extension: str) -> str | None:
+    """Of an extension that is there: whether it was built from other sources than those beside this package."""
+    name = f"hpkernels.{extension}"
+    built = sys.modules.get(name)
+    if built is None or not in_source_tree() or getattr(built, "source_hash", None) == source_hash(extension):
+        return None
+    return f"the extension {name} was not built from csrc/ as it is now: {_BUILD}"
+
+
+_BUILD = f"run `pip install .` or `pip install -e .` in {ROOT}"
+_BUILD_CPU = _BUILD if in_source_tree() else "reinstall with a C++17 compiler"
+_BUILD_CUDA = "reinstall with a CUDA compiler and without HPKERNELS_CUDA=0"
 # Found out once, at import: torch.compile traces through choose() and must see constants.
 MISSING = {
-    "cpu": _missing("_cpu", "reinstall with a C++17 compiler"),
+    "cpu": _missing("_cpu", _BUILD_CPU) or _stale("_cpu"),
     "triton": None if importlib.util.find_spec("triton") else "the triton package is not installed",
-    "cuda": _missing("_cuda", "reinstall with a CUDA compiler and without HPKERNELS_CUDA=0"),
+    "cuda": _missing("_cuda", _BUILD_CUDA) or _stale("_cuda"),
 }
+# The reasons that are errors. hpkernels._cuda is not among them where it is merely missing: it need not be built.
+_TO_BUILD = tuple(reason for reason in MISSING.values() if reason and _BUILD in reason)
 # The type of the tensors that hpkernels._cuda takes: the tests have one for the host.
 _cuda_takes = "cuda"
 
@@ -128,7 +147,10 @@ def _not_for_float64(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
 
 
 def choose(device: torch.device, backend: str | None = None, *tensors: torch.Tensor | None) -> str:
-    """The backend for these tensors on `device`. Raises ValueError with the reason if the one asked for cannot run."""
+    """The backend for these tensors on `device`. Raises ValueError with the reason if the one asked for cannot run.
+
+    Raises ImportError if none was asked for and the default has to be built first.
+    """
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     asked, source = backend, "backend"
@@ -140,8 +162,11 @@ def choose(device: torch.device, backend: str | None = None, *tensors: torch.Ten
             raise ValueError(f"{source}: {asked!r} cannot be used here: {reason}")
         return asked
     for candidate in _DEFAULTS.get(device.type, ("reference",)):
-        if why_not(candidate, device, *tensors) is None:
+        reason = why_not(candidate, device, *tensors)
+        if reason is None:
             return candidate
+        if reason in _TO_BUILD:
+            raise ImportError(reason)
     return "reference"
 
 

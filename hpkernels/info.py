@@ -52,7 +52,7 @@ def _lines() -> list[str]:
         for folder, names in OPS.items():
             try:
                 chosen = dispatch.choose(device)
-            except ValueError as error:
+            except (ValueError, ImportError) as error:
                 chosen = f"none ({error})"
             lines.append(f"  {folder} ({', '.join(names)}): {chosen}")
         for backend in dispatch.BACKENDS:

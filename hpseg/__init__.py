@@ -16,9 +16,9 @@ _HOMES = {
     "Segmenter": "hpseg.inference.segmenter",
     "predict_files": "hpseg.inference.predict_files",
     "show": "hpseg.inference.sheet",
-    "export": "hpseg.export.torch_export",
-    "import_hp": "hpseg.export.released_checkpoints",
-    "export_hp": "hpseg.export.released_checkpoints",
+    "export": "hpseg.interop.torch_export",
+    "import_hp": "hpseg.interop.released_checkpoints",
+    "export_hp": "hpseg.interop.released_checkpoints",
     "evaluate": "hpseg.evaluation.evaluate",
     "Config": "hpseg.run.config",
     "UsageError": "hpseg.run.errors",
@@ -28,14 +28,14 @@ __all__ = list(_HOMES)
 if TYPE_CHECKING:
     from hpkernels import __version__ as __version__
     from hpseg.evaluation.evaluate import evaluate as evaluate
-    from hpseg.export.released_checkpoints import export_hp as export_hp
-    from hpseg.export.released_checkpoints import import_hp as import_hp
-    from hpseg.export.torch_export import export as export
     from hpseg.inference.pictures import overlay as overlay
     from hpseg.inference.predict_files import predict_files as predict_files
     from hpseg.inference.segmenter import Segmenter as Segmenter
     from hpseg.inference.segmenter import load as load
     from hpseg.inference.sheet import show as show
+    from hpseg.interop.released_checkpoints import export_hp as export_hp
+    from hpseg.interop.released_checkpoints import import_hp as import_hp
+    from hpseg.interop.torch_export import export as export
     from hpseg.run.config import Config as Config
     from hpseg.run.errors import UsageError as UsageError
     from hpseg.training.loop import train as train

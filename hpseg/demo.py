@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from hpseg.assets import PHOTOS
 from hpseg.run.errors import UsageError
 from hpseg.run.files import require_folder
 
 TEXTURES = ("stripes", "checks", "dots", "bricks", "cells", "grain")
-PHOTOS = Path(__file__).parent / "assets" / "photos"
 SIDE = 160  # of a mosaic, in pixels
 REGIONS = 5  # of a mosaic
 # On top of the preset for small folders, the learning rate and temperature of the published runs: here they do better.
@@ -28,20 +29,6 @@ MOSAIC_SETTINGS = dict(size=SIDE, predict_size=SIDE, classes=len(TEXTURES), crop
 PHOTO_SETTINGS = dict(size=224, predict_size=224, classes=6, batch_size=4, **PUBLISHED)
 SHOWN = ("usgov_19064748793", "usgov_33887522274", "usgov_18124840932", "chelsea")  # in the contact sheet
 METHODS = {"kmeans_rgb": "k-means, RGB", "kmeans_features": "k-means, frozen features", "trained": "trained head"}
-
-
-def add_arguments(parser):
-    """Declare the options of `hpseg demo` on an argparse parser."""
-    add = parser.add_argument
-    add("--out", type=Path, help="folder to write (default: demo, or the first free of demo-2, demo-3, ...)")
-    add("--overwrite", action="store_true", help="write into a non-empty --out")
-    add("--seeds", type=int, default=3, help="independent repetitions: mosaics, training and k-means (default 3)")
-    add("--steps", type=int, default=200, help="training steps of each run (default 200)")
-    add("--train-images", type=int, default=64, help="mosaics to train on, per seed")
-    add("--test-images", type=int, default=24, help="mosaics to score on, per seed")
-    add("--backbone", default="embedded", help="'embedded' or any timm ViT, such as vit_small_patch8_224.dino")
-    add("--weights", type=Path, help="local checkpoint for the backbone")
-    add("--device", default="auto")
 
 
 def output_folder(out: Path | None, overwrite: bool) -> Path:
@@ -135,30 +122,39 @@ def pictures(run: Path, train_images: Path, files: list[Path], labels: Path | No
     ]
 
 
-def run(args) -> None:
-    """Do everything `hpseg demo` does; prints the table and leaves results.json, contact_sheet.png and overlays/."""
+def demo(
+    out: Path | None,
+    *,
+    overwrite: bool,
+    seeds: int,
+    steps: int,
+    train_images: int,
+    test_images: int,
+    backbone: str,
+    weights: Path | None,
+    device: str,
+    scored: Callable[[int, dict], None],
+) -> tuple[Path, dict]:
+    """Does everything `hpseg demo` does; leaves results.json, contact_sheet.png and overlays/ in a folder and returns
+    it, with the results. scored: called with each seed and its scores as soon as there are any."""
     from hpseg.evaluation.evaluate import evaluate
     from hpseg.inference.pictures import contact_sheet
     from hpseg.training.loop import train
 
-    for name in ("seeds", "steps", "train_images", "test_images"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    started, out = time.perf_counter(), output_folder(args.out, args.overwrite)
-    common = dict(
-        steps=args.steps, backbone=args.backbone, weights=args.weights, device=args.device, overwrite=args.overwrite
-    )
+    counts = {"seeds": seeds, "steps": steps, "train-images": train_images, "test-images": test_images}
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"--{name}: expected at least 1, got {count}")
+    started, out = time.perf_counter(), output_folder(out, overwrite)
+    common = dict(steps=steps, backbone=backbone, weights=weights, device=device, overwrite=overwrite)
     rows, scores = [], []
-    for seed in range(args.seeds):
+    for seed in range(seeds):
         base = out / f"seed{seed}"
-        write_mosaics(base / "train", args.train_images, [seed, 0], labels=False)
-        write_mosaics(base / "test", args.test_images, [seed, 1], labels=True)
+        write_mosaics(base / "train", train_images, [seed, 0], labels=False)
+        write_mosaics(base / "test", test_images, [seed, 1], labels=True)
         train(base / "train", base / "run", seed=seed, **MOSAIC_SETTINGS, **common)
-        scores.append(evaluate(base / "run", base / "test", rgb=True, seed=seed, device=args.device))
-        print(
-            f"seed {seed}: mIoU " + ", ".join(f"{title} {scores[-1][m]['miou']:.1f}" for m, title in METHODS.items()),
-            flush=True,
-        )
+        scores.append(evaluate(base / "run", base / "test", rgb=True, seed=seed, device=device))
+        scored(seed, scores[-1])
         if seed == 0:
             files = sorted((base / "test" / "images").iterdir())
             rows += pictures(base / "run", base / "train", files, base / "test" / "labels", seed)[:4]
@@ -175,30 +171,27 @@ def run(args) -> None:
     sheet = contact_sheet(rows, ["image", "truth", "k-means, frozen features", "trained head", "overlay"])
     sheet.quantize(256).save(out / "contact_sheet.png", optimize=True)
 
-    mean = {m: float(np.mean([s[m]["miou"] for s in scores])) for m in METHODS}
-    seconds = time.perf_counter() - started
     results = {
-        "seconds": round(seconds, 1),
+        "seconds": round(time.perf_counter() - started, 1),
         "textures": TEXTURES,
-        "backbone": args.backbone,
-        "steps": args.steps,
-        "miou_mean": mean,
+        "backbone": backbone,
+        "steps": steps,
+        "miou_mean": {m: float(np.mean([s[m]["miou"] for s in scores])) for m in METHODS},
         "miou": {m: [s[m]["miou"] for s in scores] for m in METHODS},
         "accuracy": {m: [s[m]["accuracy"] for s in scores] for m in METHODS},
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(table(scores, mean))
-    print(f"{seconds:.0f} seconds; contact sheet, overlays, results and runs are in {out}")
+    return out, results
 
 
-def table(scores: list[dict], mean: dict) -> str:
+def table(results: dict) -> str:
     """mIoU in percent, one line per method, one column per seed and the mean."""
+    titles = [f"seed {seed}" for seed in range(len(results["miou"]["trained"]))]
     lines = [
         f"mIoU on unseen mosaics of {len(TEXTURES)} textures, percent",
-        " " * 26 + "".join(f"{f'seed {n}':>9}" for n in range(len(scores))) + f"{'mean':>9}",
+        " " * 26 + "".join(f"{title:>9}" for title in (*titles, "mean")),
     ]
-    lines += [
-        f"{title:<26}" + "".join(f"{s[m]['miou']:>9.1f}" for s in scores) + f"{mean[m]:>9.1f}"
-        for m, title in METHODS.items()
-    ]
+    for method, title in METHODS.items():
+        values = [*results["miou"][method], results["miou_mean"][method]]
+        lines.append(f"{title:<26}" + "".join(f"{value:>9.1f}" for value in values))
     return "\n".join(lines)

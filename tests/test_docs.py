@@ -23,8 +23,8 @@ import hpseg.cli.main
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests" / "hpseg"))
-from test_datasets import MAKERS  # noqa: E402
 from tiny import paint  # noqa: E402
+from trees import MAKERS  # noqa: E402
 
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 QUICK = "--steps 4 --batch-size 2 --pool-size 64 --workers 0 --size 64 --predict-size 64 --dim 16 --lambda-warmup 2"
@@ -81,7 +81,7 @@ def put_checkpoints(page):
         vit = timm.create_model("vit_small_patch8_224", num_classes=0)
         torch.save(vit.state_dict(), "dino_deitsmall8_300ep_pretrain.pth")
     if "import-hp released.pth" in text:
-        from test_import_hp import checkpoint
+        from released import checkpoint
 
         checkpoint("released.pth")
     if "--labeled city.txt" in text:

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "bits.h"
+#include "shared/bits.h"
 
 namespace hpk {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "bits.h"
+#include "shared/bits.h"
 
 namespace hpk {
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in OF_PROGRAMS if getattr(args, name) is not None}
     if args.format == "hp":
-        from hpseg.export.released_checkpoints import export_hp
+        from hpseg.interop.released_checkpoints import export_hp
 
         if given:
             raise UsageError(f"{next(iter(given))}: goes with --format pt2, got {next(iter(given.values()))!r}")
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         )
         print(f"{args.out}: {facts['tensors']} tensors of the network{note}")
         return
-    from hpseg.export.torch_export import export
+    from hpseg.interop.torch_export import export
 
     facts = export(args.run, args.out, overwrite=args.overwrite, **given)
     height, width = facts["input"]["shape"][2:]

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hpseg.export.released_checkpoints import import_hp
+    from hpseg.interop.released_checkpoints import import_hp
 
     facts = import_hp(**vars(args))
     probe = "with its linear probe" if facts["linear"] else "without a linear probe"

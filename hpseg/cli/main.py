@@ -1,13 +1,14 @@
 """The command line: `hpseg VERB ...`. A verb's arguments and what it runs stand together in the module named here.
 
 Such a module has `add_arguments(parser)` and `run(args) -> exit status or None`; it is imported when its verb is asked
-for, and those of hpseg.cli import nothing heavy before they run, so that help and mistakes are answered at once.
+for, and imports nothing heavy before it runs, so that help and mistakes are answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -26,8 +27,8 @@ VERBS = {  # verb -> (module, what it does)
     "show": ("hpseg.cli.show", "draw a contact sheet: photographs, clusters, overlays, frozen features"),
     "export": ("hpseg.cli.export", "write a run as one file for torch alone"),
     "import-hp": ("hpseg.cli.import_hp", "make a run of a released Hidden Positives checkpoint"),
-    "demo": ("hpseg.demo", "train on the photographs in this package and show the result; needs no network"),
-    "pretrain": ("hpseg.pretraining.pretrain", "train a small ViT on your own photographs, without labels"),
+    "demo": ("hpseg.cli.demo", "train on the photographs in this package and show the result; needs no network"),
+    "pretrain": ("hpseg.cli.pretrain", "train a small ViT on your own photographs, without labels"),
 }
 
 PIPE_CLOSED = 128 + 13  # as of a program that SIGPIPE ended
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] == verb:
             command = importlib.import_module(module)
             command.add_arguments(sub)
-    with _streams():
+    with _streams(), _shown():
         args = parser.parse_args(argv)
         verb = vars(args).pop("verb")
         try:
@@ -129,6 +130,23 @@ def _streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    """Inside, what hpseg says is on stderr, a line each. Loggers of a program that calls `main` are left alone, and do
+    not say it once more."""
+    logger, handler = logging.getLogger("hpseg"), logging.StreamHandler(sys.stderr)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 class _Version(argparse.Action):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from hpseg.data.folder import find_images
 from hpseg.data.transforms import UNDECODABLE, UnreadableImage, load_image
 from hpseg.run.errors import UsageError
 
+logger = logging.getLogger(__name__)
 # name -> module of this package with `open_split(root, split) -> LabelledSet`
 NAMES = {
     "cocostuff": "cocostuff",
@@ -181,7 +182,7 @@ def open_folder(root: Path, void: int = 255) -> LabelledSet:
             f"for example {min(images)} and {min(labels)}"
         )
     if len(pairs) < len(images):
-        print(f"{len(images) - len(pairs)} of {len(images)} images have no label and are left out", file=sys.stderr)
+        logger.warning(f"{len(images) - len(pairs)} of {len(images)} images have no label and are left out")
     return LabelledSet(
         root.name, pairs, _class_names(root / "classes.json"), lambda ids: np.where(ids == void, -1, ids)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import warnings
 from pathlib import Path
 from typing import TypeAlias
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hpseg.run.errors import UsageError
 
+logger = logging.getLogger(__name__)
 ImageLike: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
 
 
@@ -29,7 +30,7 @@ def skip(error: UnreadableImage, strict: bool = False) -> None:
     """Says that a picture is passed over; UsageError if none may be."""
     if strict:
         raise UsageError(f"strict: {error}; remove or mend it, or leave --strict out")
-    print(f"skipped {error}", file=sys.stderr)
+    logger.warning(f"skipped {error}")
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:

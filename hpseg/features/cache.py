@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ from hpseg.run.errors import UsageError
 from hpseg.run.files import remove_temporaries, require_folder, write_atomically
 from hpseg.runtime.distributed import ALONE, Ranks
 
+logger = logging.getLogger(__name__)
 FORMAT = 2  # to be raised when the same recipe gives other tokens
 SHARD_BYTES = 64 << 20  # about so much a shard: what a kill may cost, and what is held in memory while filling
 ASPECT = 1.6  # of a typical photograph, for the estimate of sizes
@@ -122,10 +124,10 @@ class FeatureCache:
         """About what the missing shards will take."""
         return sum(len(self._photographs(number)) for number in self.missing()) * self.photograph_bytes
 
-    def fill(self, encode: Encode, say: Callable[[str], None], ranks: Ranks = ALONE) -> None:
+    def fill(self, encode: Encode, ranks: Ranks = ALONE) -> None:
         """Makes what is missing, each rank a share, a shard at a time. After every one ranks hear of each other: none
-        waits longer for another than a shard takes. `say` is called on the first rank alone."""
-        missing = ranks.from_first(lambda: self._begin(say))
+        waits longer for another than a shard takes. The first rank alone says what was found."""
+        missing = ranks.from_first(self._begin)
         own = [index for number in missing[ranks.rank :: ranks.size] for index in self._photographs(number)]
         silent = None if ranks.writes else True
         bar = tqdm(encode(own), "features", len(own), unit="image", disable=silent, leave=False)
@@ -141,25 +143,25 @@ class FeatureCache:
                 if self.shards[number] is None:
                     raise UsageError(f"cache_dir: {self.paths[number]} was made by another process and cannot be read")
 
-    def _begin(self, say: Callable[[str], None]) -> list[int]:
+    def _begin(self) -> list[int]:
         """Numbers of the shards to be made, after a word on what was found, and the folder for them."""
         for number in self.missing():  # another run may have made them since
             self.shards[number] = self._open(number)
         missing, others = self.missing(), self._others()
         for problem in dict.fromkeys(self.problems):
-            say(f"features: {problem}")
+            logger.info(f"features: {problem}")
         if others and (missing or self.own):
             fate = "removed" if self.own else "left as they are"
             difference = self._difference(next(iter(others.values())))
-            say(f"features: {self.folder} holds shards ({len(others)}) of {difference}; {fate}")
+            logger.info(f"features: {self.folder} holds shards ({len(others)}) of {difference}; {fate}")
         if self.own:
             for path in others:
                 path.unlink(missing_ok=True)
         if not missing:
-            say(f"features: those of all {len(self)} photographs are in {self.folder}")
+            logger.info(f"features: those of all {len(self)} photographs are in {self.folder}")
             return missing
         count = sum(len(self._photographs(number)) for number in missing)
-        say(
+        logger.info(
             f"features: {len(self) - count} of {len(self)} photographs are in {self.folder}, the others "
             f"take about {self.missing_bytes() / 2**30:.2f} of {self._free_bytes() / 2**30:.1f} GiB that are free"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,10 +37,10 @@ class Encoder:
             folder = run / "features" if own else Path(config.cache_dir)
             self.cache = FeatureCache(folder, own, backbone, dataset, config.cache_dtype)
 
-    def fill(self, say: Callable[[str], None], ranks: Ranks = ALONE) -> None:
+    def fill(self, ranks: Ranks = ALONE) -> None:
         """Makes the cached features that are still missing; all ranks call it, and each makes a share."""
         if self.cache is not None:
-            self.cache.fill(self._whole_photographs, say, ranks)
+            self.cache.fill(self._whole_photographs, ranks)
             self.skip(self.cache.unreadable)
 
     def __call__(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
 from hpseg.run.folder import load_model
 
+logger = logging.getLogger(__name__)
 CRF_PIXELS = 1 << 19
 
 
@@ -192,7 +193,7 @@ def load(run: str | Path, device: str = "auto") -> Segmenter:
             f"are {backbone.fingerprint}"
         )
     if config.labels_used:
-        print(f"{run}: {config.labels_used}", file=sys.stderr)
+        logger.warning(f"{run}: {config.labels_used}")
     return _joined(backbone, tensors, config, Matching.load(run)).to(pick_device(device))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ class Source:
     dropout_rng: torch.Generator
     pool_rng: torch.Generator  # on the CPU
     run: Path  # its folder
-    say: Callable[[str], None]  # to who started the run
 
     @property
     def images(self) -> int:
@@ -145,6 +144,16 @@ class Method(nn.Module, ABC):
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None: ...
+
+
+def lambda_at(step: int, config: Config) -> float:
+    """Weight of task-specific positives: 0 up to the warm-up, then linear, reaching 1 at the end of the run.
+
+    log.csv has it as "lambda", whatever the method.
+    """
+    if step <= config.lambda_warmup:
+        return 0.0
+    return (step - config.lambda_warmup) / (config.steps - config.lambda_warmup)
 
 
 METHODS = {  # name -> module of this package, class

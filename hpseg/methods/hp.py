@@ -16,19 +16,12 @@ from torch.nn import functional as F
 
 import hpkernels
 from hpseg.features.pools import draw_tokens
-from hpseg.methods.base import Method, Source
+from hpseg.methods.base import Method, Source, lambda_at
 from hpseg.models.backbone import Tokens
 from hpseg.models.heads import ClusterProbe, Projection, SegmentationHead, channel_dropout
 from hpseg.run.config import Config
 from hpseg.runtime.distributed import Share
 from hpseg.runtime.profile import stage
-
-
-def lambda_at(step: int, config: Config) -> float:
-    """Weight of task-specific positives: 0 up to the warm-up, then linear, reaching 1 at the end of the run."""
-    if step <= config.lambda_warmup:
-        return 0.0
-    return (step - config.lambda_warmup) / (config.steps - config.lambda_warmup)
 
 
 class HiddenPositives(Method):

@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import hpkernels
+from hpseg.assets import EMBEDDED
 from hpseg.models.weights import load_weights, missing_file, plain_vit, read_weights, require_reachable, timm_source
 from hpseg.run.errors import UsageError
-
-EMBEDDED = Path(__file__).parents[1] / "assets" / "vit_tiny8.safetensors"
 
 
 class Tokens(NamedTuple):

@@ -1,8 +1,9 @@
 """`--finetune`: the backbone is trained, too, with a learning rate of its own.
 
-A method that does so (hpseg.run.settings.TRAIN_BACKBONE) takes a copy of it into its own parts in `Method.adopt`: a
-`trainable` one, which runs with gradient, and as `self.backbone` the one that predicts, the same or an average. Both
-are in state.pt; the weights of `self.backbone` are in model.safetensors, and `predicting` brings them back.
+A method that does so (hpseg.run.settings.methods.TRAIN_BACKBONE) takes a copy of it into its own parts in
+`Method.adopt`: a `trainable` one, which runs with gradient, and as `self.backbone` the one that predicts, the same or
+an average. Both are in state.pt; the weights of `self.backbone` are in model.safetensors, and `predicting` brings them
+back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What `hpseg pretrain` looks at: crops, changes of colour, masks, and hand-made statistics of texture."""
 
+import logging
 import math
-import sys
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from hpseg.data.procedural import random_image
 from hpseg.data.transforms import UnreadableImage, load_image
 from hpseg.run.errors import UsageError
 
+logger = logging.getLogger(__name__)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, the custom of timm's ViTs
 STATISTICS = 42  # of texture and colour, per patch
 
@@ -23,19 +24,19 @@ class Crops(torch.utils.data.IterableDataset):
     partly redrawn at every step, which costs less than drawing every image anew.
     """
 
-    def __init__(self, photos, args, start, longest=560, redraw=1):
-        self.photos, self.args, self.start, self.redraw = [], args, start, redraw
+    def __init__(self, photos, options, start, longest=560, redraw=1):
+        self.photos, self.options, self.start, self.redraw = [], options, start, redraw
         for path in photos:
             try:
                 image = load_image(path)
             except UnreadableImage as error:
-                print(f"skipped {error}", file=sys.stderr)
+                logger.warning(f"skipped {error}")
                 continue
             image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
             self.photos.append(image)
-        if not self.photos and args.procedural < 1:
+        if not self.photos and options.procedural < 1:
             raise UsageError(f"photos: none of the {len(photos)} pictures can be decoded, for example {photos[0]}")
-        self.pool = 20 * args.batch_size if args.procedural > 0 else 0
+        self.pool = 20 * options.batch_size if options.procedural > 0 else 0
 
     def _crop(self, rng, image, side, low, high, turn):
         """A random box of `low` to `high` of the image's area, aspect 3/4 to 4/3, resized to (3, side, side).
@@ -52,21 +53,21 @@ class Crops(torch.utils.data.IterableDataset):
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
 
     def __iter__(self):
-        args, rng = self.args, np.random.default_rng([self.args.seed, self.start])
+        options, rng = self.options, np.random.default_rng([self.options.seed, self.start])
         drawn = [Image.fromarray(random_image(rng)) for _ in range(self.pool)]
         while True:
             for _ in range(self.redraw if drawn else 0):
                 drawn[rng.integers(len(drawn))] = Image.fromarray(random_image(rng))
-            large, small = [[], []], [[] for _ in range(args.small_crops)]
-            for _ in range(args.batch_size):
-                is_drawn = rng.uniform() < args.procedural
+            large, small = [[], []], [[] for _ in range(options.small_crops)]
+            for _ in range(options.batch_size):
+                is_drawn = rng.uniform() < options.procedural
                 source = drawn if is_drawn else self.photos
                 image = source[rng.integers(len(source))]
                 big, little = ((0.25, 0.8), (0.06, 0.25)) if is_drawn else ((0.08, 0.7), (0.02, 0.15))
                 for crops in large:
-                    crops.append(self._crop(rng, image, args.crop, *big, is_drawn))
+                    crops.append(self._crop(rng, image, options.crop, *big, is_drawn))
                 for crops in small:
-                    crops.append(self._crop(rng, image, args.crop // 2, *little, is_drawn))
+                    crops.append(self._crop(rng, image, options.crop // 2, *little, is_drawn))
             yield [
                 torch.stack([torch.stack(view) for view in crops]) if crops else torch.zeros(0)
                 for crops in (large, small)

@@ -27,36 +27,11 @@ from tqdm import tqdm
 from hpseg.data.folder import find_images
 from hpseg.models.backbone import pick_device
 from hpseg.pretraining.crops import MEAN, STATISTICS, STD, Crops, change_colours, random_masks, texture_statistics
+from hpseg.pretraining.options import Options
 from hpseg.run.errors import RunStopped, UsageError
 from hpseg.run.files import read_torch, require_file, write_atomically, write_json, write_torch
 from hpseg.run.folder import explaining_state
 from hpseg.runtime.interruption import Stop
-
-
-def add_arguments(parser):
-    """Declare the options of `hpseg pretrain` on an argparse parser."""
-    add = parser.add_argument
-    add("photos", type=Path, help="folder of photographs, searched recursively; no labels are read")
-    add("--out", type=Path, required=True, help="weights to write, ending in .safetensors")
-    add("--minutes", type=float, default=40.0, help="train this long (default 40), unless --steps is given")
-    add("--steps", type=int, help="train this many steps instead of --minutes")
-    add("--batch-size", type=int, default=12, help="images per step")
-    add("--procedural", type=float, default=0.35, help="fraction of the images drawn by hpseg.data.procedural, 0 to 1")
-    add("--lr", type=float, default=1.5e-3, help="peak learning rate of AdamW")
-    add("--width", type=int, default=192)
-    add("--depth", type=int, default=6)
-    add("--heads", type=int, default=3)
-    add("--patch-size", type=int, default=8)
-    add("--crop", type=int, default=96, help="side of the large crops in pixels, a multiple of --patch-size")
-    add("--small-crops", type=int, default=2, help="crops of half that side per image")
-    add("--prototypes", type=int, default=1024, help="prototypes of the image term and of the patch term")
-    add("--texture-weight", type=float, default=4.0, help="weight of the texture term; 0 switches it off")
-    add("--texture-first", type=float, default=0.3, help="fraction of the training that has the texture term alone")
-    add("--device", default="cpu", help="torch device")
-    add("--seed", type=int, default=0)
-    add("--save-every", type=float, default=120.0, help="seconds between saves")
-    add("--resume", action="store_true", help="go on from the .state.pt beside --out")
-    add("--overwrite", action="store_true", help="replace an existing --out")
 
 
 class Learner(nn.Module):
@@ -145,16 +120,16 @@ def losses(student, teacher, large, small, patch, generator, texture_only):
     return terms
 
 
-def build_vit(args):
+def build_vit(options):
     """The timm ViT that is trained, and the keyword arguments that build it again."""
     from timm.models.vision_transformer import VisionTransformer
 
     arch = dict(
-        img_size=args.crop,
-        patch_size=args.patch_size,
-        embed_dim=args.width,
-        depth=args.depth,
-        num_heads=args.heads,
+        img_size=options.crop,
+        patch_size=options.patch_size,
+        embed_dim=options.width,
+        depth=options.depth,
+        num_heads=options.heads,
         num_classes=0,
         global_pool="",
         dynamic_img_size=True,
@@ -188,58 +163,52 @@ def save(out, teacher, mean, arch, state):
     write_torch(out.with_suffix(".state.pt"), state)
 
 
-def check(args):
-    """Refuse bad options, naming them -> the photographs found."""
-    if not 0 <= args.procedural <= 1:
-        raise UsageError(f"--procedural: expected a fraction from 0 to 1, got {args.procedural}")
-    for name in ("batch_size", "minutes", "steps", "depth", "prototypes", "lr", "patch_size", "heads", "width", "crop"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
-    if args.small_crops < 0:
-        raise UsageError(f"--small-crops: expected at least 0, got {args.small_crops}")
-    if args.crop % (2 * args.patch_size):
-        raise UsageError(f"--crop: expected a multiple of twice --patch-size {args.patch_size}, got {args.crop}")
-    if args.width % args.heads:
-        raise UsageError(f"--width: expected a multiple of --heads {args.heads}, got {args.width}")
-    if args.out.suffix != ".safetensors":
-        raise UsageError(f"--out: expected a name that ends in .safetensors, got {args.out}")
-    if args.resume and not args.out.with_suffix(".state.pt").is_file():
-        raise UsageError(f"--resume: there is no {args.out.with_suffix('.state.pt')}")
-    if args.out.is_file() and not (args.resume or args.overwrite):
-        raise UsageError(f"--out: {args.out} exists; give --resume to go on or --overwrite to start again")
-    for file in (args.out, args.out.with_suffix(".json"), args.out.with_suffix(".state.pt")):
+def _require_output(out, resume, overwrite):
+    """UsageError where the weights cannot be written to `out`, or cannot be gone on from."""
+    if out.suffix != ".safetensors":
+        raise UsageError(f"--out: expected a name that ends in .safetensors, got {out}")
+    if resume and not out.with_suffix(".state.pt").is_file():
+        raise UsageError(f"--resume: there is no {out.with_suffix('.state.pt')}")
+    if out.is_file() and not (resume or overwrite):
+        raise UsageError(f"--out: {out} exists; give --resume to go on or --overwrite to start again")
+    for file in (out, out.with_suffix(".json"), out.with_suffix(".state.pt")):
         require_file("--out", file, overwrite=True)
-    return find_images(args.photos)
 
 
-def run(args):
-    """Train as the parsed options say, saving now and then, when interrupted, and at the end."""
+def pretrain(photos, out, *, resume=False, overwrite=False, **settings):
+    """Train on the folder `photos` as the settings, fields of `Options`, say, and save to `out` now and then, when
+    interrupted, and at the end; returns the steps made and the seconds spent, those before a resumption among them."""
+    out = Path(out)
     with Stop() as stop:
-        _run(args, check(args), stop)
+        options = Options(**settings)
+        _require_output(out, resume, overwrite)
+        return _pretrain(find_images(photos), out, options, resume, overwrite, stop)
 
 
-def _run(args, photos, stop):
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    vit, arch = build_vit(args)
-    student = Learner(vit, args.prototypes, STATISTICS).to(device)
-    teacher = Learner(build_vit(args)[0], args.prototypes, STATISTICS).to(device).requires_grad_(False)
+def _pretrain(photos, out, options, resume, overwrite, stop):
+    torch.manual_seed(options.seed)
+    device = pick_device(options.device)
+    vit, arch = build_vit(options)
+    student = Learner(vit, options.prototypes, STATISTICS).to(device)
+    teacher = Learner(build_vit(options)[0], options.prototypes, STATISTICS).to(device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     decay = [p for p in student.parameters() if p.ndim > 1]
     plain = [p for p in student.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
+        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=options.lr,
+        betas=(0.9, 0.98),
     )
     step, spent = 0, 0.0
-    if args.resume:
-        file = args.out.with_suffix(".state.pt")
+    if resume:
+        file = out.with_suffix(".state.pt")
         state = read_torch("--resume", file)
         with explaining_state(file):
-            if state["arch"] != arch or state["options"]["prototypes"] != args.prototypes:
+            if state["arch"] != arch or state["options"]["prototypes"] != options.prototypes:
                 raise UsageError(
-                    f"--resume: {args.out} was started with {state['arch']}, "
+                    f"--resume: {out} was started with {state['arch']}, "
                     f"{state['options']['prototypes']} prototypes; expected these, got {arch}, "
-                    f"{args.prototypes}"
+                    f"{options.prototypes}"
                 )
             student.load_state_dict(state["student"])
             teacher.load_state_dict(state["teacher"])
@@ -247,16 +216,17 @@ def _run(args, photos, stop):
             step, spent = int(state["step"]), float(state["seconds"])
             if step < 0 or not 0 <= spent < math.inf:
                 raise ValueError(f"step {step} after {spent} seconds")
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
     batches = iter(
-        torch.utils.data.DataLoader(Crops(photos, args, step), batch_size=None, num_workers=1, prefetch_factor=4)
+        torch.utils.data.DataLoader(Crops(photos, options, step), batch_size=None, num_workers=1, prefetch_factor=4)
     )
-    options = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen = {**vars(options), "resume": resume, "overwrite": overwrite}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    out.parent.mkdir(parents=True, exist_ok=True)
 
     def snapshot():
         save(
-            args.out,
+            out,
             teacher,
             mean_patch(teacher, batches, device),
             arch,
@@ -267,24 +237,24 @@ def _run(args, photos, stop):
                 "step": step,
                 "seconds": spent,
                 "arch": arch,
-                "options": options,
+                "options": chosen,
             },
         )
 
-    bar = tqdm(desc=f"pretrain on {len(photos)} photographs", total=args.steps, initial=step, mininterval=1)
+    bar = tqdm(desc=f"pretrain on {len(photos)} photographs", total=options.steps, initial=step, mininterval=1)
     saved = last = time.monotonic()
     stop.later = True
-    while (progress := step / args.steps if args.steps else spent / (60 * args.minutes)) < 1:
+    while (progress := step / options.steps if options.steps else spent / (60 * options.minutes)) < 1:
         large, small = (crops.to(device) for crops in next(batches))
         if step == 0:
             views = change_colours(large.flatten(0, 1) / 255, generator)
-            student.fit_statistics(texture_statistics(views, args.patch_size))
+            student.fit_statistics(texture_statistics(views, options.patch_size))
         for group in optimizer.param_groups:  # warm up over 5 %, then half a cosine
-            group["lr"] = args.lr * min(1, progress / 0.05 + 0.01) * (0.51 + 0.49 * math.cos(math.pi * progress))
-        texture_only = progress < args.texture_first and args.texture_weight > 0
+            group["lr"] = options.lr * min(1, progress / 0.05 + 0.01) * (0.51 + 0.49 * math.cos(math.pi * progress))
+        texture_only = progress < options.texture_first and options.texture_weight > 0
         with torch.autocast(device.type, torch.bfloat16):
-            terms = losses(student, teacher, large, small, args.patch_size, generator, texture_only)
-        loss = sum(terms.values()) + (args.texture_weight - 1) * terms["texture"]
+            terms = losses(student, teacher, large, small, options.patch_size, generator, texture_only)
+        loss = sum(terms.values()) + (options.texture_weight - 1) * terms["texture"]
         if not math.isfinite(loss.item()):
             raise RunStopped(f"the loss is {loss.item()} at step {step}; lower --lr, and --resume from the last save")
         optimizer.zero_grad(set_to_none=True)
@@ -301,7 +271,7 @@ def _run(args, photos, stop):
             {name: f"{term.item():.3f}" for name, term in terms.items()} | {"minutes": f"{spent / 60:.1f}"},
             refresh=False,
         )
-        if now - saved > args.save_every or stop.number:
+        if now - saved > options.save_every or stop.number:
             snapshot()
             saved = now
         if stop.number:
@@ -309,4 +279,4 @@ def _run(args, photos, stop):
             raise stop.interrupted(f"after step {step}, which is saved; --resume goes on from there")
     snapshot()
     bar.close()
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB after {step} steps, {spent / 60:.1f} minutes")
+    return step, spent

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from hpseg.run.errors import UsageError
 from hpseg.run.presets import METHOD_PRESETS, PRESETS
-from hpseg.run.settings import (
+from hpseg.run.settings.declaration import checked
+from hpseg.run.settings.methods import (
     LEARN_FROM_LABELS,
     REQUIRED,
     TRAIN_BACKBONE,
@@ -24,111 +24,45 @@ from hpseg.run.settings import (
     HiddenPositivesSettings,
     LookBeyondSettings,
     StegoSettings,
-    any_seed,
-    at_least,
-    dropped,
-    fraction,
-    numbers_of,
+)
+from hpseg.run.settings.shared import (
+    BackboneTraining,
+    HeadSettings,
+    LabelSettings,
+    MachineSettings,
+    OptimisationSettings,
+    PictureSettings,
+    RunSettings,
 )
 
 FORMAT = 1  # of a run folder; to be raised when what older versions wrote means something else
+MACHINE_FIELDS = tuple(field.name for field in dataclasses.fields(MachineSettings))
 
 
+# Fields stand in config.json and in the signature from the last base to the first.
 @dataclass(frozen=True)
-class Config(HiddenPositivesSettings, StegoSettings, DgclSettings, LookBeyondSettings, Fs4Settings):
+class Config(
+    MachineSettings,
+    LabelSettings,
+    HeadSettings,
+    OptimisationSettings,
+    PictureSettings,
+    BackboneTraining,
+    RunSettings,
+    HiddenPositivesSettings,
+    StegoSettings,
+    DgclSettings,
+    LookBeyondSettings,
+    Fs4Settings,
+):
     """Everything that decides the result of `hpseg train`. Lengths are in pixels, rates are per step.
 
     The default of a setting is what was done before there was one: a run from then goes on as it began.
     """
 
-    # What is trained, and on what
-    images: str = ""  # folder of photographs, searched recursively, or a data set's name
-    root: str | None = None  # folder of the named data set
-    method: str = "hp"  # the published method, a file of hpseg.methods.base
-    classes: int = at_least(2, 27)  # clusters to find
-    preset: str = "small"  # where the values below came from
-    backbone: str = "embedded"  # "embedded", or any timm ViT by name
-    weights: str | None = None  # local checkpoint for the backbone
-    dtype: str = "fp32"  # "bf16": autocast of backbone, heads and projection; the loss stays in fp32
-    pos_embed: str = "timm"  # position embedding off its native grid: as "timm" or as the original "dino" code has it
-    seed: int = any_seed(0)
-
-    # The backbone, where it is trained
-    finetune: bool = False  # the backbone is trained, too
-    backbone_lr: float = at_least(0, 1e-4)  # its learning rate, that of its last block
-    layer_decay: float = fraction(1.0)  # times this for every block below
-
-    # Pictures
-    size: int = at_least(16, 224)  # side of the square training crop, rounded to whole patches
-    crop: str = "center"  # "center", "random", or "five": half-size corner and centre crops, as the published runs
-    resize: str = "bilinear"  # training pictures: "bilinear", antialiased, or "nearest" as in the published code
-    jitter: str = "image"  # of the "image", or of the "normalized" one, which clamps it, as in the published code
-    predict_size: int = at_least(16, 320)  # short side at prediction
-    cache_features: bool = False  # run the frozen backbone once per whole photograph; crops are windows of its tokens
-    cache_dtype: str = "fp32"  # of the features on the disk, "fp32" or "bf16"
-
-    # Optimisation (HP, section 4.1 and released configurations)
-    steps: int = at_least(1, 1000)
-    batch_size: int = at_least(1, 8)  # of one process; the config.json of a run has that of all its ranks together
-    accumulate: int = at_least(1, 1)  # batches per step, each with pairs of its own; gradients are averaged
-    lr: float = at_least(0, 5e-4)  # of the segmentation head
-    weight_decay: float = at_least(0, 0.1)
-    projection_lr: float = at_least(0, 5e-4)  # Adam
-    cluster_lr: float = at_least(0, 5e-3)  # Adam, cluster probe
-    clip_norm: float = at_least(0, 10.0)  # of the gradient of the head, and of a backbone that is trained; 0: none
-
-    # Head and loss, as far as methods share them
-    dim: int = at_least(1, 512)  # width D of the segmentation code
-    dropout: float = dropped(0.1)  # channel dropout at the inputs of the head
-    mining_dropout: float = dropped(0.1)  # channel dropout of the features and codes that mine pairs
-    temperature: float = 0.8
-    ema_momentum: float = fraction(0.99)
-    consistency_weight: float = at_least(0, 0.05)  # distance to the photometrically jittered view; 0 leaves that out
-    # Final centroids, unless labels are learned: "probe" as trained, "kmeans" over the codes of the training images
-    clusters: str = "probe"
-
-    # Labels, which nothing looks at unless asked to
-    labeled: str | None = None  # list of the pictures whose labels are trained on, or a share of them as "1/8"
-    select_on_labels: str | None = None  # labelled folder or data set whose labels choose the checkpoint
-    select_root: str | None = None  # folder of that named data set; `root` if it is the one trained on
-    select_every: int = at_least(1, 100)  # steps between scores on it
-
-    # Machine; these may differ between a run and its resumption
-    workers: int = at_least(-1, -1)  # data loading processes; -1 picks by the number of processors
-    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
-    save_every: int = at_least(1, 100)  # steps between checkpoints
-    cache_dir: str | None = None  # folder for cached features that runs share; None keeps them in the run's folder
-    preview_every: int = at_least(0, 200)  # steps between pictures of a few photographs' clusters; 0 makes none
-    profile: bool = False  # time the stages of every step
-    strict: bool = False  # a picture that cannot be decoded ends the run instead of being skipped
-    tensorboard: bool = False  # curves and previews for TensorBoard, too
-    compile: bool = False  # torch.compile of the blocks of the backbone and of the heads
-    grad_checkpointing: bool = False  # with finetune: less memory, another forward pass of the backbone
-
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), str(field.type)
-            if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, float(value))
-            elif kind in _KINDS and (
-                not isinstance(value, _KINDS[kind]) or isinstance(value, bool) != (kind == "bool")
-            ):
-                raise UsageError(f"{field.name}: expected {kind}, got {value!r}")
-            low, high = field.metadata.get("bounds", (-math.inf, math.inf))
-            if "bounds" in field.metadata and not low <= getattr(self, field.name) <= high:
-                expected = f"at least {low}" if high == math.inf else f"a number in [{low}, {high}]"
-                raise UsageError(f"{field.name}: expected {expected}, got {value}")
-            if "numbers" in field.metadata:
-                try:
-                    numbers_of(value)
-                except ValueError:
-                    example = field.default
-                    raise UsageError(f"{field.name}: expected numbers as {example!r}, got {value!r}") from None
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"{field.name}: expected a finite number, got {value}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         for name in ("backbone", "extractor"):
             if not _MODEL.fullmatch(getattr(self, name) or "embedded"):
                 raise UsageError(
@@ -154,8 +88,6 @@ class Config(HiddenPositivesSettings, StegoSettings, DgclSettings, LookBeyondSet
             raise UsageError("grad_checkpointing: a frozen backbone keeps no gradient; expected --finetune with it")
         if self.classes > 255:
             raise UsageError(f"classes: label maps are 8-bit, expected at most 255, got {self.classes}")
-        if not self.temperature > 0:
-            raise UsageError(f"temperature: expected a number above 0, got {self.temperature}")
         if self.cache_features and self.consistency_weight:
             raise UsageError(
                 "cache_features: there are no jittered views of cached features; expected consistency_weight 0 or "
@@ -210,27 +142,7 @@ class Config(HiddenPositivesSettings, StegoSettings, DgclSettings, LookBeyondSet
         return Config(**values)
 
 
-_KINDS = {"int": int, "float": float, "str": str, "bool": bool, "str | None": str | None}
 _MODEL = re.compile(r"[\w.-]+")  # a name of timm's own list: neither a path nor a place on the network
-CHOICES = {
-    "method": tuple(METHOD_PRESETS),
-    "crop": ("center", "random", "five"),
-    "resize": ("bilinear", "nearest"),
-    "jitter": ("image", "normalized"),
-    "dtype": ("fp32", "bf16"),
-    "pos_embed": ("timm", "dino"),
-    "cache_dtype": ("fp32", "bf16"),
-    "clusters": ("probe", "kmeans"),
-    "weighting": ("pairs", "anchors", "separate"),
-    "outlier_scope": ("per_cluster", "global"),
-    "contrast_form": ("per_positive", "supcon"),
-    "pixel_update": ("epoch", "running"),
-    "pixel_balance": ("size", "inverse", "none"),
-}
-MACHINE_FIELDS = (
-    *("workers", "device", "save_every", "preview_every"),
-    *("profile", "strict", "tensorboard", "cache_dir", "compile", "grad_checkpointing"),
-)
 
 
 def make_config(preset: str | None = None, **overrides) -> Config:

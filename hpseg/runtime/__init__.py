@@ -1,1 +1,1 @@
-"""What a running process needs: ranks, interruption, a profile."""
+"""What a running process needs: ranks, interruption, a profile, something to say."""

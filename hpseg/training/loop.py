@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +27,24 @@ import hpkernels
 from hpseg.data.datasets import NAMES
 from hpseg.data.folder import epoch_batches, hash_seed
 from hpseg.features.pools import draw_tokens
-from hpseg.features.tokens import Encoder
-from hpseg.methods.base import Method, Source, method_class
-from hpseg.methods.hp import lambda_at
-from hpseg.models.backbone import load_backbone, pick_device
+from hpseg.methods.base import Method, Source, lambda_at
+from hpseg.models.backbone import pick_device
 from hpseg.models.finetune import predicting
 from hpseg.models.heads import fit_centroids
-from hpseg.models.weights import note_on
-from hpseg.run.config import Config, make_config
+from hpseg.run.config import make_config
 from hpseg.run.errors import ReportedElsewhere, RunStopped, UsageError
 from hpseg.run.files import RunLock, write_json
-from hpseg.run.folder import explaining_state, open_run, resumed, save_model, save_state
+from hpseg.run.folder import open_run, resumed, save_model, save_state
 from hpseg.run.presets import PRESETS
-from hpseg.runtime.distributed import Ranks, Share, explained, joined, own_device
+from hpseg.runtime.distributed import Share, explained, joined, own_device
 from hpseg.runtime.interruption import Stop
+from hpseg.runtime.messages import muted
 from hpseg.runtime.profile import Profile, each, profiling, stage
-from hpseg.training.compiled import compile_parts, require_compiler
-from hpseg.training.report import Report, tensorboard_writer
+from hpseg.training.report import Report
+from hpseg.training.setup import Setup, find_inputs, set_up
+from hpseg.training.state import collect, restore
 
+logger = logging.getLogger(__name__)
 CLUSTERING_ROWS = 65_536
 PATHS = ("weights", "extractor_weights", "root", "cache_dir", "select_on_labels", "select_root")
 
@@ -60,6 +61,8 @@ def train(
     """Trains on the photographs in `images` and writes the run folder `out`; returns its results.
 
     images: a folder, searched recursively, or the name of a data set (hpseg.data.datasets.NAMES) found in `root`.
+    quiet: no progress bar and no news. News are INFO records of the loggers below "hpseg"; a program sees them after
+    `logging.basicConfig(level=logging.INFO)`, and warnings in any case.
     settings: fields of `hpseg.run.config.Config`, for example classes=8, steps=400.
     resume: goes on with the run in `out`, if there is one. Settings that decide the result may then be left out, and
     must be the run's own if given.
@@ -82,11 +85,14 @@ def train(
         RunLock(out) as lock,
         Stop() as stop,
         profiling(config.profile and ranks.writes, device) as profile,
+        muted(quiet := quiet or not ranks.writes),
     ):
         config = dataclasses.replace(config, batch_size=config.batch_size * ranks.size)
         if resume:
             config = ranks.from_first(lambda: resumed(out, config, settings))
-        return _train(config, out, device, ranks, lock, stop, profile, resume, overwrite, quiet or not ranks.writes)
+        inputs = find_inputs(config, out, device, ranks)
+        state = ranks.from_first(lambda: open_run(out, config, resume, overwrite, lock))
+        return _train(set_up(inputs, quiet), state, stop, profile, quiet)
 
 
 def _require_own_preset(method: str | None = None, preset: str | None = None, **_) -> None:
@@ -99,196 +105,126 @@ def _require_own_preset(method: str | None = None, preset: str | None = None, **
         raise UsageError(f"preset: {preset!r} is one of method {owner}; for {method} expected {', '.join(fitting)}")
 
 
-def _train(
-    config: Config,
-    out: Path,
-    device: torch.device,
-    ranks: Ranks,
-    lock: RunLock,
-    stop: Stop,
-    profile: Profile | None,
-    resume: bool,
-    overwrite: bool,
-    quiet: bool,
-) -> dict:
-    """`train` on one of the ranks; config.batch_size is that of all ranks together."""
-    with ranks.agree():
-        selection = None
-        if config.select_on_labels is not None:
-            from hpseg.training.selection import Selection
-
-            selection = Selection(config, ranks)
-        if config.tensorboard:
-            tensorboard_writer()  # before there is a run folder
-        if config.compile:
-            require_compiler(device)
-        backbone = load_backbone(config.backbone, config.weights, dtype=config.dtype, pos_embed=config.pos_embed)
-        backbone = backbone.to(device)
-        dataset = method_class(config.method).open_photographs(config, backbone)
-        encoder = Encoder(backbone, dataset, config, device, out)
-        batch_size = min(config.batch_size, len(dataset))
-        for name, rows in (("images", batch_size), ("pool_size", config.pool_size)):
-            if rows < ranks.size:
-                raise UsageError(f"{name}: expected at least one for each of {ranks.size} ranks, got {rows}")
-    held = ranks.collect((len(dataset.files), backbone.fingerprint))
-    if len(set(held)) > 1:
-        raise UsageError(f"images, weights: expected the same on every rank, got (files, hash of the backbone) {held}")
-    state = ranks.from_first(lambda: open_run(out, config, resume, overwrite, lock))
-
-    say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
-    say(
-        f"{len(dataset.files)} photographs, {config.classes} classes, {config.backbone} on {device}, "
-        f"batches of {batch_size} at {dataset.size} x {dataset.size} pixels"
-        + (f" on {ranks.size} ranks" if ranks.size > 1 else "")
-    )
-    if note := note_on(backbone.source):
-        say(f"backbone: {note}")
-    encoder.fill(say, ranks)
-
-    # Random numbers come from these two generators only, so that their states are all there is to save.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(hash_seed("init", config.seed))
-        method = method_class(config.method)(backbone.channels, config).to(device)
-        if config.finetune:
-            method.adopt(backbone)
-            encoder.backbone = method.backbone
-    dropout_rng = torch.Generator(device).manual_seed(hash_seed("dropout", config.seed))
-    pool_rng = torch.Generator().manual_seed(hash_seed("pools", config.seed))
-    optimizers = method.optimizers()
-    if config.compile:
-        compile_parts(encoder.backbone, method)
-    source = Source(encoder, ranks, batch_size, dropout_rng, pool_rng, out, say)
-    method.prepare(source)
-    folder = config.root or config.images
-    pictures = hash_seed("pictures", *sorted(os.path.relpath(path, folder) for path in dataset.files))
-    if state is None:
-        step = 0
-        method.start(source)
-    else:
-        with explaining_state(out / "state.pt"):
-            step = state["step"]
-            if state["fingerprint"] != backbone.fingerprint:
-                raise UsageError(f"backbone: {config.backbone!r} holds other weights than those {out} was started with")
-            if state.get("pictures", pictures) != pictures:
-                raise UsageError(
-                    f"images: pictures were added to, removed from or renamed in {config.images} since {out} was "
-                    "started; resume with those that were there, or start anew with overwrite"
-                )
-            method.load_state_dict(state["method"])
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][name])
-            method.load_extra_state(state["extra"])
-            dropout_rng.set_state(state["dropout_rng"])
-            pool_rng.set_state(state["pool_rng"])
-            encoder.unreadable.update(state["unreadable"])
-            if selection:
-                selection.load_state(state["selection"])
-        say(f"going on from step {step} of {config.steps}")
-
-    def checkpoint() -> None:
-        encoder.unreadable.update(*ranks.collect(encoder.unreadable))
-        if report is None:
-            return
-        report.flush()
-        save_state(
-            out,
-            {
-                "step": step,
-                "fingerprint": backbone.fingerprint,
-                "pictures": pictures,
-                "method": method.state_dict(),
-                "extra": method.extra_state(),
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                "dropout_rng": dropout_rng.get_state(),
-                "pool_rng": pool_rng.get_state(),
-                "unreadable": sorted(encoder.unreadable),
-                **({"selection": selection.state()} if selection else {}),
-            },
-        )
-
-    def result() -> dict[str, Tensor]:
-        """What the run gives if it ends here, the same on every rank."""
-        tensors = method.state_dict()
-        if config.clusters == "kmeans" and not config.learns_classes:
-            codes = training_codes(source, method, config.seed)
-            fitted = ranks.from_first(lambda: fit_centroids(codes, config.classes, config.seed).cpu())
-            tensors["clusters.centroids"] = fitted.to(device)
-        return tensors
-
-    report = Report(out, config, step, method.TERMS, backbone, dataset, profile) if ranks.writes else None
-    share = Share(ranks, method.VIEWS * batch_size, dropout_rng)
-    first_batch, last_batch = step * config.accumulate, config.steps * config.accumulate
-    keys = epoch_batches(len(dataset), batch_size, config.seed, first_batch, last_batch)
-    steps = (number // config.accumulate for number in itertools.count(first_batch))
-    views = method.views(encoder, (method.keys(batch, of)[share.rows] for batch, of in zip(keys, steps, strict=False)))
-    batches = enumerate(each("data", views), first_batch)
-    started, first_step = time.perf_counter(), step
+def _train(setup: Setup, state: dict[str, Any] | None, stop: Stop, profile: Profile | None, quiet: bool) -> dict:
+    """From a checkpoint's state, or from none, to the results of a finished run, on one of the ranks."""
+    config, out, ranks, selection = setup.config, setup.out, setup.ranks, setup.selection
+    step = first_step = restore(setup, state)
+    terms = setup.method.TERMS
+    report = Report(out, config, step, terms, setup.backbone, setup.dataset, profile) if ranks.writes else None
+    share = Share(ranks, setup.method.VIEWS * setup.batch_size, setup.source.dropout_rng)
+    batches = _batches(setup, step, share)
+    started = time.perf_counter()
     bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=True if quiet else None)
     stop.later = True
     while step < config.steps:
-        if step:
-            with stage("periodic"):
-                method.renew(step, source)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        sums = []
-        for batch, (tokens, jittered) in itertools.islice(batches, config.accumulate):
-            with stage("head"):
-                terms = method.losses(tokens, jittered, step, hash_seed("negatives", config.seed, batch), share)
-                loss = reduce(add, terms.values()) / config.accumulate
-            with stage("backward"):
-                loss.backward()
-            sums.append(torch.stack([loss, *(term / config.accumulate for term in terms.values())]).detach())
-        with stage("backward"):
-            ranks.sum_gradients(method.parameters())
-        with stage("optimizer"):
-            grad_norm = nn.utils.clip_grad_norm_(method.trained(), config.clip_norm or math.inf)
-            method.follow()
-            for optimizer in optimizers.values():
-                optimizer.step()
-            method.follow_up(step)
-
-        asked = ranks.sum(grad_norm.new_tensor([float(stop.number > 0)]))  # any of the ranks: all stop at one step
-        numbers = torch.cat([reduce(add, sums), grad_norm[None], asked]).tolist()  # one synchronisation for all of them
-        asked = numbers.pop()
-        values = dict(zip(("loss", *terms, "grad_norm"), numbers, strict=True))
-        if not math.isfinite(values["loss"]):
-            raise RunStopped(f"loss: {values} at step {step}; the last checkpoint in {out} is from before")
+        values, asked = _step(setup, step, batches, share, stop)
         seconds = time.perf_counter() - started
-        rate = (step + 1 - first_step) * config.accumulate * batch_size / seconds
+        rate = (step + 1 - first_step) * config.accumulate * setup.batch_size / seconds
         row = {"step": step, "lambda": lambda_at(step, config), "images_per_s": rate, "seconds": seconds, **values}
         step += 1
         bar.update()
         bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:.1f} images/s", refresh=False)
         if report:
             report.row(row)
-            report.after(step, method.state_dict)
+            report.after(step, setup.method.state_dict)
         if selection and selection.due(step):
             with stage("periodic"):
-                miou = selection.consider(step, result(), backbone)
-            say(f"step {step}: mIoU {miou:.1f} on {config.select_on_labels}")
+                miou = selection.consider(step, _result(setup), setup.backbone)
+            logger.info(f"step {step}: mIoU {miou:.1f} on {config.select_on_labels}")
         if step % config.save_every == 0 or step == config.steps or asked:
             with stage("periodic"):
-                checkpoint()
+                _checkpoint(setup, step, report)
             if asked:
                 bar.close()
                 text = f"after step {step} of {config.steps}, which is saved; --resume goes on from there"
                 raise stop.interrupted(text) if ranks.writes else ReportedElsewhere(text)
             if bar.disable:
                 left = seconds / (step - first_step) * (config.steps - step)
-                say(f"step {step}/{config.steps}  loss {values['loss']:.4f}  {rate:.1f} images/s  {left:.0f} s left")
+                progress = f"{rate:.1f} images/s  {left:.0f} s left"
+                logger.info(f"step {step}/{config.steps}  loss {values['loss']:.4f}  {progress}")
     stop.later = False
     bar.close()
+    return _finish(setup, step, started, report, profile, quiet)
 
-    tensors = selection.tensors if selection else result()
-    unreadable = sorted(set().union(*ranks.collect(encoder.unreadable)))
+
+def _batches(setup: Setup, step: int, share: Share) -> Iterator[tuple[int, Any]]:
+    """From `step` on, the number of each batch in the run and its views, as `Method.losses` takes them."""
+    config, method = setup.config, setup.method
+    first, last = step * config.accumulate, config.steps * config.accumulate
+    keys = epoch_batches(len(setup.dataset), setup.batch_size, config.seed, first, last)
+    steps = (number // config.accumulate for number in itertools.count(first))
+    own = (method.keys(batch, of)[share.rows] for batch, of in zip(keys, steps, strict=False))
+    return enumerate(each("data", method.views(setup.encoder, own)), first)
+
+
+def _step(
+    setup: Setup, step: int, batches: Iterator[tuple[int, Any]], share: Share, stop: Stop
+) -> tuple[dict[str, float], float]:
+    """One optimiser step: its numbers for the log, and whether any rank was asked to end after it."""
+    config, ranks, method, optimizers = setup.config, setup.ranks, setup.method, setup.optimizers.values()
+    if step:
+        with stage("periodic"):
+            method.renew(step, setup.source)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    sums = []
+    for batch, (tokens, jittered) in itertools.islice(batches, config.accumulate):
+        with stage("head"):
+            terms = method.losses(tokens, jittered, step, hash_seed("negatives", config.seed, batch), share)
+            loss = reduce(add, terms.values()) / config.accumulate
+        with stage("backward"):
+            loss.backward()
+        sums.append(torch.stack([loss, *(term / config.accumulate for term in terms.values())]).detach())
+    with stage("backward"):
+        ranks.sum_gradients(method.parameters())
+    with stage("optimizer"):
+        grad_norm = nn.utils.clip_grad_norm_(method.trained(), config.clip_norm or math.inf)
+        method.follow()
+        for optimizer in optimizers:
+            optimizer.step()
+        method.follow_up(step)
+
+    asked = ranks.sum(grad_norm.new_tensor([float(stop.number > 0)]))  # any of the ranks: all stop at one step
+    numbers = torch.cat([reduce(add, sums), grad_norm[None], asked]).tolist()  # one synchronisation for all of them
+    asked = numbers.pop()
+    values = dict(zip(("loss", *terms, "grad_norm"), numbers, strict=True))
+    if not math.isfinite(values["loss"]):
+        raise RunStopped(f"loss: {values} at step {step}; the last checkpoint in {setup.out} is from before")
+    return values, asked
+
+
+def _checkpoint(setup: Setup, step: int, report: Report | None) -> None:
+    setup.encoder.unreadable.update(*setup.ranks.collect(setup.encoder.unreadable))
+    if report is None:
+        return
+    report.flush()
+    save_state(setup.out, collect(setup, step))
+
+
+def _result(setup: Setup) -> dict[str, Tensor]:
+    """What the run gives if it ends here, the same on every rank."""
+    config, tensors = setup.config, setup.method.state_dict()
+    if config.clusters == "kmeans" and not config.learns_classes:
+        codes = training_codes(setup.source, setup.method, config.seed)
+        fitted = setup.ranks.from_first(lambda: fit_centroids(codes, config.classes, config.seed).cpu())
+        tensors["clusters.centroids"] = fitted.to(setup.device)
+    return tensors
+
+
+def _finish(
+    setup: Setup, step: int, started: float, report: Report | None, profile: Profile | None, quiet: bool
+) -> dict:
+    """Writes what prediction reads, and returns the results that stand in results.json."""
+    config, out, ranks, backbone, selection = setup.config, setup.out, setup.ranks, setup.backbone, setup.selection
+    tensors = selection.tensors if selection else _result(setup)
+    unreadable = sorted(set().union(*ranks.collect(setup.encoder.unreadable)))
     results = {
         "steps": step,
-        "photographs": len(dataset.files),
+        "photographs": len(setup.dataset.files),
         "backbone": {"name": backbone.name, "weights": backbone.source, "fingerprint": backbone.fingerprint},
         "unreadable": unreadable,
         "seconds": round(time.perf_counter() - started, 2),
-        "device": str(device),
+        "device": str(setup.device),
         "torch": torch.__version__,
         "hpkernels": hpkernels.__version__,
         "threads": torch.get_num_threads(),
@@ -301,13 +237,13 @@ def _train(
         report.finish(step, tensors)
         write_json(out / "results.json", results)
     ranks.collect(None)  # what this returns on any rank is about a finished run folder
-    if unreadable:
-        say(f"{len(unreadable)} unreadable pictures were skipped: {', '.join(unreadable[:5])}")
+    if unreadable and not quiet:
+        logger.warning(f"{len(unreadable)} unreadable pictures were skipped: {', '.join(unreadable[:5])}")
     if selection:
-        say(results["selection"])
+        logger.info(results["selection"])
     if profile:
-        say(profile.table())
-    say(f"trained; the run is in {out}")
+        logger.info(profile.table())
+    logger.info(f"trained; the run is in {out}")
     return results
 
 

@@ -24,7 +24,8 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
+SOURCES = CSRC / "cuda"
 RESULTS = ROOT / "benchmarks" / "results" / "aot_cuda.json"
 ARCHS = ("80", "90a")
 # Kernels that move rows of memory: their loads must be 16 bytes wide.
@@ -45,6 +46,11 @@ DYNAMIC_SHARED = {
 }
 
 
+def sources() -> dict[str, Path]:
+    """The files with kernels, by their place in csrc/cuda."""
+    return {str(path.relative_to(SOURCES)): path for path in SOURCES.rglob("*.cu")}
+
+
 def source_hash(source: Path) -> str:
     """Of a file and all of ours that it includes, without comments and white space."""
     texts, pending = {}, [source.resolve()]
@@ -54,15 +60,15 @@ def source_hash(source: Path) -> str:
             continue
         code = re.sub(r"//.*", "", path.read_text())
         texts[path] = "".join(code.split())
-        pending += [(path.parent / name).resolve() for name in re.findall(r'#include "([^"]+)"', code)
-                    if (path.parent / name).exists()]  # fmt: skip
+        included = [CSRC / name for name in re.findall(r'#include "([^"]+)"', code)]
+        pending += [header for header in included if header.exists()]
     return hashlib.sha256("".join(texts[path] for path in sorted(texts)).encode()).hexdigest()[:16]
 
 
 def compile_kernels(source: Path, arch: str) -> dict[str, dict[str, int]]:
     """Figures of the kernels of one file, by name with its template arguments."""
     with tempfile.TemporaryDirectory() as folder:
-        includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+        includes = [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
         target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
         command = ["nvcc", "-std=c++17", "-O3", *includes, target, "-cubin", "-Xptxas", "-v", "--keep", "--keep-dir",
                    folder, str(source), "-o", f"{folder}/kernels.cubin"]  # fmt: skip
@@ -133,8 +139,8 @@ def recorded() -> dict[str, dict]:
 
 def stale(files: dict[str, dict]) -> list[str]:
     """Names of files that a table does not have as they are now, or has although they are gone."""
-    sources = {path.name: source_hash(path) for path in SOURCES.glob("*.cu")}
-    return sorted(name for name in sources | files if files.get(name, {}).get("source") != sources.get(name))
+    hashes = {name: source_hash(path) for name, path in sources().items()}
+    return sorted(name for name in hashes | files if files.get(name, {}).get("source") != hashes.get(name))
 
 
 def compile_all(names: list[str], jobs: int) -> dict[str, dict]:
@@ -143,7 +149,7 @@ def compile_all(names: list[str], jobs: int) -> dict[str, dict]:
         done = list(pool.map(lambda job: compile_kernels(*job), work))
     files = {name: {"source": source_hash(SOURCES / name), "kernels": {}} for name in names}
     for (source, arch), kernels in zip(work, done, strict=True):
-        files[source.name]["kernels"][arch] = kernels
+        files[str(source.relative_to(SOURCES))]["kernels"][arch] = kernels
     return files
 
 

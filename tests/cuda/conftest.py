@@ -36,9 +36,9 @@ def build_shim(folder: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             ours = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda")
-            includes = (*ours, pybind11.get_include(), sysconfig.get_path("include"))
+            includes = (ours[0], ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
             compiler = ["g++", *FLAGS, *(f"-I{path}" for path in includes), "-x", "c++"]
-            sources = [path for place in ours for path in (*sorted(place.glob("*.cu")), *sorted(place.glob("*.cpp")))]
+            sources = [path for place in ours for path in sorted(place.rglob("*")) if path.suffix in (".cu", ".cpp")]
             objects = [str(folder / f"{source.name}.o") for source in sources]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 commands = ([*compiler, "-c", str(source), "-o", target] for source, target in zip(sources, objects))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-SHARED = Path(__file__).resolve().parents[2] / "csrc" / "shared"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 PROGRAM = """
 #include <vector>
-#include "tile_order.h"
+#include "shared/tile_order.h"
 using namespace hpk;
 int main() {
   for (int64_t tiles : {1, 7, 8, 9, 63, 392}) {
@@ -41,5 +41,5 @@ def test_every_tile_once(tmp_path):
     source = tmp_path / "tile_order.cpp"
     source.write_text(PROGRAM)
     program = tmp_path / "tile_order"
-    subprocess.run(["g++", "-std=c++17", "-O1", f"-I{SHARED}", str(source), "-o", str(program)], check=True)
+    subprocess.run(["g++", "-std=c++17", "-O1", f"-I{CSRC}", str(source), "-o", str(program)], check=True)
     assert subprocess.run([program]).returncode == 0

@@ -1,6 +1,4 @@
-"""A random tiny ViT, painted pictures, settings that finish in seconds, and processes to do harm to."""
-
-import os
+"""A random tiny ViT, painted pictures, settings that finish in seconds."""
 
 import numpy as np
 import torch
@@ -22,6 +20,12 @@ SMALL = dict(
     clusters="probe",
     quiet=True,
 )
+DGCL = dict(
+    method="dgcl", labeled="1/4", classes=3, batch_size=4, size=32, predict_size=48, dim=16, bank_rows=60,
+    bank_inserts=20, anchors=10, positives=8, contrast_negatives=32, supervised_share=0.1, lr=0.1, workers=0,
+    device="cpu", quiet=True,
+)  # fmt: skip
+DGCL_SETTINGS = {name: value for name, value in DGCL.items() if name != "quiet"} | {"images": "x"}
 
 
 def make_vit(seed=0):
@@ -36,21 +40,3 @@ def paint(width, height, seed):
     """Smooth random colours: a picture with regions."""
     values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def in_child(work):
-    """Runs work() in a forked process that says nothing and ends with it, with status 0 or what SystemExit it raises;
-    returns its number."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
-        work()
-        status = 0
-    except SystemExit as error:
-        status = error.code
-    finally:
-        os._exit(status)

@@ -7,11 +7,12 @@ ROOT/curated/{train2017,val2017}/*.txt          lists of ids; without them every
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 
 from hpseg.data.datasets import LabelledSet, class_table, read_list, require
 
+logger = logging.getLogger(__name__)
 CLASSES = (
     "electronic appliance food-thing furniture-thing indoor kitchen accessory animal outdoor person sports vehicle "
     "ceiling floor food-stuff furniture-stuff rawmaterial textile wall window building ground plant sky solid "
@@ -44,7 +45,7 @@ def open_split(root: Path, split: str) -> LabelledSet:
         ids = read_list(listed)
     else:
         ids = sorted(path.stem for path in images.glob("*.jpg"))
-        print(f"cocostuff: no list {curated[0]}; all {len(ids)} images of the split are taken", file=sys.stderr)
+        logger.warning(f"cocostuff: no list {curated[0]}; all {len(ids)} images of the split are taken")
     labels = root / masks / f"{split}2017"
     pairs = [(images / f"{name}.jpg", labels / f"{name}.png") for name in ids]
     return LabelledSet("cocostuff", pairs, CLASSES, class_table(FINE_TO_COARSE), FIRST_STUFF)

@@ -25,7 +25,7 @@ from hpseg.models.backbone import Backbone, Tokens
 from hpseg.models.heads import ClusterProbe, SegmentationHead
 from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
-from hpseg.run.settings import numbers_of
+from hpseg.run.settings.declaration import numbers_of
 from hpseg.runtime.distributed import Share
 from hpseg.runtime.profile import stage
 

@@ -9,6 +9,7 @@ Docs: docs/lookbeyond.md, with what is known of the paper and what is not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,6 +37,8 @@ from hpseg.run.errors import UsageError
 from hpseg.run.files import write_json
 from hpseg.runtime.distributed import Share
 from hpseg.runtime.profile import stage
+
+logger = logging.getLogger(__name__)
 
 
 class Photographs(PhotoFolder):
@@ -176,7 +179,7 @@ class LookBeyond(Method):
             with ranks.agree():
                 encoder.skip(sorted(unreadable))
             found = self.auxiliary.tensors["labels"]
-            source.say(
+            logger.info(
                 f"auxiliary labels: {self.auxiliary.clusters} clusters of {len(found)} patches, of which "
                 f"{int((found < 0).sum())} are outliers"
             )
@@ -189,7 +192,7 @@ class LookBeyond(Method):
         if not (self.auxiliary and self.dataset.photographs.pairs):
             return
         scores = source.ranks.from_first(lambda: label_quality(self.dataset))
-        source.say(describe(scores))
+        logger.info(describe(scores))
         if source.ranks.writes:
             write_json(source.run / "label_quality.json", scores)
 

@@ -68,18 +68,6 @@ class PairQuality:
         }
 
 
-def pair_quality(
-    auxiliary: list[np.ndarray] | np.ndarray, truth: list[np.ndarray] | np.ndarray, clusters: int | None = None
-) -> dict[str, Any]:
-    """`PairQuality.scores` of label maps, one of each kind a picture; negative labels are left out."""
-    auxiliary, truth = ([np.asarray(one) for one in maps] for maps in (auxiliary, truth))
-    counts = [max((int(one.max()) + 1 for one in maps if one.size), default=1) for maps in (auxiliary, truth)]
-    quality = PairQuality(max(1, clusters or counts[0]), max(1, counts[1]))
-    for one, other in zip(auxiliary, truth, strict=True):
-        quality.add(one, other)
-    return quality.scores()
-
-
 def describe(scores: dict[str, Any]) -> str:
     """One line."""
 

@@ -1,0 +1,12 @@
+#include "cpu/similarity_search/search.h"
+
+namespace hpk::HPK_ISA {
+
+void max_similarity(const MaxArgs<float>& args) { max_similarity_with<ScreenExact<float>>(args); }
+void max_similarity(const MaxArgs<double>& args) { max_similarity_with<ScreenExact<double>>(args); }
+void topk_similarity(const TopkArgs<float>& args) { topk_similarity_with<ScreenExact<float>>(args); }
+void topk_similarity(const TopkArgs<double>& args) { topk_similarity_with<ScreenExact<double>>(args); }
+void pairs_above(const PairsArgs<float>& args) { PairsSearch<ScreenExact<float>>(args).run(); }
+void pairs_above(const PairsArgs<double>& args) { PairsSearch<ScreenExact<double>>(args).run(); }
+
+}  // namespace hpk::HPK_ISA
