@@ -1,7 +1,6 @@
 """The public interface as it was released: names, parameters, defaults, flags. tests/golden/api.json holds it.
 
-A change that is meant is written with `python tests/test_api.py`, and told in CHANGELOG.md; what users call today goes
-on working for a while through hpkernels.common.deprecation.
+A change that is meant is written with `python tests/test_api.py`, and told in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import inspect
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,6 @@ import pytest
 
 import hpkernels
 import hpseg
-from hpkernels.common.deprecation import renamed_parameters
 from hpseg.cli.main import VERBS
 
 GOLDEN = Path(__file__).parent / "golden" / "api.json"
@@ -61,20 +58,6 @@ def test_the_interface_is_as_recorded():
         for name, value in recorded[part].items():
             assert found[part].get(name) == value, f"{part}: {name} is not what it was; see the top of this file"
         assert sorted(found[part]) == sorted(recorded[part]), f"{part}: new names; see the top of this file"
-
-
-def test_a_renamed_parameter_goes_on_working():
-    @renamed_parameters("0.3", tau="temperature")
-    def loss(z, *, temperature=1.0):
-        return z * temperature
-
-    with pytest.warns(FutureWarning, match=r"loss: tau is temperature from now on; tau goes with version 0\.3"):
-        assert loss(2, tau=3.0) == 6.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert loss(2, temperature=3.0) == 6.0
-    with pytest.raises(TypeError, match="loss: expected temperature, got temperature and tau"):
-        loss(2, temperature=3.0, tau=3.0)
 
 
 def test_one_version_everywhere():

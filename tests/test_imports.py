@@ -11,7 +11,8 @@ from tests.imports import Import, circles, modules, read, upwards
 COMPILED = ("hpkernels._cpu", "hpkernels._cuda")
 OUTSIDE = {"numpy", "torch"} | sys.stdlib_module_names
 TIERS = [
-    ["hpkernels._version", "hpkernels.common", "hpkernels.dispatch", "hpkernels.tuning", *COMPILED],
+    ["hpkernels._version", "hpkernels.common", "hpkernels.tuning", *COMPILED],
+    ["hpkernels.dispatch"],
     ["hpkernels.ops.common"],
     ["hpkernels.ops"],
     ["hpkernels.attention", "hpkernels.mixing", "hpkernels.pairs"],

@@ -1,0 +1,1 @@
+"""The nearest centroid of each row, with the sums and counts of all clusters."""

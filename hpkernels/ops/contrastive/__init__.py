@@ -1,0 +1,1 @@
+"""Statistics of a masked contrastive loss, and their gradient."""

@@ -1,7 +1,7 @@
 """Contrastive statistics and their gradient on `hpkernels._cuda`; nothing is synchronised, scratch comes from torch.
 
-fp16 and bf16 run on the matrix units with fp32 sums, fp32 in IEEE arithmetic. The denominator by groups is in
-`cuda_groups`.
+fp16 and bf16 run on the matrix units with fp32 sums, fp32 in IEEE arithmetic. The op group_lse has the denominator by
+groups.
 """
 
 from __future__ import annotations

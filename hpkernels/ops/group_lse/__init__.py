@@ -1,0 +1,1 @@
+"""The log-sum-exp over the rows of other groups."""

@@ -1,0 +1,1 @@
+"""The positive terms of losses whose pairs are given by labels."""

@@ -1,0 +1,1 @@
+"""Rows divided by their Euclidean norm."""

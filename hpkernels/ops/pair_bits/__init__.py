@@ -1,0 +1,1 @@
+"""Masks of pairs as bits: random ones, counts, transposes, pairs from lists."""

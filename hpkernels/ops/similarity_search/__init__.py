@@ -1,0 +1,1 @@
+"""Search over all pairs of two sets of vectors by inner product."""
