@@ -207,7 +207,7 @@ namespace hpk::gpu {
 
 constexpr const char* kDeviceType = "cpu";
 constexpr int kCudaVersion = 0;
-inline int driver_version() { return 0; }
+inline int newest_version_served() { return 0; }
 
 struct bf16 {
   uint16_t bits;

@@ -133,7 +133,7 @@ inline void check(cudaError_t error) {
 }
 
 // The newest CUDA version that the driver serves, counted as kCudaVersion; 0 without a driver.
-inline int driver_version() {
+inline int newest_version_served() {
   int version = 0;
   check(cudaDriverGetVersion(&version));
   return version;

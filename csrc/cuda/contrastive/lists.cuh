@@ -27,15 +27,6 @@ struct ListedRows {
   __device__ int at(int r) const { return list[r < count ? r : count - 1]; }
 };
 
-// The pairs of a list, and which of their weights count.
-enum class Pairs : int {
-  kAll,         // dense: all of G_ij + G_ji
-  kPositives,   // P and Q of both directions, and the exponentials of the positives outside of M
-  kNegatives,   // the listed columns j of M_i: grad_lse_i p_ij
-  kNamed,       // rows j whose M_j names i: grad_lse_j p_ji
-  kNamedByBits  // the same, where M decides which they are
-};
-
 // Word `word` of the columns of a list is words(word, 0) | words(word, 1): two threads share a word.
 
 struct NegativesRow {  // row `row` of M, within the columns [begin, end)

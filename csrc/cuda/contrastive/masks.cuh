@@ -4,30 +4,14 @@
 #include <cmath>
 
 #include "cuda/common/tile.cuh"
+#include "cuda/contrastive/contrastive.h"
 
 namespace hpk::gpu {
 
-// Bits of the anchors i = first_row + r, r < anchors, against all columns j; rows of `stride` words. Null: there is no
-// such mask or, for a transpose (`_t`), it is symmetric. The negatives have `period` rows; row i uses row i mod period.
-struct ContrastiveMasks {
-  const uint32_t *positives, *positives_t, *extra, *extra_t, *negatives;
-  int64_t stride, period, first_row, anchors;
-  bool everything;  // the denominator is every j != i
-
-  // The columns of a stream: its own rows.
-  template <class T>
-  __device__ ConsecutiveRows<T> columns(const T* x, int64_t rows) const {
-    return {x, rows, 0};
-  }
-  __device__ bool is_anchor(int64_t i) const { return i >= first_row && i < first_row + anchors; }
-  // Row i of P and Q, of the nearest anchor where i is none.
-  __device__ int64_t mask_row(int64_t i) const {
-    return i < first_row ? 0 : i < first_row + anchors ? i - first_row : anchors - 1;
-  }
-  __device__ int64_t negatives_row(int64_t i) const {  // 32-bit: a 64-bit division is a hundred instructions
-    return static_cast<uint32_t>(i) % static_cast<uint32_t>(period);
-  }
-};
+template <class T>
+__device__ inline ConsecutiveRows<T> ContrastiveMasks::columns(const T* x, int64_t rows) const {
+  return {x, rows, 0};
+}
 
 // Rows of one stream, and its row tables over all rows. Logits are kept in base 2: z_ij = scale <x_i, x_j>.
 template <class T>
@@ -35,10 +19,6 @@ struct ContrastiveRows {
   const T* x;  // (rows, depth)
   int64_t rows, depth;
   float scale;  // log2(e) / temperature
-};
-
-struct ContrastiveTables {
-  const float *lse, *grad_lse, *grad_pos, *grad_ext;  // (rows,); lse in base 2
 };
 
 // One mask's words for the thread's rows of a tile: a row's 32 columns of a warp are one word. The four lanes that

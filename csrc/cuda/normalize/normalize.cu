@@ -2,7 +2,7 @@
 // chunks; later passes over a row find it in the cache.
 #include <cmath>
 
-#include "cuda/common/bindings.h"
+#include "cuda/normalize/normalize.h"
 #include "cuda/common/vector.cuh"
 
 namespace hpk::gpu {
@@ -80,25 +80,22 @@ __global__ void __launch_bounds__(kWarpThreads) normalize_rows_grad_kernel(const
   }
 }
 
-template <class T>
-void bind(py::module_& m, const std::string& suffix) {
-  m.def(("normalize_rows_" + suffix).c_str(),
-        [](uintptr_t x, int64_t rows, int width, uintptr_t out, uintptr_t stream) {
-          launch(normalize_rows_kernel<T>, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
-                 pointer<const T>(x), rows, width, pointer<T>(out));
-        });
-  m.def(("normalize_rows_grad_" + suffix).c_str(),
-        [](uintptr_t grad, uintptr_t x, int64_t rows, int width, uintptr_t out, uintptr_t stream) {
-          launch(normalize_rows_grad_kernel<T>, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
-                 pointer<const T>(grad), pointer<const T>(x), rows, width, pointer<T>(out));
-        });
-}
-
 }  // namespace
-}  // namespace hpk::gpu
 
-HPK_BIND_CUDA(normalize) {
-  hpk::gpu::bind<hpk::gpu::bf16>(m, "bf16");
-  hpk::gpu::bind<hpk::gpu::fp16>(m, "f16");
-  hpk::gpu::bind<float>(m, "f32");
+template <class T>
+void NormalizeLaunches<T>::normalize_rows(uintptr_t x, int64_t rows, int width, uintptr_t out, uintptr_t stream) {
+  launch(normalize_rows_kernel<T>, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
+         pointer<const T>(x), rows, width, pointer<T>(out));
 }
+
+template <class T>
+void NormalizeLaunches<T>::normalize_rows_grad(uintptr_t grad, uintptr_t x, int64_t rows, int width, uintptr_t out, uintptr_t stream) {
+  launch(normalize_rows_grad_kernel<T>, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
+         pointer<const T>(grad), pointer<const T>(x), rows, width, pointer<T>(out));
+}
+
+template struct NormalizeLaunches<bf16>;
+template struct NormalizeLaunches<fp16>;
+template struct NormalizeLaunches<float>;
+
+}  // namespace hpk::gpu

@@ -3,8 +3,8 @@
 #include "shared/bits.h"
 #include "shared/philox.h"
 #include "shared/tile_order.h"
-#include "cuda/common/bindings.h"
 #include "cuda/common/vector.cuh"
+#include "cuda/pair_bits/pair_bits.h"
 
 namespace hpk::gpu {
 namespace {
@@ -133,38 +133,34 @@ __global__ void __launch_bounds__(kSide) set_pairs_kernel(const int64_t* indices
 }
 
 }  // namespace
-}  // namespace hpk::gpu
 
-HPK_BIND_CUDA(pair_bits) {
-  using namespace hpk;
-  using namespace hpk::gpu;
-  m.def("random_bits", [](uintptr_t seed, int64_t rows, int64_t columns, uint64_t q, uintptr_t bits, uintptr_t stream) {
-    const unsigned blocks = blocks_of(rows * words_per_row(columns), kWarpThreads * kSideWords);
-    launch(random_bits_kernel, dim3(blocks), dim3(kWarpThreads), 0, stream, pointer<const int64_t>(seed), rows, columns,
-           q, pointer<uint32_t>(bits));
-  });
-  m.def("count_bits", [](uintptr_t bits, int64_t rows, int64_t words, uintptr_t counts, uintptr_t stream) {
-    launch(count_bits_kernel, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
-           pointer<const uint32_t>(bits), rows, words, pointer<int32_t>(counts));
-  });
-  m.def("transpose_bits", [](uintptr_t bits, int64_t rows, int64_t columns, uintptr_t out, uintptr_t stream) {
-    const int64_t tiles = int64_t(blocks_of(rows, kSide)) * blocks_of(columns, kSide);
-    launch(transpose_bits_kernel<false>, dim3(static_cast<unsigned>(tiles)), dim3(kSide), kSide * sizeof(Chunk), stream,
-           pointer<const uint32_t>(bits), rows, columns, pointer<uint32_t>(out), int64_t(0));
-  });
-  // bits (columns, words(rows)), rows first_row .. of a symmetric mask, joined with the transpose of others (rows,
-  // words(columns)), without the mask's diagonal.
-  m.def("join_transpose", [](uintptr_t others, int64_t rows, int64_t columns, int64_t first_row, uintptr_t bits,
-                             uintptr_t stream) {
-    const int64_t tiles = int64_t(blocks_of(rows, kSide)) * blocks_of(columns, kSide);
-    launch(transpose_bits_kernel<true>, dim3(static_cast<unsigned>(tiles)), dim3(kSide), kSide * sizeof(Chunk), stream,
-           pointer<const uint32_t>(others), rows, columns, pointer<uint32_t>(bits), first_row);
-  });
-  // bits (rows, words(columns)) of the pairs (i, indices[i, n] - first_column).
-  m.def("set_pairs", [](uintptr_t indices, int64_t rows, int64_t k, int64_t first_column, int64_t columns,
-                        uintptr_t bits, uintptr_t stream) {
-    const dim3 grid(static_cast<unsigned>(rows), blocks_of(words_per_row(columns), kListWords));
-    launch(set_pairs_kernel, grid, dim3(kSide), kListWords * 4, stream, pointer<const int64_t>(indices), k,
-           first_column, columns, pointer<uint32_t>(bits));
-  });
+void random_bits(uintptr_t seed, int64_t rows, int64_t columns, uint64_t q, uintptr_t bits, uintptr_t stream) {
+  const unsigned blocks = blocks_of(rows * words_per_row(columns), kWarpThreads * kSideWords);
+  launch(random_bits_kernel, dim3(blocks), dim3(kWarpThreads), 0, stream, pointer<const int64_t>(seed), rows, columns,
+         q, pointer<uint32_t>(bits));
 }
+
+void count_bits(uintptr_t bits, int64_t rows, int64_t words, uintptr_t counts, uintptr_t stream) {
+  launch(count_bits_kernel, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
+         pointer<const uint32_t>(bits), rows, words, pointer<int32_t>(counts));
+}
+
+void transpose_bits(uintptr_t bits, int64_t rows, int64_t columns, uintptr_t out, uintptr_t stream) {
+  const int64_t tiles = int64_t(blocks_of(rows, kSide)) * blocks_of(columns, kSide);
+  launch(transpose_bits_kernel<false>, dim3(static_cast<unsigned>(tiles)), dim3(kSide), kSide * sizeof(Chunk), stream,
+         pointer<const uint32_t>(bits), rows, columns, pointer<uint32_t>(out), int64_t(0));
+}
+
+void join_transpose(uintptr_t others, int64_t rows, int64_t columns, int64_t first_row, uintptr_t bits, uintptr_t stream) {
+  const int64_t tiles = int64_t(blocks_of(rows, kSide)) * blocks_of(columns, kSide);
+  launch(transpose_bits_kernel<true>, dim3(static_cast<unsigned>(tiles)), dim3(kSide), kSide * sizeof(Chunk), stream,
+         pointer<const uint32_t>(others), rows, columns, pointer<uint32_t>(bits), first_row);
+}
+
+void set_pairs(uintptr_t indices, int64_t rows, int64_t k, int64_t first_column, int64_t columns, uintptr_t bits, uintptr_t stream) {
+  const dim3 grid(static_cast<unsigned>(rows), blocks_of(words_per_row(columns), kListWords));
+  launch(set_pairs_kernel, grid, dim3(kSide), kListWords * 4, stream, pointer<const int64_t>(indices), k,
+         first_column, columns, pointer<uint32_t>(bits));
+}
+
+}  // namespace hpk::gpu
