@@ -7,9 +7,9 @@
 #include "cpu/normalize/bindings.h"
 #include "cpu/pair_bits/bindings.h"
 #include "cpu/products/bindings.h"
-#include "cpu/similarity_search/bindings.h"
 #include "cpu/runtime/isa.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/similarity_search/bindings.h"
 #include "shared/source_hash.h"
 
 PYBIND11_MODULE(_cpu, m) {

@@ -57,9 +57,16 @@ void bind_contrastive(py::module_& m) {
       .def(py::init([](uintptr_t positives, uintptr_t positives_t, uintptr_t extra, uintptr_t extra_t,
                        uintptr_t negatives, int64_t stride, int64_t period, int64_t first_row, int64_t anchors,
                        bool everything) {
-        return ContrastiveMasks{pointer<const uint32_t>(positives), pointer<const uint32_t>(positives_t),
-                                pointer<const uint32_t>(extra),     pointer<const uint32_t>(extra_t),
-                                pointer<const uint32_t>(negatives), stride, period, first_row, anchors, everything};
+        return ContrastiveMasks{pointer<const uint32_t>(positives),
+                                pointer<const uint32_t>(positives_t),
+                                pointer<const uint32_t>(extra),
+                                pointer<const uint32_t>(extra_t),
+                                pointer<const uint32_t>(negatives),
+                                stride,
+                                period,
+                                first_row,
+                                anchors,
+                                everything};
       }));
   py::class_<ContrastiveTables>(m, "ContrastiveTables")
       .def(py::init([](uintptr_t lse, uintptr_t grad_lse, uintptr_t grad_pos, uintptr_t grad_ext) {
@@ -67,11 +74,11 @@ void bind_contrastive(py::module_& m) {
                                  pointer<const float>(grad_pos), pointer<const float>(grad_ext)};
       }));
   py::class_<ColumnSlots>(m, "ColumnSlots")
-      .def(py::init([](uintptr_t turned, int64_t words, uintptr_t starts, uintptr_t window, int64_t columns,
-                       int64_t capacity) {
-        return ColumnSlots{pointer<const uint32_t>(turned), words,   pointer<const int64_t>(starts),
-                           pointer<const int>(window),      columns, capacity};
-      }));
+      .def(py::init(
+          [](uintptr_t turned, int64_t words, uintptr_t starts, uintptr_t window, int64_t columns, int64_t capacity) {
+            return ColumnSlots{pointer<const uint32_t>(turned), words,   pointer<const int64_t>(starts),
+                               pointer<const int>(window),      columns, capacity};
+          }));
   py::enum_<Pairs>(m, "ContrastivePairs")
       .value("all", Pairs::kAll)
       .value("positives", Pairs::kPositives)

@@ -10,17 +10,17 @@ template <class T>
 bool assign(uintptr_t x, int64_t rows, int64_t depth, uintptr_t centroids, uintptr_t directions, uintptr_t bias,
             int64_t clusters, uintptr_t labels, uintptr_t distances, uintptr_t sums, uintptr_t counts, int threads) {
   const ClusterArgs<T> args{pointer<const T>(x),
-                                 rows,
-                                 depth,
-                                 pointer<const T>(centroids),
-                                 pointer<const T>(directions),
-                                 pointer<const T>(bias),
-                                 clusters,
-                                 pointer<int64_t>(labels),
-                                 pointer<T>(distances),
-                                 pointer<double>(sums),
-                                 pointer<int64_t>(counts),
-                                 threads};
+                            rows,
+                            depth,
+                            pointer<const T>(centroids),
+                            pointer<const T>(directions),
+                            pointer<const T>(bias),
+                            clusters,
+                            pointer<int64_t>(labels),
+                            pointer<T>(distances),
+                            pointer<double>(sums),
+                            pointer<int64_t>(counts),
+                            threads};
   return HPK_DISPATCH(cluster_assign(args));
 }
 

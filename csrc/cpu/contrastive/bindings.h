@@ -12,7 +12,7 @@ using Masks = ContrastiveMasks;
 
 // Addresses are 0 for masks that are not given; a missing transpose means that the mask is symmetric.
 inline Masks masks(uintptr_t positives, uintptr_t positives_t, uintptr_t extra, uintptr_t extra_t, uintptr_t negatives,
-            int64_t words, int64_t negative_rows) {
+                   int64_t words, int64_t negative_rows) {
   return {pointer<const uint32_t>(positives),
           pointer<const uint32_t>(positives_t ? positives_t : positives),
           pointer<const uint32_t>(extra),
@@ -41,7 +41,7 @@ void grad(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, int64_t fir
           uintptr_t grad_ext, uintptr_t grad_x, int threads) {
   const ContrastiveArgs<T> args{pointer<const T>(x), streams, rows, depth, first, count, masks, temperature, threads};
   const ContrastiveGrads<T> grads{pointer<const T>(lse), pointer<const T>(grad_lse), pointer<const T>(grad_pos),
-                                       pointer<const T>(grad_ext), pointer<T>(grad_x)};
+                                  pointer<const T>(grad_ext), pointer<T>(grad_x)};
   if (denominator == "sparse") {
     HPK_DISPATCH(contrastive_sparse_grad(args, grads));
   } else {
@@ -64,7 +64,7 @@ void group_grad(uintptr_t x, int64_t rows, int64_t depth, int64_t first, int64_t
   const ContrastiveArgs<T> args{pointer<const T>(x), 1, rows, depth, first, count, {}, temperature, threads};
   const ContrastiveGroups groups{pointer<const int32_t>(query), pointer<const int32_t>(key)};
   const ContrastiveGrads<T> grads{pointer<const T>(lse), pointer<const T>(grad_lse), pointer<const T>(zeros),
-                                       pointer<const T>(zeros), pointer<T>(grad_x)};
+                                  pointer<const T>(zeros), pointer<T>(grad_x)};
   HPK_DISPATCH(contrastive_group_grad(args, groups, grads));
 }
 

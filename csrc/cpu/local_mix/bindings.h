@@ -19,17 +19,17 @@ void weights_qk(uintptr_t queries, int64_t query_image, int64_t query_row, uintp
                 int64_t key_row, int64_t batch, int64_t depth, int64_t height, int64_t width, double scale,
                 double sigma, double low, double high, uintptr_t out, int threads) {
   const WeightsQkArgs<T> args{{pointer<const T>(queries), query_image, query_row},
-                                   {pointer<const T>(keys), key_image, key_row},
-                                   pointer<T>(out),
-                                   batch,
-                                   depth,
-                                   height,
-                                   width,
-                                   scale,
-                                   sigma,
-                                   low,
-                                   high,
-                                   threads};
+                              {pointer<const T>(keys), key_image, key_row},
+                              pointer<T>(out),
+                              batch,
+                              depth,
+                              height,
+                              width,
+                              scale,
+                              sigma,
+                              low,
+                              high,
+                              threads};
   HPK_DISPATCH(neighbor_weights_qk(args));
 }
 

@@ -10,12 +10,12 @@ template <class T>
 void product(uintptr_t a, int64_t a_stride, bool a_turned, uintptr_t b, int64_t b_stride, bool b_turned, int64_t rows,
              int64_t columns, int64_t depth, uintptr_t out, int threads) {
   const ProductArgs<T> args{{pointer<const T>(a), a_stride, a_turned},
-                                 {pointer<const T>(b), b_stride, b_turned},
-                                 rows,
-                                 columns,
-                                 depth,
-                                 pointer<T>(out),
-                                 threads};
+                            {pointer<const T>(b), b_stride, b_turned},
+                            rows,
+                            columns,
+                            depth,
+                            pointer<T>(out),
+                            threads};
   HPK_DISPATCH(product(args));
 }
 

@@ -30,7 +30,7 @@ bool screens_narrow(const Rows<T>& rows) {
 
 template <class T>
 void max_similarity(uintptr_t queries, int64_t n, uintptr_t keys, int64_t m, int64_t depth, uintptr_t values,
-                          int threads) {
+                    int threads) {
   const MaxArgs<T> args{{"queries", pointer<T>(queries), n, depth, nullptr},
                         {"keys", pointer<T>(keys), m, depth, nullptr},
                         pointer<T>(values),
@@ -40,8 +40,8 @@ void max_similarity(uintptr_t queries, int64_t n, uintptr_t keys, int64_t m, int
 
 template <class T>
 void topk_similarity(uintptr_t queries, int64_t n, uintptr_t keys, int64_t m, int64_t depth, int64_t k,
-                           bool exclude_self, uintptr_t query_groups, uintptr_t key_groups, uintptr_t values,
-                           uintptr_t indices, int threads) {
+                     bool exclude_self, uintptr_t query_groups, uintptr_t key_groups, uintptr_t values,
+                     uintptr_t indices, int threads) {
   TopkArgs<T> args{{"queries", pointer<T>(queries), n, depth, nullptr},
                    {"keys", pointer<T>(keys), m, depth, nullptr},
                    k,
@@ -68,8 +68,8 @@ void topk_similarity(uintptr_t queries, int64_t n, uintptr_t keys, int64_t m, in
 }
 
 template <class T>
-void pairs_above(uintptr_t x, int64_t n, uintptr_t keys, int64_t m, int64_t depth, bool symmetric,
-                       uintptr_t thresholds, uintptr_t key_thresholds, uintptr_t bits, int64_t words, int threads) {
+void pairs_above(uintptr_t x, int64_t n, uintptr_t keys, int64_t m, int64_t depth, bool symmetric, uintptr_t thresholds,
+                 uintptr_t key_thresholds, uintptr_t bits, int64_t words, int threads) {
   const PairsArgs<T> args{{"x", pointer<T>(x), n, depth, nullptr},
                           {"keys", pointer<T>(keys), m, depth, nullptr},
                           symmetric,

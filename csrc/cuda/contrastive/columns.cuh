@@ -36,7 +36,8 @@ static __global__ void __launch_bounds__(kTileThreads)
 __device__ inline int ColumnSlots::slot(int64_t j, int64_t t) const {
   const uint32_t* row = turned + j * words;
   int rank = __popc(row[t / 32] & ((1u << (t % 32)) - 1u));
-  for (int64_t word = 0; word < t / 32; ++word) rank += __popc(row[word]);
+  for (int64_t word = 0; word < t / 32; ++word)
+    rank += __popc(row[word]);
   return static_cast<int>(starts[j] - starts[window[0]]) + rank;
 }
 

@@ -61,15 +61,28 @@ void contrastive_turn_negatives(const ContrastiveMasks& masks, int64_t columns, 
 template <class T>
 struct ContrastiveLaunches {
   // x (streams, rows, depth); parts (4, shares, streams, anchors), see StatsParts.
-  static void contrastive_stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, const ContrastiveMasks& masks, float scale, float first_shift, float over_temperature, int shares, uintptr_t parts, uintptr_t stream);
+  static void contrastive_stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth,
+                                const ContrastiveMasks& masks, float scale, float first_shift, float over_temperature,
+                                int shares, uintptr_t parts, uintptr_t stream);
   // x (rows, depth), tables (rows,), out (out_rows, out_width) for the rows from first_row on; see the kernel.
-  static void contrastive_weights(uintptr_t x, int64_t rows, int64_t depth, const ContrastiveMasks& masks, float scale, float shift, const ContrastiveTables& tables, int64_t first_row, int64_t out_rows, int64_t out_width, uintptr_t out, uintptr_t stream);
+  static void contrastive_weights(uintptr_t x, int64_t rows, int64_t depth, const ContrastiveMasks& masks, float scale,
+                                  float shift, const ContrastiveTables& tables, int64_t first_row, int64_t out_rows,
+                                  int64_t out_width, uintptr_t out, uintptr_t stream);
   // The same for a family of lists: part `part` of `shares`.
-  static void contrastive_listed_stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, const ContrastiveMasks& masks, Pairs pairs, float scale, float first_shift, float over_temperature, int part, int shares, uintptr_t parts, uintptr_t stream);
+  static void contrastive_listed_stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth,
+                                       const ContrastiveMasks& masks, Pairs pairs, float scale, float first_shift,
+                                       float over_temperature, int part, int shares, uintptr_t parts, uintptr_t stream);
   // x (rows, depth), tables (rows,); out (anchors, depth), or partial (anchors, depth) fp32; see PanelTarget.
-  static void contrastive_listed_grad(uintptr_t x, int64_t rows, int64_t depth, const ContrastiveMasks& masks, Pairs pairs, float scale, const ContrastiveTables& tables, uintptr_t out, uintptr_t partial, bool add, uintptr_t out_scale, uintptr_t slots, int64_t above, uintptr_t stream);
-  static void contrastive_column_side(uintptr_t x, int64_t rows, int64_t depth, const ContrastiveMasks& masks, float scale, const ContrastiveTables& tables, const ColumnSlots& slots, int shares, uintptr_t workspace, uintptr_t stream);
-  static void contrastive_column_sum(uintptr_t workspace, int64_t first_row, int64_t depth, const ColumnSlots& slots, int blocks, uintptr_t partial, uintptr_t out_scale, uintptr_t out, uintptr_t stream);
+  static void contrastive_listed_grad(uintptr_t x, int64_t rows, int64_t depth, const ContrastiveMasks& masks,
+                                      Pairs pairs, float scale, const ContrastiveTables& tables, uintptr_t out,
+                                      uintptr_t partial, bool add, uintptr_t out_scale, uintptr_t slots, int64_t above,
+                                      uintptr_t stream);
+  static void contrastive_column_side(uintptr_t x, int64_t rows, int64_t depth, const ContrastiveMasks& masks,
+                                      float scale, const ContrastiveTables& tables, const ColumnSlots& slots,
+                                      int shares, uintptr_t workspace, uintptr_t stream);
+  static void contrastive_column_sum(uintptr_t workspace, int64_t first_row, int64_t depth, const ColumnSlots& slots,
+                                     int blocks, uintptr_t partial, uintptr_t out_scale, uintptr_t out,
+                                     uintptr_t stream);
 };
 
 }  // namespace hpk::gpu

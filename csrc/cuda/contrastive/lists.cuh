@@ -62,7 +62,8 @@ struct ColumnsOfPanel {  // those of any positive of the panel, or of its row of
       if (of_pairs[m] == nullptr) continue;
       const uint32_t* of_row = of_pairs[m] + (panel.first - masks.first_row) * masks.stride + word;
 #pragma unroll 4
-      for (int r = part; r < panel.count; r += 2) bits |= of_row[r * masks.stride];
+      for (int r = part; r < panel.count; r += 2)
+        bits |= of_row[r * masks.stride];
     }
     return bits;
   }
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kTileThreads)
   while (const int tiles = walk.next()) {
     const ListedRows<T> columns{panel.x, list.columns, walk.held()};
     TileStream<T, kPanelStages, PanelPlaces, SteppedRows<T>, ListedRows<T>> products(panel, columns, 0, tiles,
-                                                                                    rows.depth, dynamic_shared());
+                                                                                     rows.depth, dynamic_shared());
     for (int tile = 0; tile < tiles; ++tile) {
       PanelPlaces::Accumulators acc;
       products.next(acc, at);
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(kTileThreads)
     }
   }
 
-  auto of_warp = reinterpret_cast<RowStats (*)[kPanel]>(dynamic_shared());  // the walk ends in a barrier
+  auto of_warp = reinterpret_cast<RowStats(*)[kPanel]>(dynamic_shared());  // the walk ends in a barrier
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     RowStats row = sums[h];

@@ -27,7 +27,8 @@ class RowWords {
  public:
   // `rows` holds the mask's rows of the lane's two rows.
   __device__ void load(const uint32_t* bits, const int (&rows)[2], int64_t stride, int64_t word) {
-    for (int h = 0; h < 2; ++h) held_[h] = bits ? bits[rows[h] * stride + word] : 0;
+    for (int h = 0; h < 2; ++h)
+      held_[h] = bits ? bits[rows[h] * stride + word] : 0;
   }
   __device__ uint32_t at(int m, int h, int lane) const { return __shfl_sync(0xffffffffu, held_[h], (lane & ~3) | m); }
 
