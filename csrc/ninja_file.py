@@ -17,6 +17,7 @@ import pybind11
 import toolchain
 
 CSRC = Path(__file__).resolve().parent
+SMALL = ["-O1"]  # for bindings, which compute nothing
 
 
 class NinjaFile:
@@ -51,7 +52,8 @@ class NinjaFile:
         flags = [*self.host, *speed, *exact, "-Wall", "-Wextra", *quiet, *(f"-DHPK_HAVE_{i.upper()}=1" for i in isas)]
         every = sorted((CSRC / "cpu").rglob("*.cpp"))
         once = [path for path in every if not path.name.endswith((".isa.cpp", ".bf16.cpp"))]
-        objects = [self._compile("once", path, flags) for path in once]
+        objects = [self._compile("once", path, flags) for path in once if path.name != "bindings.cpp"]
+        objects.append(self._compile("once", CSRC / "cpu" / "bindings.cpp", [*flags, *SMALL]))
         objects.append(self._hash("once", name))
         # Inline functions of the standard library may be emitted by several variants, and the linker keeps the first
         # it meets: objects are linked from the oldest instruction set to the newest, so that copy runs everywhere.
@@ -69,11 +71,11 @@ class NinjaFile:
         archs = toolchain.cuda_archs()
         command = [nvcc, *(["-ccbin", self.compiler[0]] if len(self.compiler) == 1 else [])]
         flags = [*command, *self.common, "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *toolchain.code_flags(archs)]
-        flags.append(f'-DHPK_CUDA_ARCHS="{";".join(archs)}"')
         sources = sorted((CSRC / "cuda").rglob("*.cu"))
         objects = [self._compile("cuda", path, flags) for path in sources]
         plain = sorted((CSRC / "cuda").rglob("*.cpp"))
-        objects += [self._compile("cuda", path, [*self.host, "-O2"]) for path in plain]
+        told = f'-DHPK_CUDA_ARCHS="{";".join(archs)}"'
+        objects += [self._compile("cuda", path, [*self.host, *SMALL, told]) for path in plain]
         objects.append(self._hash("cuda", name))
         libraries = Path(nvcc).resolve().parents[1] / "lib"  # where the compiler packages have them
         shared = ["-shared", "-cudart", "static", f"-L{libraries}", "-Xlinker", "-s,--exclude-libs=ALL"]

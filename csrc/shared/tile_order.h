@@ -25,13 +25,16 @@ HPK_HOST_DEVICE inline int64_t triangle_tiles(int64_t groups) {
 // group may reach past the matrix: the caller drops columns outside.
 HPK_HOST_DEVICE inline TilePlace triangle_tile(int64_t p) {
   int64_t group = static_cast<int64_t>(std::sqrt(2.0 * static_cast<double>(p)) / kTileGroup);
-  while (triangle_tiles(group) > p) --group;  // the root is a guess; these two lines make it exact
-  while (triangle_tiles(group + 1) <= p) ++group;
+  while (triangle_tiles(group) > p)
+    --group;  // the root is a guess; these two lines make it exact
+  while (triangle_tiles(group + 1) <= p)
+    ++group;
   const int64_t q = p - triangle_tiles(group);
   const int64_t first_column = group * kTileGroup;
   if (q < first_column * kTileGroup) return {q / kTileGroup, first_column + q % kTileGroup};
   int64_t rest = q - first_column * kTileGroup, column = 0;
-  while (rest > column) rest -= ++column;  // column c of the small triangle has c + 1 tiles
+  while (rest > column)
+    rest -= ++column;  // column c of the small triangle has c + 1 tiles
   return {first_column + rest, first_column + column};
 }
 

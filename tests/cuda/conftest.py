@@ -6,6 +6,7 @@ The fixtures are the modules hpkernels.ops.<op>.cuda on that library: they take 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import importlib
 import importlib.util
@@ -35,7 +36,7 @@ def build_shim(folder: Path) -> Path:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            ours = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda")
+            ours = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda", ROOT / "csrc/shared")
             includes = (ours[0], ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
             compiler = ["g++", *FLAGS, *(f"-I{path}" for path in includes), "-x", "c++"]
             sources = [path for place in ours for path in sorted(place.rglob("*")) if path.suffix in (".cu", ".cpp")]
@@ -59,6 +60,7 @@ def library(tmp_path_factory) -> ModuleType:
     spec = importlib.util.spec_from_file_location("cuda_shim._cuda", build_shim(folder))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.run_last_blocks = ctypes.CDLL(module.__file__).run_last_blocks
     return module
 
 

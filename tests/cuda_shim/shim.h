@@ -32,7 +32,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  uint32_t words[32][8];      // what the lanes show each other
+  uint32_t words[32][8];  // what the lanes show each other
   const void* addresses[32];
 };
 
@@ -79,7 +79,8 @@ inline void wait(Barrier& barrier, int size) {
     return;
   }
   Fibre* self = b.running;
-  while (barrier.generation == generation) swapcontext(&self->context, &b.scheduler);
+  while (barrier.generation == generation)
+    swapcontext(&self->context, &b.scheduler);
 }
 
 inline int lane() { return block().running->thread.x % 32; }
@@ -107,7 +108,8 @@ inline void run_block() {
   }
   b.live = static_cast<int>(b.fibres.size());
   b.barrier = Barrier{};
-  for (Warp& w : b.warps) w.barrier = Barrier{};
+  for (Warp& w : b.warps)
+    w.barrier = Barrier{};
   while (b.live) {
     b.progress = false;
     for (Fibre& f : b.fibres) {
@@ -162,7 +164,8 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
   warp.words[hpk::shim::lane()][0] = vote;
   hpk::shim::wait_warp();
   uint32_t votes = 0;
-  for (int lane = 0; lane < 32; ++lane) votes |= warp.words[lane][0] << lane;
+  for (int lane = 0; lane < 32; ++lane)
+    votes |= warp.words[lane][0] << lane;
   hpk::shim::wait_warp();
   return votes;
 }
@@ -207,7 +210,7 @@ namespace hpk::gpu {
 
 constexpr const char* kDeviceType = "cpu";
 constexpr int kCudaVersion = 0;
-inline int driver_version() { return 0; }
+inline int newest_version_served() { return 0; }
 
 struct bf16 {
   uint16_t bits;
@@ -236,8 +239,10 @@ inline float to_float(fp16 x) {
 inline unsigned char* dynamic_shared() { return shim::block().shared.data(); }
 
 inline void cp_async_16(void* shared, const void* global, bool valid) {
-  if (valid) std::memcpy(shared, global, 16);
-  else std::memset(shared, 0, 16);
+  if (valid)
+    std::memcpy(shared, global, 16);
+  else
+    std::memset(shared, 0, 16);
 }
 inline void cp_async_commit() {}
 template <int N>

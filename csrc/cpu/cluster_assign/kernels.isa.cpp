@@ -1,5 +1,5 @@
-// Assignment of rows to centroids in one pass: a tile of scores is reduced to labels while it is in cache, and its rows,
-// still in cache, are added to the sums of their clusters.
+// Assignment of rows to centroids in one pass: a tile of scores is reduced to labels while it is in cache, and its
+// rows, still in cache, are added to the sums of their clusters.
 //
 // Rows are cut into parts by shapes alone. A part owns a table of sums in double; the tables are added in the order of
 // the parts, so that neither timing nor the number of threads shows.
@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t kRows = 96, kCols = 192;  // of a tile of scores: whole register blocks
 constexpr int64_t kMaxParts = 64;
-constexpr int64_t kPartRows = 2048;  // at least, so that clearing and adding a part's table is little beside its products
+constexpr int64_t kPartRows =
+    2048;  // at least, so that clearing and adding a part's table is little beside its products
 constexpr int64_t kTableBytes = int64_t(64) << 20;  // all tables of sums, unless one alone is larger
 constexpr int kParts = 16;                          // of a sum along a row, kept apart so that its loop vectorises
 
@@ -127,8 +128,8 @@ class Assignment {
     bool finite = true;
     for (int64_t i = first; i < first + height; ++i) {
       const int64_t k = args_.labels[i];
-      args_.distances[i] = add_row(args_.x + i * args_.depth, args_.centroids + k * args_.depth, args_.depth,
-                                   sums + k * args_.depth);
+      args_.distances[i] =
+          add_row(args_.x + i * args_.depth, args_.centroids + k * args_.depth, args_.depth, sums + k * args_.depth);
       finite &= static_cast<bool>(std::isfinite(args_.distances[i]));
       ++counts[k];
     }

@@ -40,8 +40,8 @@ struct ContrastiveArgs {
   bool all_anchors() const { return count == rows; }
 };
 
-// E by groups instead of bits: E_ij = [query_i >= 0][key_j >= 0][query_i != key_j], a number of each row for either part.
-// A row of -1 is no anchor, or in no denominator. The same pointer twice: one set of rows against itself.
+// E by groups instead of bits: E_ij = [query_i >= 0][key_j >= 0][query_i != key_j], a number of each row for either
+// part. A row of -1 is no anchor, or in no denominator. The same pointer twice: one set of rows against itself.
 struct ContrastiveGroups {
   const int32_t *query, *key;  // (rows) each
 };
@@ -57,13 +57,13 @@ struct ContrastiveGrads {
   T* grad_x;                                      // (streams, count, depth)
 };
 
-#define HPK_CONTRASTIVE(T)                                                                                \
-  void contrastive_sparse_stats(const ContrastiveArgs<T>& args, const ContrastiveStats<T>& out);          \
-  void contrastive_sparse_grad(const ContrastiveArgs<T>& args, const ContrastiveGrads<T>& grads);         \
-  void contrastive_dense_stats(const ContrastiveArgs<T>& args, bool all, const ContrastiveStats<T>& out); \
-  void contrastive_dense_grad(const ContrastiveArgs<T>& args, bool all, const ContrastiveGrads<T>& grads);  \
-  void contrastive_group_lse(const ContrastiveArgs<T>& args, const ContrastiveGroups& groups, T* lse);       \
-  void contrastive_group_grad(const ContrastiveArgs<T>& args, const ContrastiveGroups& groups,               \
+#define HPK_CONTRASTIVE(T)                                                                                 \
+  void contrastive_sparse_stats(const ContrastiveArgs<T>& args, const ContrastiveStats<T>& out);           \
+  void contrastive_sparse_grad(const ContrastiveArgs<T>& args, const ContrastiveGrads<T>& grads);          \
+  void contrastive_dense_stats(const ContrastiveArgs<T>& args, bool all, const ContrastiveStats<T>& out);  \
+  void contrastive_dense_grad(const ContrastiveArgs<T>& args, bool all, const ContrastiveGrads<T>& grads); \
+  void contrastive_group_lse(const ContrastiveArgs<T>& args, const ContrastiveGroups& groups, T* lse);     \
+  void contrastive_group_grad(const ContrastiveArgs<T>& args, const ContrastiveGroups& groups,             \
                               const ContrastiveGrads<T>& grads);
 
 }  // namespace hpk

@@ -49,8 +49,7 @@ struct Partials {
 
 // Sums over the columns j0 .. j0 + width - 1 of row i, with the row's dot products.
 template <class T, class Masks>
-TileSums<T> sums_of_row(const Masks& masks, int64_t i, int64_t j0, int64_t width, const T* dots, T scale,
-                        T shift) {
+TileSums<T> sums_of_row(const Masks& masks, int64_t i, int64_t j0, int64_t width, const T* dots, T scale, T shift) {
   Vec<T> all_sums{}, all_pos{}, all_ext{};
   for (int64_t w = 0; w * kWord < width; ++w) {
     const WordMasks m = masks.at(i, j0 / kWord + w);

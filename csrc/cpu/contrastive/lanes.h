@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cpu/contrastive/contrastive.h"
-#include "cpu/vector/simd.h"
 #include "cpu/vector/exp.h"
+#include "cpu/vector/simd.h"
 
 namespace hpk::HPK_ISA {
 

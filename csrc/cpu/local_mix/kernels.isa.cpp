@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/vector/simd.h"
 #include "cpu/runtime/thread_pool.h"
-#include "cpu/vector/tile.h"
 #include "cpu/vector/exp.h"
+#include "cpu/vector/simd.h"
+#include "cpu/vector/tile.h"
 
 namespace hpk::HPK_ISA {
 namespace {

@@ -1,11 +1,13 @@
-// How an op adds its Python functions to hpkernels._cpu: in csrc/cpu/<op>/<op>.cpp write
+// What the Python functions of hpkernels._cpu share. An op has its own in csrc/cpu/<op>/bindings.h:
 //
-//     HPK_BIND(my_op) {
+//     namespace hpk::my_op_bindings {
+//     inline void bind(py::module_& m) {
 //       m.def("my_op", [](uintptr_t x, int64_t n, int threads) { ... }, py::call_guard<py::gil_scoped_release>());
 //     }
+//     }
 //
-// Nothing else needs editing. Pointers come as integers (tensor.data_ptr()), sizes and strides count elements. The
-// Python side checks shapes, dtypes and contiguity; C++ trusts them. std::invalid_argument becomes ValueError.
+// and csrc/cpu/bindings.cpp calls it. Pointers come as integers (tensor.data_ptr()), sizes and strides count elements.
+// The Python side checks shapes, dtypes and contiguity; C++ trusts them. std::invalid_argument becomes ValueError.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,20 +18,9 @@ namespace py = pybind11;
 
 namespace hpk {
 
-using BindFunction = void (*)(py::module_& m);
-
-struct Registrar {
-  explicit Registrar(BindFunction bind);
-};
-
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
 }  // namespace hpk
-
-#define HPK_BIND(op)                                         \
-  static void bind_##op(py::module_& m);                     \
-  static const hpk::Registrar registrar_of_##op(&bind_##op); \
-  static void bind_##op(py::module_& m)

@@ -2,13 +2,13 @@
 //
 // A kernel source csrc/cpu/<op>/*.isa.cpp is compiled several times, each time with -DHPK_ISA=<set>, and puts its
 // functions into namespace hpk::HPK_ISA. Its header declares them for every compiled set with HPK_DECLARE, and code
-// that is compiled once (csrc/cpu/<op>/<op>.cpp) calls the one for this machine with HPK_DISPATCH:
+// that is compiled once (csrc/cpu/<op>/bindings.h) calls the one for this machine with HPK_DISPATCH:
 //
 //     // csrc/cpu/my_op/my_op.h
 //     HPK_DECLARE(void my_op(const MyArgs<float>& args); void my_op(const MyArgs<double>& args);)
 //     // csrc/cpu/my_op/kernels.isa.cpp
 //     namespace hpk::HPK_ISA { void my_op(const MyArgs<float>& args) { ... } ... }
-//     // csrc/cpu/my_op/my_op.cpp
+//     // csrc/cpu/my_op/bindings.h
 //     HPK_DISPATCH(my_op(args));
 #pragma once
 

@@ -1,6 +1,6 @@
-#include "cpu/similarity_search/search.h"
 #include "cpu/similarity_search/screen_bf16.h"
 #include "cpu/similarity_search/screen_int8.h"
+#include "cpu/similarity_search/search.h"
 
 namespace hpk::HPK_ISA {
 namespace {

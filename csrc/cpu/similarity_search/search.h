@@ -9,9 +9,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/runtime/thread_pool.h"
 #include "cpu/similarity_search/screen.h"
 #include "cpu/similarity_search/similarity_search.h"
-#include "cpu/runtime/thread_pool.h"
 #include "shared/bits.h"
 
 namespace hpk::HPK_ISA {
@@ -105,9 +105,11 @@ inline T largest_of(const T* s, int64_t count) {
   Vec<T> m[3] = {lowest, lowest, lowest};
   int64_t c = 0;
   for (; c + 3 * L <= count; c += 3 * L)
-    for (int v = 0; v < 3; ++v) m[v] = max(m[v], load(s + c + v * L));
+    for (int v = 0; v < 3; ++v)
+      m[v] = max(m[v], load(s + c + v * L));
   T value = largest<T>(max(max(m[0], m[1]), m[2]));
-  for (; c < count; ++c) value = std::max(value, s[c]);
+  for (; c < count; ++c)
+    value = std::max(value, s[c]);
   return value;
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "cpu/runtime/isa.h"
 
@@ -22,11 +24,17 @@ struct Rows {
 // The engine that screens fp32 rows on machines with bf16 and int8 products: normally chosen by a look at the data.
 enum class SearchScreen { automatic, int8, bf16, exact };
 SearchScreen search_screen();
+void set_search_screen(const std::string& name);  // throws std::invalid_argument
 
 // One set of queries searched in one range of keys, both as positions in the order of their Rows.
 struct SearchSegment {
   int64_t query_begin, query_end, key_begin, key_end;
 };
+
+std::vector<int64_t> sorted_by_group(const int64_t* groups, int64_t count);
+// The groups that have both queries and keys, as ranges of the sorted rows.
+std::vector<SearchSegment> segments_of(const int64_t* query_groups, const std::vector<int64_t>& queries,
+                                       const int64_t* key_groups, const std::vector<int64_t>& keys);
 
 template <class T>
 struct MaxArgs {

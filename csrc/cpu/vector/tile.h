@@ -3,8 +3,8 @@
 //     constexpr int64_t kRows = 192, kCols = 192;                 // any sizes; multiples of MR and NR waste least
 //     using E = Engine<float>;
 //     Scratch<float> b(E::b_size(kCols, depth)), s(E::round_rows(kRows) * E::round_cols(kCols));
-//     pack_rows<E::NR>(keys + j0 * depth, depth, nullptr, cols, depth, b.get());      // rows j0 .. of a row-major matrix
-//     multiply<E>(rows, cols, depth, rows_of(queries + i0 * depth, depth), b.get(), s.get(), ld);
+//     pack_rows<E::NR>(keys + j0 * depth, depth, nullptr, cols, depth, b.get());      // rows j0 .. of a row-major
+//     matrix multiply<E>(rows, cols, depth, rows_of(queries + i0 * depth, depth), b.get(), s.get(), ld);
 //     // s[r * ld + c] = <queries_{i0 + r}, keys_{j0 + c}>
 //
 // The left factor is read where it lies (`Left`): its elements are broadcast one by one, so a packed copy would serve

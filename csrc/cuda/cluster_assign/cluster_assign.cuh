@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "shared/ordered_key.h"
 #include "cuda/common/tile.cuh"
 #include "cuda/common/vector.cuh"
+#include "shared/ordered_key.h"
 
 namespace hpk::gpu {
 
@@ -22,9 +22,9 @@ constexpr int kRowsAtOnce = 4;  // of a warp, whose loads for the distances are 
 
 template <class T>
 struct ClusterJob {
-  const T* x;           // (rows, depth)
-  const T* directions;  // (tiles, parts, 64, depth)
-  const float* bias;    // (tiles * 64,), -inf past the last cluster
+  const T* x;              // (rows, depth)
+  const T* directions;     // (tiles, parts, 64, depth)
+  const float* bias;       // (tiles * 64,), -inf past the last cluster
   const float* centroids;  // (clusters, depth)
   int64_t rows, depth;
   int tiles;  // of 64 directions; 0: all rows belong to cluster 0
@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   float best[Shape::kM][2];
   int where[Shape::kM][2];
 #pragma unroll
-  for (int m = 0; m < Shape::kM; ++m) best[m][0] = best[m][1] = -INFINITY, where[m][0] = where[m][1] = -1;
+  for (int m = 0; m < Shape::kM; ++m)
+    best[m][0] = best[m][1] = -INFINITY, where[m][0] = where[m][1] = -1;
   for (int tile = 0; tile < job.tiles; ++tile) {
     typename Shape::Accumulators acc;
     products.next(acc, at);
@@ -82,8 +83,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     }
   __syncthreads();
   if (threadIdx.x < Shape::kRows) {
-    const int64_t key = of_warp[0][threadIdx.x] > of_warp[1][threadIdx.x] ? of_warp[0][threadIdx.x]
-                                                                          : of_warp[1][threadIdx.x];
+    const int64_t key =
+        of_warp[0][threadIdx.x] > of_warp[1][threadIdx.x] ? of_warp[0][threadIdx.x] : of_warp[1][threadIdx.x];
     const int label = key == kEmptyKey ? 0 : static_cast<int>(0xffffffffu - static_cast<uint32_t>(key));
     label_of[threadIdx.x] = label;
     if (first_row + threadIdx.x < job.rows) labels[first_row + threadIdx.x] = label;
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     for (int64_t d = at.lane * kWide; d < job.depth; d += 32 * kWide) {
       float x[kRowsAtOnce][kWide];
 #pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) load_wide<T, kWide>(x[r], rows[r] + d);
+      for (int r = 0; r < kRowsAtOnce; ++r)
+        load_wide<T, kWide>(x[r], rows[r] + d);
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r)
 #pragma unroll
@@ -173,20 +175,22 @@ __global__ void __launch_bounds__(kWarpThreads)
           store();
           label = next;
 #pragma unroll
-          for (int e = 0; e < kWide; ++e) sum[e] = 0.0f;
+          for (int e = 0; e < kWide; ++e)
+            sum[e] = 0.0f;
         }
         float values[kWide];
         widen<T, kWide>(values, packed[r]);
 #pragma unroll
-        for (int e = 0; e < kWide; ++e) sum[e] += values[e];
+        for (int e = 0; e < kWide; ++e)
+          sum[e] += values[e];
       }
     }
   }
   store();
 }
 
-// sums[k] = the parts of cluster k in fp64, every eighth by one warp, the warps' in their order. starts (clusters + 1,):
-// the first place of each label. Block (k, y): cluster k, columns 32 y ... + 31.
+// sums[k] = the parts of cluster k in fp64, every eighth by one warp, the warps' in their order. starts (clusters +
+// 1,): the first place of each label. Block (k, y): cluster k, columns 32 y ... + 31.
 static __global__ void __launch_bounds__(kWarpThreads)
     cluster_total_kernel(const float* parts, const int64_t* starts, int64_t depth, float* sums) {
   constexpr int kWarps = kWarpThreads / 32;
@@ -197,13 +201,15 @@ static __global__ void __launch_bounds__(kWarpThreads)
   if (begin < end && column < depth) {
     const float* from = parts + cluster * depth + column;
 #pragma unroll 4
-    for (int64_t run = begin / kRun + warp; run <= (end - 1) / kRun; run += kWarps) sum += from[run * depth];
+    for (int64_t run = begin / kRun + warp; run <= (end - 1) / kRun; run += kWarps)
+      sum += from[run * depth];
   }
   auto of_warp = reinterpret_cast<double (*)[32]>(dynamic_shared());
   of_warp[warp][lane] = sum;
   __syncthreads();
   if (warp > 0 || column >= depth) return;
-  for (int w = 1; w < kWarps; ++w) sum += of_warp[w][lane];
+  for (int w = 1; w < kWarps; ++w)
+    sum += of_warp[w][lane];
   sums[cluster * depth + column] = static_cast<float>(sum);
 }
 

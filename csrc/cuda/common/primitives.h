@@ -29,9 +29,7 @@ __device__ inline unsigned char* dynamic_shared() {
   return hpk_dynamic_shared;
 }
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // Copies 16 bytes without registers, or 16 zero bytes if not valid (`global` is then not read).
 __device__ inline void cp_async_16(void* shared, const void* global, bool valid) {
@@ -133,7 +131,7 @@ inline void check(cudaError_t error) {
 }
 
 // The newest CUDA version that the driver serves, counted as kCudaVersion; 0 without a driver.
-inline int driver_version() {
+inline int newest_version_served() {
   int version = 0;
   check(cudaDriverGetVersion(&version));
   return version;

@@ -17,9 +17,9 @@
 
 namespace hpk::gpu {
 
-constexpr int kTile = 128;          // rows and columns of the common tile
+constexpr int kTile = 128;  // rows and columns of the common tile
 constexpr int kTileThreads = 256;
-constexpr int kRowBytes = 128;      // of a row in a step
+constexpr int kRowBytes = 128;  // of a row in a step
 
 // Of kernels whose blocks are to share a multiprocessor: 128 registers a thread, too few for fp32 without spills.
 template <class T>
@@ -113,7 +113,8 @@ __device__ inline void multiply_step(float (&acc)[M][N][4], unsigned char* a, un
 #pragma unroll
         for (int part = 0; part < Parts; ++part)
 #pragma unroll
-          for (int n = 0; n < N; ++n) mma_16816<T>(acc[m][n], a_part, b_part[part][n]);
+          for (int n = 0; n < N; ++n)
+            mma_16816<T>(acc[m][n], a_part, b_part[part][n]);
       }
     }
   }
@@ -140,10 +141,15 @@ class TileStream {
   // bytes. `stages` holds kSharedBytes. Every thread of the block takes part.
   __device__ TileStream(const A& a, const B& b, int64_t first_b_tile, int64_t tiles, int64_t depth,
                         unsigned char* stages)
-      : a_(a), b_(b), depth_(static_cast<int>(depth)), stages_(stages), steps_((depth_ + kDepth - 1) / kDepth),
+      : a_(a),
+        b_(b),
+        depth_(static_cast<int>(depth)),
+        stages_(stages),
+        steps_((depth_ + kDepth - 1) / kDepth),
         load_row_(static_cast<int>(first_b_tile) * Shape::kColumnRows),
         end_row_(load_row_ + static_cast<int>(tiles) * Shape::kColumnRows) {
-    for (int s = 0; s < Stages - 1; ++s) issue();
+    for (int s = 0; s < Stages - 1; ++s)
+      issue();
   }
 
   // The products of the next tile. Call it once per tile, by all threads.
@@ -153,7 +159,8 @@ class TileStream {
 #pragma unroll
       for (int n = 0; n < Shape::kN; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[m][n][e] = 0.0f;
+        for (int e = 0; e < 4; ++e)
+          acc[m][n][e] = 0.0f;
     for (int step = 0; step < steps_; ++step) {
       cp_async_wait<Stages - 2>();
       __syncthreads();  // the step has arrived for all threads, and all have left the buffer that is filled next

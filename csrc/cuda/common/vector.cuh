@@ -19,7 +19,7 @@ struct alignas(Bytes) Packed {
 };
 
 template <class T, int N>
-using PackedOf = Packed<N * int(sizeof(T))>;
+using PackedOf = Packed<N* int(sizeof(T))>;
 
 // One load, which the compiler does not split as it may that of a struct.
 template <int Bytes>
@@ -47,15 +47,18 @@ __device__ inline void widen(float (&v)[N], const PackedOf<T, N>& packed) {
 // v = from[0, N) in one access; `from` is aligned to it.
 template <class T, int N>
 __device__ inline void load_wide(float (&v)[N], const T* from) {
-  if constexpr (N == 1) v[0] = to_float(*from);
-  else widen<T, N>(v, load_packed<N * int(sizeof(T))>(from));
+  if constexpr (N == 1)
+    v[0] = to_float(*from);
+  else
+    widen<T, N>(v, load_packed<N* int(sizeof(T))>(from));
 }
 
 template <class T, int N>
 __device__ inline void store_wide(T* to, const float (&v)[N]) {
   PackedOf<T, N> packed;
 #pragma unroll
-  for (int e = 0; e < N; e += 2) store_two(reinterpret_cast<T*>(packed.word) + e, v[e], v[e + 1]);
+  for (int e = 0; e < N; e += 2)
+    store_two(reinterpret_cast<T*>(packed.word) + e, v[e], v[e + 1]);
   *reinterpret_cast<PackedOf<T, N>*>(to) = packed;
 }
 
@@ -63,12 +66,14 @@ __device__ inline void store_wide(T* to, const float (&v)[N]) {
 template <class T>
 __device__ inline T warp_sum(T value) {
 #pragma unroll
-  for (int mask = 16; mask; mask /= 2) value += __shfl_xor_sync(kAllLanes, value, mask);
+  for (int mask = 16; mask; mask /= 2)
+    value += __shfl_xor_sync(kAllLanes, value, mask);
   return value;
 }
 __device__ inline float warp_max(float value) {
 #pragma unroll
-  for (int mask = 16; mask; mask /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, mask));
+  for (int mask = 16; mask; mask /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, mask));
   return value;
 }
 __device__ inline float warp_min(float value) { return -warp_max(-value); }

@@ -33,23 +33,13 @@ static __global__ void __launch_bounds__(kTileThreads)
   if (j < columns) counts[j] = masks.is_anchor(j) ? count : 0;
 }
 
-// Where the sums of a window lie: those of column j from starts[j] - starts[window[0]] on. Nothing is done if all sums
-// (starts[columns] of them) are more than `capacity`.
-struct ColumnSlots {
-  const uint32_t* turned;
-  int64_t words;
-  const int64_t* starts;
-  const int* window;  // first column, end
-  int64_t columns, capacity;
-
-  __device__ bool fit() const { return starts[columns] <= capacity; }
-  __device__ int slot(int64_t j, int64_t t) const {
-    const uint32_t* row = turned + j * words;
-    int rank = __popc(row[t / 32] & ((1u << (t % 32)) - 1u));
-    for (int64_t word = 0; word < t / 32; ++word) rank += __popc(row[word]);
-    return static_cast<int>(starts[j] - starts[window[0]]) + rank;
-  }
-};
+__device__ inline int ColumnSlots::slot(int64_t j, int64_t t) const {
+  const uint32_t* row = turned + j * words;
+  int rank = __popc(row[t / 32] & ((1u << (t % 32)) - 1u));
+  for (int64_t word = 0; word < t / 32; ++word)
+    rank += __popc(row[word]);
+  return static_cast<int>(starts[j] - starts[window[0]]) + rank;
+}
 
 // Block (x, y, z): row x of the negatives, every gridDim.y-th tile of its columns, piece z of the columns of x.
 template <class T>

@@ -1,8 +1,8 @@
 // The dense denominator: every 128 x 128 tile of the pairs, of the anchors' rows of tiles against all columns.
 #pragma once
 
-#include "shared/tile_order.h"
 #include "cuda/contrastive/masks.cuh"
+#include "shared/tile_order.h"
 
 namespace hpk::gpu {
 
@@ -24,11 +24,13 @@ struct HeldRows {
 
 // The sum over the four lanes that hold a row, in all four.
 __device__ inline float over_lanes(float sum) {
-  for (int mask = 1; mask <= 2; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+  for (int mask = 1; mask <= 2; mask *= 2)
+    sum += __shfl_xor_sync(0xffffffffu, sum, mask);
   return sum;
 }
 __device__ inline float max_over_lanes(float largest) {
-  for (int mask = 1; mask <= 2; mask *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
+  for (int mask = 1; mask <= 2; mask *= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
   return largest;
 }
 
@@ -87,8 +89,9 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
   const Places at;
   Words words(at, masks, first_row, rows.rows);
   // The sums of a warp's rows: in shared memory, because the products take half of the registers.
-  auto of_warp = reinterpret_cast<RowStats (*)[kTile]>(dynamic_shared() + kDenseStages * kStageBytes);
-  for (int e = threadIdx.x; e < 4 * kTile; e += kTileThreads) of_warp[0][e] = {{0.0f, first_shift}, 0.0f, 0.0f};
+  auto of_warp = reinterpret_cast<RowStats(*)[kTile]>(dynamic_shared() + kDenseStages * kStageBytes);
+  for (int e = threadIdx.x; e < 4 * kTile; e += kTileThreads)
+    of_warp[0][e] = {{0.0f, first_shift}, 0.0f, 0.0f};
   TileStream<T, kDenseStages> products({x, rows.rows, first_row}, columns, begin, end - begin, rows.depth,
                                        dynamic_shared());
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -139,7 +142,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
   const int row = threadIdx.x;
   if (row >= kTile || !masks.is_anchor(first_row + row)) return;
   RowStats sum = of_warp[0][row];
-  for (int warp = 1; warp < 4; ++warp) sum.add(of_warp[warp][row]);
+  for (int warp = 1; warp < 4; ++warp)
+    sum.add(of_warp[warp][row]);
   parts.store<Words::kPositives>(gridDim.y, blockIdx.y, gridDim.z, blockIdx.z, masks.anchors,
                                  first_row + row - masks.first_row, sum);
 }
@@ -162,8 +166,8 @@ struct WeightTables {
     const auto words = reinterpret_cast<FourWords*>(turned[place]);
     *words = FourWords{};
     if (masks.negatives)
-      *words = *reinterpret_cast<const FourWords*>(masks.negatives + masks.negatives_row(i) * masks.stride +
-                                                   first_row / 32);
+      *words =
+          *reinterpret_cast<const FourWords*>(masks.negatives + masks.negatives_row(i) * masks.stride + first_row / 32);
   }
 };
 
@@ -177,8 +181,7 @@ template <class T>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
     contrastive_weights_kernel(ContrastiveRows<T> rows, ContrastiveMasks masks, ContrastiveTables tables, float shift,
                                int64_t first_row, int64_t out_rows, int64_t out_width, T* out) {
-  const TilePlace tile =
-      rectangle_tile(blockIdx.x, (out_rows + kTile - 1) / kTile, (rows.rows + kTile - 1) / kTile);
+  const TilePlace tile = rectangle_tile(blockIdx.x, (out_rows + kTile - 1) / kTile, (rows.rows + kTile - 1) / kTile);
   const int64_t first_tile_row = first_row + tile.row * kTile, first_tile_column = tile.column * kTile;
   const Places at;
   const int64_t first_column = first_tile_column + at.warp_column * 32, word = first_column / 32;

@@ -54,7 +54,8 @@ class GroupWords {
 };
 
 // The row tables of the anchors, which are the rows, the columns or both; null on the other side. lse in base 2. With
-// a shift above 0 a factor is grad_lse exp2(shift - lse), so that one exponential serves both directions; else grad_lse.
+// a shift above 0 a factor is grad_lse exp2(shift - lse), so that one exponential serves both directions; else
+// grad_lse.
 struct GroupTables {
   const float *row_lse, *row_factor, *column_lse, *column_factor;
   float shift;
@@ -93,8 +94,10 @@ __global__ void __launch_bounds__(kTileThreads)
   sums.for_each_pair(at, [&](int row, int column, float low, float high) {
     if (row >= panel.count) return;
     const int64_t to = int64_t(first + row) * rows.depth + column;
-    if (partial) store_two(partial + blockIdx.y * rows.rows * rows.depth + to, low * scale, high * scale);
-    else store_two(out + to, low * scale, high * scale);
+    if (partial)
+      store_two(partial + blockIdx.y * rows.rows * rows.depth + to, low * scale, high * scale);
+    else
+      store_two(out + to, low * scale, high * scale);
   });
 }
 

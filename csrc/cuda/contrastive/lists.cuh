@@ -27,15 +27,6 @@ struct ListedRows {
   __device__ int at(int r) const { return list[r < count ? r : count - 1]; }
 };
 
-// The pairs of a list, and which of their weights count.
-enum class Pairs : int {
-  kAll,         // dense: all of G_ij + G_ji
-  kPositives,   // P and Q of both directions, and the exponentials of the positives outside of M
-  kNegatives,   // the listed columns j of M_i: grad_lse_i p_ij
-  kNamed,       // rows j whose M_j names i: grad_lse_j p_ji
-  kNamedByBits  // the same, where M decides which they are
-};
-
 // Word `word` of the columns of a list is words(word, 0) | words(word, 1): two threads share a word.
 
 struct NegativesRow {  // row `row` of M, within the columns [begin, end)
@@ -71,7 +62,8 @@ struct ColumnsOfPanel {  // those of any positive of the panel, or of its row of
       if (of_pairs[m] == nullptr) continue;
       const uint32_t* of_row = of_pairs[m] + (panel.first - masks.first_row) * masks.stride + word;
 #pragma unroll 4
-      for (int r = part; r < panel.count; r += 2) bits |= of_row[r * masks.stride];
+      for (int r = part; r < panel.count; r += 2)
+        bits |= of_row[r * masks.stride];
     }
     return bits;
   }
@@ -183,7 +175,7 @@ __global__ void __launch_bounds__(kTileThreads)
   while (const int tiles = walk.next()) {
     const ListedRows<T> columns{panel.x, list.columns, walk.held()};
     TileStream<T, kPanelStages, PanelPlaces, SteppedRows<T>, ListedRows<T>> products(panel, columns, 0, tiles,
-                                                                                    rows.depth, dynamic_shared());
+                                                                                     rows.depth, dynamic_shared());
     for (int tile = 0; tile < tiles; ++tile) {
       PanelPlaces::Accumulators acc;
       products.next(acc, at);
@@ -225,7 +217,7 @@ __global__ void __launch_bounds__(kTileThreads)
     }
   }
 
-  auto of_warp = reinterpret_cast<RowStats (*)[kPanel]>(dynamic_shared());  // the walk ends in a barrier
+  auto of_warp = reinterpret_cast<RowStats(*)[kPanel]>(dynamic_shared());  // the walk ends in a barrier
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     RowStats row = sums[h];

@@ -44,7 +44,8 @@ class PanelSums {
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums_[m][n][e] = 0.0f;
+        for (int e = 0; e < 4; ++e)
+          sums_[m][n][e] = 0.0f;
   }
 
   // Two adjacent weights of the tile.
@@ -207,8 +208,8 @@ __device__ inline void add_tiles(PanelSums<T>& sums, PanelMemory<T>& memory, con
 #pragma unroll 1
     for (int e = threadIdx.x; e < kPanel * kPanel / 2; e += kTileThreads) {
       const int row = e / (kPanel / 2), column = e % (kPanel / 2) * 2, place = tile * kPanel + column;
-      const float2 z = load_two(
-          reinterpret_cast<const float*>(tile_chunk(logits, row, column / 4, kPanel * 4)) + column % 4);
+      const float2 z =
+          load_two(reinterpret_cast<const float*>(tile_chunk(logits, row, column / 4, kPanel * 4)) + column % 4);
       const int i = a.at(row), j = b.at(place), next = b.at(place + 1);
       const bool first_there = row < a.count && place < b.count, second_there = row < a.count && place + 1 < b.count;
       sums.set_weights(row, column, first_there ? weight_of(i, j, z.x) : 0.0f,

@@ -4,30 +4,14 @@
 #include <cmath>
 
 #include "cuda/common/tile.cuh"
+#include "cuda/contrastive/contrastive.h"
 
 namespace hpk::gpu {
 
-// Bits of the anchors i = first_row + r, r < anchors, against all columns j; rows of `stride` words. Null: there is no
-// such mask or, for a transpose (`_t`), it is symmetric. The negatives have `period` rows; row i uses row i mod period.
-struct ContrastiveMasks {
-  const uint32_t *positives, *positives_t, *extra, *extra_t, *negatives;
-  int64_t stride, period, first_row, anchors;
-  bool everything;  // the denominator is every j != i
-
-  // The columns of a stream: its own rows.
-  template <class T>
-  __device__ ConsecutiveRows<T> columns(const T* x, int64_t rows) const {
-    return {x, rows, 0};
-  }
-  __device__ bool is_anchor(int64_t i) const { return i >= first_row && i < first_row + anchors; }
-  // Row i of P and Q, of the nearest anchor where i is none.
-  __device__ int64_t mask_row(int64_t i) const {
-    return i < first_row ? 0 : i < first_row + anchors ? i - first_row : anchors - 1;
-  }
-  __device__ int64_t negatives_row(int64_t i) const {  // 32-bit: a 64-bit division is a hundred instructions
-    return static_cast<uint32_t>(i) % static_cast<uint32_t>(period);
-  }
-};
+template <class T>
+__device__ inline ConsecutiveRows<T> ContrastiveMasks::columns(const T* x, int64_t rows) const {
+  return {x, rows, 0};
+}
 
 // Rows of one stream, and its row tables over all rows. Logits are kept in base 2: z_ij = scale <x_i, x_j>.
 template <class T>
@@ -37,17 +21,14 @@ struct ContrastiveRows {
   float scale;  // log2(e) / temperature
 };
 
-struct ContrastiveTables {
-  const float *lse, *grad_lse, *grad_pos, *grad_ext;  // (rows,); lse in base 2
-};
-
 // One mask's words for the thread's rows of a tile: a row's 32 columns of a warp are one word. The four lanes that
 // hold a row share the loads: lane q keeps the words of rows (q, 0) and (q, 1).
 class RowWords {
  public:
   // `rows` holds the mask's rows of the lane's two rows.
   __device__ void load(const uint32_t* bits, const int (&rows)[2], int64_t stride, int64_t word) {
-    for (int h = 0; h < 2; ++h) held_[h] = bits ? bits[rows[h] * stride + word] : 0;
+    for (int h = 0; h < 2; ++h)
+      held_[h] = bits ? bits[rows[h] * stride + word] : 0;
   }
   __device__ uint32_t at(int m, int h, int lane) const { return __shfl_sync(0xffffffffu, held_[h], (lane & ~3) | m); }
 

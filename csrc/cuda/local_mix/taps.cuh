@@ -1,8 +1,8 @@
 // Nine-tap mixing on the token grid, and its gradients as gathers: every element has one owner.
 #pragma once
 
-#include "cuda/local_mix/grid.cuh"
 #include "cuda/common/vector.cuh"
+#include "cuda/local_mix/grid.cuh"
 
 namespace hpk::gpu {
 
@@ -42,13 +42,15 @@ __global__ void __launch_bounds__(kWarpThreads) neighbor_mix_kernel(MixJob<T> jo
   };
   Chunk window[3][3];  // [dy][dx]
 #pragma unroll
-  for (int dy = 0; dy < 3; ++dy) window[dy][0] = load(dy - 1, first_x - 1), window[dy][1] = load(dy - 1, first_x);
+  for (int dy = 0; dy < 3; ++dy)
+    window[dy][0] = load(dy - 1, first_x - 1), window[dy][1] = load(dy - 1, first_x);
 #pragma unroll
   for (int step = 0; step < kRun; ++step) {
     const int x = first_x + step;
     if (x >= grid.width) break;
 #pragma unroll
-    for (int dy = 0; dy < 3; ++dy) window[dy][2] = load(dy - 1, x + 1);
+    for (int dy = 0; dy < 3; ++dy)
+      window[dy][2] = load(dy - 1, x + 1);
     const int64_t token = image_row + x;
     float sum[kVector<T>] = {};
 #pragma unroll
@@ -58,18 +60,20 @@ __global__ void __launch_bounds__(kWarpThreads) neighbor_mix_kernel(MixJob<T> jo
       float v[kVector<T>];
       widen<T>(v, window[n / 3][n % 3]);
 #pragma unroll
-      for (int e = 0; e < kVector<T>; ++e) sum[e] += w * v[e];
+      for (int e = 0; e < kVector<T>; ++e)
+        sum[e] += w * v[e];
     }
     store_wide(job.out + (token * job.chunks + chunk) * kVector<T>, sum);
 #pragma unroll
-    for (int dy = 0; dy < 3; ++dy) window[dy][0] = window[dy][1], window[dy][1] = window[dy][2];
+    for (int dy = 0; dy < 3; ++dy)
+      window[dy][0] = window[dy][1], window[dy][1] = window[dy][2];
   }
 }
 
 // grad_weights_i[n] = <g_i, code[i + n]>, 0 off the grid; a warp, a token.
 template <class T>
-__global__ void __launch_bounds__(kWarpThreads) neighbor_mix_grad_weights_kernel(MixJob<T> job, const T* grad,
-                                                                                 float* grad_weights) {
+__global__ void __launch_bounds__(kWarpThreads)
+    neighbor_mix_grad_weights_kernel(MixJob<T> job, const T* grad, float* grad_weights) {
   const int64_t token = int64_t(blockIdx.x) * (kWarpThreads / 32) + threadIdx.x / 32;
   const Grid grid = job.grid;
   const int lane = threadIdx.x % 32;
@@ -85,7 +89,8 @@ __global__ void __launch_bounds__(kWarpThreads) neighbor_mix_grad_weights_kernel
       float v[kVector<T>];
       load_wide<T>(v, job.code + ((token + grid.step_to(n)) * job.chunks + chunk) * kVector<T>);
 #pragma unroll
-      for (int e = 0; e < kVector<T>; ++e) dot[n] += g[e] * v[e];
+      for (int e = 0; e < kVector<T>; ++e)
+        dot[n] += g[e] * v[e];
     }
   }
 #pragma unroll

@@ -4,10 +4,10 @@
 
 #include <cmath>
 
-#include "shared/bits.h"
-#include "cuda/local_mix/grid.cuh"
 #include "cuda/common/tile.cuh"
 #include "cuda/common/vector.cuh"
+#include "cuda/local_mix/grid.cuh"
+#include "shared/bits.h"
 
 namespace hpk::gpu {
 
@@ -50,14 +50,17 @@ class Row {
       : values_(values), count_(count), histogram_(histogram), candidates_(candidates), lane_(lane) {
     float largest = -INFINITY;
     lowest_ = INFINITY;
-    for (int j = lane; j < count; j += 32) largest = fmaxf(largest, values[j]), lowest_ = fminf(lowest_, values[j]);
+    for (int j = lane; j < count; j += 32)
+      largest = fmaxf(largest, values[j]), lowest_ = fminf(lowest_, values[j]);
     largest = warp_max(largest), lowest_ = warp_min(lowest_);
     buckets_per_unit_ = (kBuckets - 1) / (largest - lowest_);
     has_buckets_ = buckets_per_unit_ > 0.0f && buckets_per_unit_ < INFINITY;
     if (!has_buckets_) return;
-    for (int b = lane; b < kBuckets; b += 32) histogram[b] = 0;
+    for (int b = lane; b < kBuckets; b += 32)
+      histogram[b] = 0;
     __syncwarp();
-    for (int j = lane; j < count; j += 32) atomicAdd(&histogram[bucket_of(values[j])], 1);
+    for (int j = lane; j < count; j += 32)
+      atomicAdd(&histogram[bucket_of(values[j])], 1);
     __syncwarp();
   }
 
@@ -67,8 +70,10 @@ class Row {
     float above = INFINITY;
     for (int j = lane_; j < count_; j += 32) {
       const float value = values_[j];
-      if (value <= statistic) ++up_to;
-      else above = fminf(above, value);
+      if (value <= statistic)
+        ++up_to;
+      else
+        above = fminf(above, value);
     }
     up_to = warp_sum(up_to), above = warp_min(above);
     const float next = up_to > q.rank + 1 || q.rank + 1 >= count_ ? statistic : above;
@@ -84,7 +89,8 @@ class Row {
     if (!has_buckets_) return bisect(rank);
     constexpr int kOwn = kBuckets / 32;  // buckets of a lane
     int own = 0;
-    for (int b = 0; b < kOwn; ++b) own += histogram_[lane_ * kOwn + b];
+    for (int b = 0; b < kOwn; ++b)
+      own += histogram_[lane_ * kOwn + b];
     int reached = own;
     for (int distance = 1; distance < 32; distance *= 2) {
       const int below = __shfl_up_sync(kAllLanes, reached, distance);
@@ -93,7 +99,8 @@ class Row {
     int before = reached - own, bucket = lane_ * kOwn;
     const bool holds = before <= rank && rank < reached;
     if (holds)
-      for (; before + histogram_[bucket] <= rank; ++bucket) before += histogram_[bucket];
+      for (; before + histogram_[bucket] <= rank; ++bucket)
+        before += histogram_[bucket];
     const int holder = __ffs(__ballot_sync(kAllLanes, holds)) - 1;
     before = __shfl_sync(kAllLanes, before, holder), bucket = __shfl_sync(kAllLanes, bucket, holder);
     return histogram_[bucket] <= 32 ? pick(bucket, rank - before) : bisect(rank);
@@ -111,7 +118,8 @@ class Row {
     __syncwarp();
     const float own = lane_ < found ? candidates_[lane_] : INFINITY;
     int before = 0;
-    for (int c = 0; c < found; ++c) before += candidates_[c] < own || (candidates_[c] == own && c < lane_);
+    for (int c = 0; c < found; ++c)
+      before += candidates_[c] < own || (candidates_[c] == own && c < lane_);
     const int holder = __ffs(__ballot_sync(kAllLanes, lane_ < found && before == rank)) - 1;
     __syncwarp();  // the next call writes the candidates
     return __shfl_sync(kAllLanes, own, holder);
@@ -122,7 +130,8 @@ class Row {
 #pragma unroll 1
     for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
       int below = 0;
-      for (int j = lane_; j < count_; j += 32) below += ordered_bits(values_[j]) < (found | bit);
+      for (int j = lane_; j < count_; j += 32)
+        below += ordered_bits(values_[j]) < (found | bit);
       if (warp_sum(below) <= rank) found |= bit;
     }
     return of_ordered_bits(found);
@@ -148,7 +157,8 @@ __device__ inline void write_weights(const float* values, int token, bool number
     Row row(values, tokens, histogram, candidates, lane);
     low = row.quantile(options.low), high = row.quantile(options.high);
     float total = 0.0f;
-    for (int j = lane; j < tokens; j += 32) total += expf(fminf(fmaxf(values[j], low), high) - high);
+    for (int j = lane; j < tokens; j += 32)
+      total += expf(fminf(fmaxf(values[j], low), high) - high);
     lse = logf(warp_sum(total));
   }
   if (lane >= kTaps) return;
@@ -172,8 +182,8 @@ struct LogitRows {
 
 // out (images, tokens, 9). One warp, one token; a NaN or infinite mean makes all taps of its token NaN.
 template <class T, int Width>
-__global__ void __launch_bounds__(kWarpThreads) neighbor_weights_kernel(LogitRows<T> rows, WeightOptions options,
-                                                                        float* out) {
+__global__ void __launch_bounds__(kWarpThreads)
+    neighbor_weights_kernel(LogitRows<T> rows, WeightOptions options, float* out) {
   const int tokens = options.grid.tokens(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t row = int64_t(blockIdx.x) * (blockDim.x / 32) + warp;
   if (row >= rows.images * tokens) return;
@@ -189,7 +199,8 @@ __global__ void __launch_bounds__(kWarpThreads) neighbor_weights_kernel(LogitRow
       float v[Width];
       load_wide<T>(v, logits + head * rows.head_stride + j);
 #pragma unroll
-      for (int e = 0; e < Width; ++e) mean[e] += v[e] < kLowestLogit ? kLowestLogit : v[e];
+      for (int e = 0; e < Width; ++e)
+        mean[e] += v[e] < kLowestLogit ? kLowestLogit : v[e];
     }
 #pragma unroll
     for (int e = 0; e < Width; ++e) {
@@ -222,8 +233,8 @@ __global__ void __launch_bounds__(kTileThreads) mean_logits_kernel(LogitProducts
   Accumulators acc;
   using Rows = ConsecutiveRows<T>;
   TileStream<T, kLogitStages> products(Rows(job.queries + image_rows * job.depth, job.tokens, first_row),
-                                       Rows(job.keys + image_rows * job.depth, job.tokens, 0), blockIdx.x, 1,
-                                       job.depth, dynamic_shared());
+                                       Rows(job.keys + image_rows * job.depth, job.tokens, 0), blockIdx.x, 1, job.depth,
+                                       dynamic_shared());
   products.next(acc, at);
 #pragma unroll
   for (int m = 0; m < 4; ++m)

@@ -2,8 +2,8 @@
 // chunks; later passes over a row find it in the cache.
 #include <cmath>
 
-#include "cuda/common/bindings.h"
 #include "cuda/common/vector.cuh"
+#include "cuda/normalize/normalize.h"
 
 namespace hpk::gpu {
 namespace {
@@ -23,7 +23,8 @@ __device__ inline Norm norm_of(const T* x, int width, int lane) {
     float v[kVector<T>];
     load_wide<T>(v, x + d);
 #pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) largest = fmaxf(largest, fabsf(v[e]));
+    for (int e = 0; e < kVector<T>; ++e)
+      largest = fmaxf(largest, fabsf(v[e]));
   }
   largest = warp_max(largest);
   const float scale = largest == 0.0f ? 1.0f : largest;
@@ -32,7 +33,8 @@ __device__ inline Norm norm_of(const T* x, int width, int lane) {
     float v[kVector<T>];
     load_wide<T>(v, x + d);
 #pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) squares += (v[e] / scale) * (v[e] / scale);
+    for (int e = 0; e < kVector<T>; ++e)
+      squares += (v[e] / scale) * (v[e] / scale);
   }
   squares = warp_sum(squares);
   return {scale, squares == 0.0f ? 0.0f : 1.0f / sqrtf(squares)};
@@ -48,15 +50,16 @@ __global__ void __launch_bounds__(kWarpThreads) normalize_rows_kernel(const T* x
     float v[kVector<T>];
     load_wide<T>(v, x + row * width + d);
 #pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) v[e] = norm.unit(v[e]);
+    for (int e = 0; e < kVector<T>; ++e)
+      v[e] = norm.unit(v[e]);
     store_wide(out + row * width + d, v);
   }
 }
 
 // out = (g - <g, y> y) / ||x||.
 template <class T>
-__global__ void __launch_bounds__(kWarpThreads) normalize_rows_grad_kernel(const T* grad, const T* x, int64_t rows,
-                                                                           int width, T* out) {
+__global__ void __launch_bounds__(kWarpThreads)
+    normalize_rows_grad_kernel(const T* grad, const T* x, int64_t rows, int width, T* out) {
   const int64_t row = int64_t(blockIdx.x) * (kWarpThreads / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   const int lane = threadIdx.x % 32;
@@ -67,7 +70,8 @@ __global__ void __launch_bounds__(kWarpThreads) normalize_rows_grad_kernel(const
     load_wide<T>(g, grad + row * width + d);
     load_wide<T>(v, x + row * width + d);
 #pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) along += g[e] * norm.unit(v[e]);
+    for (int e = 0; e < kVector<T>; ++e)
+      along += g[e] * norm.unit(v[e]);
   }
   along = warp_sum(along);
   for (int d = lane * kVector<T>; d < width; d += 32 * kVector<T>) {
@@ -75,30 +79,29 @@ __global__ void __launch_bounds__(kWarpThreads) normalize_rows_grad_kernel(const
     load_wide<T>(g, grad + row * width + d);
     load_wide<T>(v, x + row * width + d);
 #pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) v[e] = (g[e] - along * norm.unit(v[e])) * norm.inverse / norm.scale;
+    for (int e = 0; e < kVector<T>; ++e)
+      v[e] = (g[e] - along * norm.unit(v[e])) * norm.inverse / norm.scale;
     store_wide(out + row * width + d, v);
   }
 }
 
-template <class T>
-void bind(py::module_& m, const std::string& suffix) {
-  m.def(("normalize_rows_" + suffix).c_str(),
-        [](uintptr_t x, int64_t rows, int width, uintptr_t out, uintptr_t stream) {
-          launch(normalize_rows_kernel<T>, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
-                 pointer<const T>(x), rows, width, pointer<T>(out));
-        });
-  m.def(("normalize_rows_grad_" + suffix).c_str(),
-        [](uintptr_t grad, uintptr_t x, int64_t rows, int width, uintptr_t out, uintptr_t stream) {
-          launch(normalize_rows_grad_kernel<T>, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
-                 pointer<const T>(grad), pointer<const T>(x), rows, width, pointer<T>(out));
-        });
-}
-
 }  // namespace
-}  // namespace hpk::gpu
 
-HPK_BIND_CUDA(normalize) {
-  hpk::gpu::bind<hpk::gpu::bf16>(m, "bf16");
-  hpk::gpu::bind<hpk::gpu::fp16>(m, "f16");
-  hpk::gpu::bind<float>(m, "f32");
+template <class T>
+void NormalizeLaunches<T>::normalize_rows(uintptr_t x, int64_t rows, int width, uintptr_t out, uintptr_t stream) {
+  launch(normalize_rows_kernel<T>, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
+         pointer<const T>(x), rows, width, pointer<T>(out));
 }
+
+template <class T>
+void NormalizeLaunches<T>::normalize_rows_grad(uintptr_t grad, uintptr_t x, int64_t rows, int width, uintptr_t out,
+                                               uintptr_t stream) {
+  launch(normalize_rows_grad_kernel<T>, dim3(blocks_of(rows, kWarpThreads / 32)), dim3(kWarpThreads), 0, stream,
+         pointer<const T>(grad), pointer<const T>(x), rows, width, pointer<T>(out));
+}
+
+template struct NormalizeLaunches<bf16>;
+template struct NormalizeLaunches<fp16>;
+template struct NormalizeLaunches<float>;
+
+}  // namespace hpk::gpu

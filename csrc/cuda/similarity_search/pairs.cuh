@@ -1,8 +1,8 @@
 // pairs_above: the bits of s_ij > theta_ij, and of their transpose from the same products.
 #pragma once
 
-#include "shared/tile_order.h"
 #include "cuda/common/tile.cuh"
+#include "shared/tile_order.h"
 
 namespace hpk::gpu {
 
@@ -10,9 +10,9 @@ constexpr int kPairStages = 3;
 
 template <class T>
 struct PairSearch {
-  const T *x, *keys;                          // (rows, depth), (columns, depth)
-  const float *thresholds, *key_thresholds;   // (rows,); (columns,) or null
-  uint32_t* bits;                             // (rows, 4 ceil(columns / 128))
+  const T *x, *keys;                         // (rows, depth), (columns, depth)
+  const float *thresholds, *key_thresholds;  // (rows,); (columns,) or null
+  uint32_t* bits;                            // (rows, 4 ceil(columns / 128))
   int64_t rows, columns, depth;
   bool symmetric;  // keys is x: [i != j][s_ij > min(t_i, t_j)], decided for i < j
 };
@@ -21,7 +21,8 @@ struct PairSearch {
 __device__ inline float least(float a, float b) { return a < b || a != a ? a : b; }
 
 __device__ inline uint32_t or_over_lanes(uint32_t word, int first_mask, int last_mask) {
-  for (int mask = first_mask; mask <= last_mask; mask *= 2) word |= __shfl_xor_sync(0xffffffffu, word, mask);
+  for (int mask = first_mask; mask <= last_mask; mask *= 2)
+    word |= __shfl_xor_sync(0xffffffffu, word, mask);
   return word;
 }
 
@@ -71,8 +72,7 @@ __device__ inline void store_words(const uint32_t (*words)[kTileWords], uint32_t
 
 // One block, one tile; with `symmetric` a tile of the upper triangle and its mirror image.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
-    pairs_above_kernel(PairSearch<T> job) {
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>) pairs_above_kernel(PairSearch<T> job) {
   const int64_t row_tiles = (job.rows + kTile - 1) / kTile, column_tiles = (job.columns + kTile - 1) / kTile;
   const TilePlace tile =
       job.symmetric ? triangle_tile(blockIdx.x) : rectangle_tile(blockIdx.x, row_tiles, column_tiles);
@@ -120,10 +120,10 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>)
   const int64_t stride = words_per_row(job.columns);
   const bool diagonal = job.symmetric && tile.row == tile.column;
   if (diagonal && threadIdx.x < kTile)
-    for (int w = 0; w < kTileWords; ++w) words[threadIdx.x][w] |= turned[threadIdx.x][w];
+    for (int w = 0; w < kTileWords; ++w)
+      words[threadIdx.x][w] |= turned[threadIdx.x][w];
   store_words(words, job.bits, job.rows, stride, first_row, tile.column * kTileWords);
-  if (job.symmetric && !diagonal)
-    store_words(turned, job.bits, job.rows, stride, first_column, tile.row * kTileWords);
+  if (job.symmetric && !diagonal) store_words(turned, job.bits, job.rows, stride, first_column, tile.row * kTileWords);
 }
 
 }  // namespace hpk::gpu

@@ -5,8 +5,8 @@
 
 #include <cmath>
 
-#include "shared/ordered_key.h"
 #include "cuda/common/tile.cuh"
+#include "shared/ordered_key.h"
 
 namespace hpk::gpu {
 
@@ -32,8 +32,10 @@ __device__ inline int64_t group_bound(const int64_t* groups, int64_t count, int6
   int64_t low = 0, high = count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (groups[middle] < group || (above && groups[middle] == group)) low = middle + 1;
-    else high = middle;
+    if (groups[middle] < group || (above && groups[middle] == group))
+      low = middle + 1;
+    else
+      high = middle;
   }
   return low;
 }
@@ -83,7 +85,8 @@ __global__ void __launch_bounds__(kTileThreads) max_similarity_kernel(RowSearch<
                                      range.count, job.depth, dynamic_shared());
   float best[4][2];
 #pragma unroll
-  for (int m = 0; m < 4; ++m) best[m][0] = best[m][1] = -INFINITY;
+  for (int m = 0; m < 4; ++m)
+    best[m][0] = best[m][1] = -INFINITY;
   for (int64_t tile = 0; tile < range.count; ++tile) {
     Accumulators acc;
     products.next(acc, at);  // columns past the end repeat the last key: no new maximum
@@ -92,7 +95,8 @@ __global__ void __launch_bounds__(kTileThreads) max_similarity_kernel(RowSearch<
 #pragma unroll
       for (int n = 0; n < 4; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) best[m][e / 2] = larger(best[m][e / 2], acc[m][n][e]);
+        for (int e = 0; e < 4; ++e)
+          best[m][e / 2] = larger(best[m][e / 2], acc[m][n][e]);
   }
   __syncthreads();  // the buffers of the products become those of the warps' maxima
   auto of_warp = reinterpret_cast<float (*)[kTile]>(dynamic_shared());
@@ -108,7 +112,8 @@ __global__ void __launch_bounds__(kTileThreads) max_similarity_kernel(RowSearch<
   const int row = threadIdx.x;
   if (row >= kTile || first_row + row >= job.rows) return;
   float value = of_warp[0][row];
-  for (int warp = 1; warp < 4; ++warp) value = larger(value, of_warp[warp][row]);
+  for (int warp = 1; warp < 4; ++warp)
+    value = larger(value, of_warp[warp][row]);
   out[blockIdx.y * job.rows + first_row + row] = value;
 }
 
@@ -124,7 +129,8 @@ __global__ void __launch_bounds__(kTileThreads) best_key_kernel(RowSearch<T> job
   float best[4][2];
   int64_t where[4][2];
 #pragma unroll
-  for (int m = 0; m < 4; ++m) best[m][0] = best[m][1] = -INFINITY, where[m][0] = where[m][1] = -1;
+  for (int m = 0; m < 4; ++m)
+    best[m][0] = best[m][1] = -INFINITY, where[m][0] = where[m][1] = -1;
   for (int64_t tile = range.first; tile < range.first + range.count; ++tile) {
     Accumulators acc;
     products.next(acc, at);
@@ -159,7 +165,8 @@ __global__ void __launch_bounds__(kTileThreads) best_key_kernel(RowSearch<T> job
   const int row = threadIdx.x;
   if (row >= kTile || first_row + row >= job.rows) return;
   int64_t key = of_warp[0][row];
-  for (int warp = 1; warp < 4; ++warp) key = of_warp[warp][row] > key ? of_warp[warp][row] : key;
+  for (int warp = 1; warp < 4; ++warp)
+    key = of_warp[warp][row] > key ? of_warp[warp][row] : key;
   out[(first_row + row) * gridDim.y + blockIdx.y] = key;
 }
 
@@ -189,8 +196,8 @@ HPK_HOST_DEVICE constexpr int64_t topk_shared_bytes(int list) {
 // theta is appended to the row's list in any order; before a tile could overflow it, a warp sorts the list, keeps the
 // k best and raises theta. Keys come in ascending index, so one equal to theta never displaces a kept one.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) topk_kernel(RowSearch<T> job, int k, int list, int64_t* lists,
-                                                            int64_t* out) {
+__global__ void __launch_bounds__(kTileThreads)
+    topk_kernel(RowSearch<T> job, int k, int list, int64_t* lists, int64_t* out) {
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const TileRange range = share_of_tiles(job, first_row);
   const Places at;
@@ -230,9 +237,11 @@ __global__ void __launch_bounds__(kTileThreads) topk_kernel(RowSearch<T> job, in
       const int held = count[row];
       const bool first_bar = held >= k && theta[row] == -INFINITY;
       if (last || (held <= list - kTile && !first_bar)) continue;  // the same for the whole warp
-      for (int e = at.lane; e < list; e += 32) sorted[e] = e < held ? own_lists[int64_t(row) * list + e] : kEmptyKey;
+      for (int e = at.lane; e < list; e += 32)
+        sorted[e] = e < held ? own_lists[int64_t(row) * list + e] : kEmptyKey;
       sort_descending(sorted, list, at.lane);
-      for (int e = at.lane; e < k; e += 32) own_lists[int64_t(row) * list + e] = sorted[e];
+      for (int e = at.lane; e < k; e += 32)
+        own_lists[int64_t(row) * list + e] = sorted[e];
       if (at.lane == 0) count[row] = k, theta[row] = key_value(sorted[k - 1]);
       __syncwarp();
     }
@@ -240,10 +249,12 @@ __global__ void __launch_bounds__(kTileThreads) topk_kernel(RowSearch<T> job, in
   __syncthreads();
   for (int row = threadIdx.x / 32; row < kTile && first_row + row < job.rows; row += kTileThreads / 32) {
     const int held = count[row];
-    for (int e = at.lane; e < list; e += 32) sorted[e] = e < held ? own_lists[int64_t(row) * list + e] : kEmptyKey;
+    for (int e = at.lane; e < list; e += 32)
+      sorted[e] = e < held ? own_lists[int64_t(row) * list + e] : kEmptyKey;
     sort_descending(sorted, list, at.lane);
     int64_t* row_out = out + ((first_row + row) * gridDim.y + blockIdx.y) * k;
-    for (int e = at.lane; e < k; e += 32) row_out[e] = sorted[e];
+    for (int e = at.lane; e < k; e += 32)
+      row_out[e] = sorted[e];
     __syncwarp();
   }
 }

@@ -1,18 +1,18 @@
-#include "cpu/contrastive/contrastive.h"
+// The Python functions of csrc/cpu/contrastive.
+#pragma once
 
 #include <string>
 
+#include "cpu/contrastive/contrastive.h"
 #include "cpu/runtime/bindings.h"
 
-namespace {
+namespace hpk::contrastive_bindings {
 
-using hpk::ContrastiveArgs;
-using hpk::pointer;
-using Masks = hpk::ContrastiveMasks;
+using Masks = ContrastiveMasks;
 
 // Addresses are 0 for masks that are not given; a missing transpose means that the mask is symmetric.
-Masks masks(uintptr_t positives, uintptr_t positives_t, uintptr_t extra, uintptr_t extra_t, uintptr_t negatives,
-            int64_t words, int64_t negative_rows) {
+inline Masks masks(uintptr_t positives, uintptr_t positives_t, uintptr_t extra, uintptr_t extra_t, uintptr_t negatives,
+                   int64_t words, int64_t negative_rows) {
   return {pointer<const uint32_t>(positives),
           pointer<const uint32_t>(positives_t ? positives_t : positives),
           pointer<const uint32_t>(extra),
@@ -27,7 +27,7 @@ void stats(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, int64_t fi
            const std::string& denominator, double temperature, uintptr_t lse, uintptr_t pos, uintptr_t ext,
            int threads) {
   const ContrastiveArgs<T> args{pointer<const T>(x), streams, rows, depth, first, count, masks, temperature, threads};
-  const hpk::ContrastiveStats<T> out{pointer<T>(lse), pointer<T>(pos), pointer<T>(ext)};
+  const ContrastiveStats<T> out{pointer<T>(lse), pointer<T>(pos), pointer<T>(ext)};
   if (denominator == "sparse") {
     HPK_DISPATCH(contrastive_sparse_stats(args, out));
   } else {
@@ -40,8 +40,8 @@ void grad(uintptr_t x, int64_t streams, int64_t rows, int64_t depth, int64_t fir
           const std::string& denominator, double temperature, uintptr_t lse, uintptr_t grad_lse, uintptr_t grad_pos,
           uintptr_t grad_ext, uintptr_t grad_x, int threads) {
   const ContrastiveArgs<T> args{pointer<const T>(x), streams, rows, depth, first, count, masks, temperature, threads};
-  const hpk::ContrastiveGrads<T> grads{pointer<const T>(lse), pointer<const T>(grad_lse), pointer<const T>(grad_pos),
-                                       pointer<const T>(grad_ext), pointer<T>(grad_x)};
+  const ContrastiveGrads<T> grads{pointer<const T>(lse), pointer<const T>(grad_lse), pointer<const T>(grad_pos),
+                                  pointer<const T>(grad_ext), pointer<T>(grad_x)};
   if (denominator == "sparse") {
     HPK_DISPATCH(contrastive_sparse_grad(args, grads));
   } else {
@@ -54,7 +54,7 @@ template <class T>
 void group_lse(uintptr_t x, int64_t rows, int64_t depth, int64_t first, int64_t count, uintptr_t query, uintptr_t key,
                double temperature, uintptr_t lse, int threads) {
   const ContrastiveArgs<T> args{pointer<const T>(x), 1, rows, depth, first, count, {}, temperature, threads};
-  const hpk::ContrastiveGroups groups{pointer<const int32_t>(query), pointer<const int32_t>(key)};
+  const ContrastiveGroups groups{pointer<const int32_t>(query), pointer<const int32_t>(key)};
   HPK_DISPATCH(contrastive_group_lse(args, groups, pointer<T>(lse)));
 }
 
@@ -62,15 +62,13 @@ template <class T>
 void group_grad(uintptr_t x, int64_t rows, int64_t depth, int64_t first, int64_t count, uintptr_t query, uintptr_t key,
                 double temperature, uintptr_t lse, uintptr_t grad_lse, uintptr_t zeros, uintptr_t grad_x, int threads) {
   const ContrastiveArgs<T> args{pointer<const T>(x), 1, rows, depth, first, count, {}, temperature, threads};
-  const hpk::ContrastiveGroups groups{pointer<const int32_t>(query), pointer<const int32_t>(key)};
-  const hpk::ContrastiveGrads<T> grads{pointer<const T>(lse), pointer<const T>(grad_lse), pointer<const T>(zeros),
-                                       pointer<const T>(zeros), pointer<T>(grad_x)};
+  const ContrastiveGroups groups{pointer<const int32_t>(query), pointer<const int32_t>(key)};
+  const ContrastiveGrads<T> grads{pointer<const T>(lse), pointer<const T>(grad_lse), pointer<const T>(zeros),
+                                  pointer<const T>(zeros), pointer<T>(grad_x)};
   HPK_DISPATCH(contrastive_group_grad(args, groups, grads));
 }
 
-}  // namespace
-
-HPK_BIND(contrastive) {
+inline void bind(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   py::class_<Masks>(m, "ContrastiveMasks").def(py::init(&masks));
   m.def("contrastive_stats_f32", &stats<float>, Release());
@@ -82,3 +80,5 @@ HPK_BIND(contrastive) {
   m.def("contrastive_group_grad_f32", &group_grad<float>, Release());
   m.def("contrastive_group_grad_f64", &group_grad<double>, Release());
 }
+
+}  // namespace hpk::contrastive_bindings

@@ -1,9 +1,12 @@
-#include "cpu/normalize/normalize.h"
+// The Python functions of csrc/cpu/normalize.
+#pragma once
 
+#include "cpu/normalize/normalize.h"
 #include "cpu/runtime/bindings.h"
 
-HPK_BIND(normalize) {
-  using hpk::pointer;
+namespace hpk::normalize_bindings {
+
+inline void bind(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   m.def(
       "normalize_rows",
@@ -26,3 +29,5 @@ HPK_BIND(normalize) {
       },
       Release());
 }
+
+}  // namespace hpk::normalize_bindings

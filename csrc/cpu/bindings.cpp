@@ -1,26 +1,16 @@
-#include "cpu/runtime/bindings.h"
-
+// The module hpkernels._cpu. In one file: pybind11 takes seconds in each that has it.
 #include <pybind11/stl.h>
 
-#include <vector>
-
+#include "cpu/cluster_assign/bindings.h"
+#include "cpu/contrastive/bindings.h"
+#include "cpu/local_mix/bindings.h"
+#include "cpu/normalize/bindings.h"
+#include "cpu/pair_bits/bindings.h"
+#include "cpu/products/bindings.h"
 #include "cpu/runtime/isa.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/similarity_search/bindings.h"
 #include "shared/source_hash.h"
-
-namespace hpk {
-namespace {
-
-std::vector<BindFunction>& registered() {
-  static std::vector<BindFunction> functions;
-  return functions;
-}
-
-}  // namespace
-
-Registrar::Registrar(BindFunction bind) { registered().push_back(bind); }
-
-}  // namespace hpk
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of hpkernels. Raw pointers: call them through hpkernels.ops.";
@@ -30,6 +20,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &hpk::set_isa, py::arg("name"), "Use the named instruction set from now on (tests and benchmarks).");
   m.def("release_memory", &hpk::release_memory, "Give the scratch memory that is kept for reuse back (tests).");
   m.def("poison_memory", &hpk::poison_memory, py::arg("on"), "Fill scratch memory with NaN before each use (tests).");
-  for (hpk::BindFunction bind : hpk::registered())
-    bind(m);
+  hpk::cluster_assign_bindings::bind(m);
+  hpk::contrastive_bindings::bind(m);
+  hpk::local_mix_bindings::bind(m);
+  hpk::normalize_bindings::bind(m);
+  hpk::pair_bits_bindings::bind(m);
+  hpk::products_bindings::bind(m);
+  hpk::similarity_search_bindings::bind(m);
 }
