@@ -52,8 +52,10 @@ def _lines() -> list[str]:
         for folder, names in OPS.items():
             try:
                 chosen = dispatch.choose(device)
-            except (ValueError, ImportError) as error:
+            except ValueError as error:
                 chosen = f"none ({error})"
+            except ImportError:  # the line of the extension says it
+                chosen = "none"
             lines.append(f"  {folder} ({', '.join(names)}): {chosen}")
         for backend in dispatch.BACKENDS:
             reason = dispatch.why_not(backend, device)

@@ -73,6 +73,16 @@ def test_ruff():
     assert not found, found
 
 
+def test_clang_format():
+    pytest.importorskip("clang_format")
+    listed = [path for folder in ("csrc", "tests/cuda_shim", ".ci") for path in (ROOT / folder).rglob("*")]
+    sources = [str(path) for path in listed if path.suffix in (".h", ".cpp", ".cuh", ".cu")]
+    assert len(sources) > 80
+    command = [sys.executable, "-m", "clang_format", "--dry-run", "--Werror", *sources]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
 def test_types():
     found = tool("mypy", "--no-error-summary")
     assert not found, found

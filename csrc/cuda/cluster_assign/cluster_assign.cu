@@ -14,6 +14,7 @@ void cluster_total(uintptr_t parts, uintptr_t starts, int64_t clusters, int64_t 
   launch(cluster_total_kernel, grid, dim3(kWarpThreads), kWarpThreads * sizeof(double), stream,
          pointer<const float>(parts), pointer<const int64_t>(starts), depth, pointer<float>(sums));
 }
+
 template <class T>
 void ClusterLaunches<T>::cluster_assign(uintptr_t x, int64_t rows, int64_t depth, uintptr_t directions, uintptr_t bias,
                                         uintptr_t centroids, int tiles, uintptr_t labels, uintptr_t distances,

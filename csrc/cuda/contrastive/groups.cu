@@ -8,6 +8,7 @@ namespace hpk::gpu {
 int group_panel() { return kPanel; }
 
 int group_piece_bytes() { return kPieceBytes; }
+
 template <class T>
 void GroupLaunches<T>::contrastive_group_lse(uintptr_t x, int64_t rows, uintptr_t columns, int64_t count, int64_t depth,
                                              uintptr_t row_groups, uintptr_t column_groups, float scale,
