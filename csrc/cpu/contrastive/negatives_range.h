@@ -6,7 +6,7 @@
 // groups of rows go in a fixed order.
 #pragma once
 
-#include "cpu/contrastive/negatives.h"
+#include "cpu/contrastive/negatives_grad.h"
 
 namespace hpk::HPK_ISA {
 namespace {

@@ -1,5 +1,6 @@
 // The contrastive statistics and gradient for a sparse denominator: only the pairs that bits name are ever evaluated.
 #include "cpu/contrastive/negatives.h"
+#include "cpu/contrastive/negatives_grad.h"
 #include "cpu/contrastive/negatives_range.h"
 #include "cpu/contrastive/positives.h"
 

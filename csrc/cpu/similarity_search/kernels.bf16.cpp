@@ -1,6 +1,8 @@
+#include "cpu/similarity_search/max_similarity.h"
+#include "cpu/similarity_search/pairs_above.h"
 #include "cpu/similarity_search/screen_bf16.h"
 #include "cpu/similarity_search/screen_int8.h"
-#include "cpu/similarity_search/search.h"
+#include "cpu/similarity_search/topk_similarity.h"
 
 namespace hpk::HPK_ISA {
 namespace {

@@ -1,4 +1,6 @@
-#include "cpu/similarity_search/search.h"
+#include "cpu/similarity_search/max_similarity.h"
+#include "cpu/similarity_search/pairs_above.h"
+#include "cpu/similarity_search/topk_similarity.h"
 
 namespace hpk::HPK_ISA {
 
