@@ -71,6 +71,9 @@ class NinjaFile:
         archs = toolchain.cuda_archs()
         command = [nvcc, *(["-ccbin", self.compiler[0]] if len(self.compiler) == 1 else [])]
         flags = [*command, *self.common, "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *toolchain.code_flags(archs)]
+        toolkit = Path(nvcc).parents[1] / "include"
+        if (toolkit / "cuda_runtime.h").exists():  # as system headers, which are no dependencies: pip dates them anew
+            flags += ["-isystem", str(toolkit)]
         sources = sorted((CSRC / "cuda").rglob("*.cu"))
         objects = [self._compile("cuda", path, flags) for path in sources]
         plain = sorted((CSRC / "cuda").rglob("*.cpp"))
