@@ -42,8 +42,8 @@ class NinjaFile:
             {"hpkernels._cpu": self._cpu, "hpkernels._cuda": self._cuda}[name](name)
 
     def _cpu(self, name: str) -> None:
-        isas = [isa for isa, flags in toolchain.ISAS.items() if isa in toolchain.wanted_isas()]
-        isas = [isa for isa in isas if isa == "baseline" or toolchain.accepts(self.compiler, toolchain.ISAS[isa])]
+        wanted = toolchain.wanted_isas()
+        isas = [isa for isa in wanted if isa == "baseline" or toolchain.accepts(self.compiler, toolchain.ISAS[isa])]
         # What sanitizers (.ci/sanitize) and debuggers read best.
         speed = ["-O1", "-g1", "-D_GLIBCXX_ASSERTIONS"] if self.debug else ["-O3"]
         exact = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -71,6 +71,9 @@ class NinjaFile:
         archs = toolchain.cuda_archs()
         command = [nvcc, *(["-ccbin", self.compiler[0]] if len(self.compiler) == 1 else [])]
         flags = [*command, *self.common, "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *toolchain.code_flags(archs)]
+        toolkit = Path(nvcc).parents[1] / "include"
+        if (toolkit / "cuda_runtime.h").exists():  # as system headers, which are no dependencies: pip dates them anew
+            flags += ["-isystem", str(toolkit)]
         sources = sorted((CSRC / "cuda").rglob("*.cu"))
         objects = [self._compile("cuda", path, flags) for path in sources]
         plain = sorted((CSRC / "cuda").rglob("*.cpp"))
@@ -88,12 +91,12 @@ class NinjaFile:
     def _compile(self, place: str, source: Path, command: list[str]) -> str:
         """The object of a source, which is compiled by `command` into folder `place`."""
         output = f"{place}/{source.relative_to(CSRC)}.o"
-        self.ninja.build(output, "compile", str(source), variables={"tool": _words(command)})
+        self.ninja.build([output], "compile", [str(source)], variables={"tool": _words(command)})
         return output
 
     def _link(self, name: str, command: list[str], objects: list[str], libraries: list[str]) -> None:
         variables = {"tool": _words(command), "libraries": _words(libraries)}
-        self.ninja.build(f"{name}.so", "link", objects, variables=variables)
+        self.ninja.build([f"{name}.so"], "link", objects, variables=variables)
 
 
 def _words(command: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""ruff and mypy as pyproject.toml has them, and the types that a user's program sees."""
+"""ruff, mypy and clang-format as the repository has them, and the types that a user's program sees."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_ruff():
 
 
 def test_clang_format():
-    pytest.importorskip("clang_format")
+    clang_format = pytest.importorskip("clang_format")
     listed = [path for folder in ("csrc", "tests/cuda_shim", ".ci") for path in (ROOT / folder).rglob("*")]
     sources = [str(path) for path in listed if path.suffix in (".h", ".cpp", ".cuh", ".cu")]
     assert len(sources) > 80
-    command = [sys.executable, "-m", "clang_format", "--dry-run", "--Werror", *sources]
+    command = [clang_format.get_executable("clang-format"), "--dry-run", "--Werror", *sources]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
 
