@@ -1,6 +1,6 @@
 """One suite an op over every way to run it, with fresh memory full of NaN.
 
-A test that asks for `kernels` runs once a way and gets the backend's functions of OP, the op folder that its file names.
+A test that asks for `kernels` runs once a way and gets the backend's functions of OP, the op folder its file names.
 With `dtype` it runs for each of the way's dtypes; with @pytest.mark.cases("n, d", [...], cuda=[...]) for each case of
 the list, and on the backend named for those of its own, too; with @pytest.mark.only("cpu") on these backends alone.
 """
@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc):
         missing = [pytest.mark.skip(reason=way.missing)] if way.missing else []
         for values, marks, label in _cases(given, names, way.backend):
             for dtype in way.dtypes if of_dtype else (None,):
-                whole = "-".join(part for part in (way.name, label, ways.NAMES.get(dtype)) if part)
+                whole = "-".join(part for part in (way.name, label, dtype and ways.label(dtype)) if part)
                 row = (way, *values, *([dtype] if of_dtype else []))
                 rows.append(pytest.param(*row, marks=[*missing, *marks], id=whole))
     metafunc.parametrize(["way", *names, *(["dtype"] if of_dtype else [])], rows)
@@ -49,7 +49,7 @@ def _cases(given, names, backend):
     found = {}
     for case in cases:
         values, marks, label = case if hasattr(case, "marks") else (case if len(names) != 1 else (case,), (), None)
-        label = label or "-".join(ways.NAMES.get(value, str(value)) for value in values)
+        label = label or "-".join(map(ways.label, values))
         found.setdefault(label, (values, marks, label))
     return found.values()
 

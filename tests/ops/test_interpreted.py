@@ -1,4 +1,4 @@
-"""The suites of the ops on Triton's kernels, under its interpreter on CPU tensors: one process for each op, or part of one.
+"""The suites of the ops on Triton's kernels, under its interpreter on CPU tensors: one process an op, or part of it.
 
 Directly: TRITON_INTERPRET=1 python -m pytest tests/ops tests/properties [-m slow]
 """

@@ -22,6 +22,11 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
 NAMES = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
 
 
+def label(value: object) -> str:
+    """In the ids of tests."""
+    return NAMES[value] if isinstance(value, torch.dtype) else str(value)
+
+
 @dataclass(frozen=True)
 class Way:
     name: str
