@@ -17,7 +17,9 @@ torch.set_num_threads(int(os.environ.get("HPKERNELS_TEST_THREADS", "1")))
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device the operator tests run on")
     parser.addoption("--backend", help="of the tests that every backend runs, those of this one only")
-    parser.addoption("--way", help="of the ways to run an op, those that begin so: cpu, cpu-avx2, cuda, triton, gpu")
+    parser.addoption(
+        "--way", help="of the ways to run an op, those that begin so: cpu, cpu-avx2, host, interpreter, gpu"
+    )
     parser.addoption("--part", help="I/N: of the tests the Ith of N parts")
     parser.addoption("--poison", action="store_true", help="fill all fresh memory with NaN: reads of unset memory show")
 
@@ -25,7 +27,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--poison"):
         poison.fill()
-    if config.getoption("--way") == "triton":
+    if config.getoption("--way") == "interpreter":
         assert "triton" not in sys.modules, "the interpreter has to be asked for before triton is imported"
         os.environ["TRITON_INTERPRET"] = "1"
 

@@ -8,7 +8,7 @@ import torch
 from hpkernels.ops.common import cuda as helpers
 from hpkernels.ops.group_lse import reference
 from tests.backend_checks import check_label_loss
-from tests.cuda.guard import before_guard_page
+from tests.guard import before_guard_page
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -15,7 +15,7 @@ import torch
 import hpkernels as hk
 from hpkernels.common.bits import unpack
 from hpkernels.ops.similarity_search import reference
-from tests.cuda.guard import before_guard_page
+from tests.guard import before_guard_page
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 1, 16), (2, 63, 48), (65, 129, 20), (200, 65, 72))

@@ -1,13 +1,14 @@
 """One suite an op over every way to run it, with fresh memory full of NaN.
 
-A test that asks for `kernels` runs once a way and gets the backend's functions of OP, the op folder its file names.
-With `dtype` it runs for each of the way's dtypes; with @pytest.mark.cases("n, d", [...], cuda=[...]) for each case of
-the list, and on the backend named for those of its own, too; with @pytest.mark.only("cpu") on these backends alone.
+A test that asks for `kernels` runs once a way and gets the backend's functions of OP, the op folder its file names. With
+`dtype` it runs for each of the way's dtypes; with @pytest.mark.cases("n, d", [...], cuda=[...]) for each case of the
+list, and on the backend named for those of its own, too; with @pytest.mark.only("cpu") on these backends or ways alone.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 
 import pytest
 
@@ -19,7 +20,7 @@ all_ways = functools.cache(ways.all_ways)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cases(names, for_all, **of_backend): what a test of an op runs on")
-    config.addinivalue_line("markers", "only(*backends): that a test of an op runs on")
+    config.addinivalue_line("markers", "only(*names): of backends or ways that a test of an op runs on")
 
 
 def pytest_generate_tests(metafunc):
@@ -32,7 +33,7 @@ def pytest_generate_tests(metafunc):
     begin = metafunc.config.getoption("--way") or ""
     rows = []
     for way in all_ways():
-        if not way.name.startswith(begin) or (only and way.backend not in only.args):
+        if not way.name.startswith(begin) or (only and not {way.name, way.backend} & set(only.args)):
             continue
         missing = [pytest.mark.skip(reason=way.missing)] if way.missing else []
         for values, marks, label in _cases(given, names, way.backend):
@@ -71,3 +72,12 @@ def kernels(way, request, poisoned_memory):
         request.getfixturevalue("shim")
     with way.open(request.module.OP) as functions:
         yield functions
+
+
+@pytest.fixture
+def many_processors(kernels, monkeypatch):
+    """Of a GPU: the loops over tiles are split."""
+    for backend in ("cuda", "triton"):
+        module = sys.modules.get(f"hpkernels.ops.common.{backend}")
+        if module is not None:
+            monkeypatch.setattr(module, "processor_count", lambda device: 8)

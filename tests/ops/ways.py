@@ -70,12 +70,12 @@ def all_ways() -> list[Way]:
     """Those of this process, best understood first; a GPU's are among them also where there is none."""
     gpu = (BF16, FP16, FP32)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return [Way("triton", "triton", (FP32, FP16))]  # its products of bf16 are wrong
+        return [Way("interpreter", "triton", (FP32, FP16))]  # its products of bf16 are wrong
     isas = () if dispatch.MISSING["cpu"] else importlib.import_module("hpkernels._cpu").isas()
     return [
         Way("reference", "reference", (FP32, FP64, BF16, FP16)),
         *(Way(f"cpu-{isa}", "cpu", (FP32, FP64, BF16, FP16), isa) for isa in isas),
-        Way("cuda", "cuda", gpu),
+        Way("host-cuda", "cuda", gpu),
         Way("gpu-triton", "triton", gpu, device="cuda"),
         Way("gpu-cuda", "cuda", gpu, device="cuda"),
     ]
