@@ -1,8 +1,8 @@
 """One suite an op over every way to run it, with fresh memory full of NaN.
 
-A test that asks for `kernels` runs once a way and gets the backend's functions of OP, the op folder its file names. With
-`dtype` it runs for each of the way's dtypes; with @pytest.mark.cases("n, d", [...], cuda=[...]) for each case of the
-list, and on the backend named for those of its own, too; with @pytest.mark.only("cpu") on these backends or ways alone.
+A test that asks for `kernels` runs once a way and gets the backend's functions of OP, the op folder its file names.
+With `dtype` it runs for each of the way's dtypes; with @pytest.mark.cases("n, d", [...], cuda=[...]) for each case of
+the list and, on the backend named, for those of its own; with @pytest.mark.only("cpu") on these backends or ways alone.
 """
 
 from __future__ import annotations
@@ -75,9 +75,13 @@ def kernels(way, request, poisoned_memory):
 
 
 @pytest.fixture
-def many_processors(kernels, monkeypatch):
-    """Of a GPU: the loops over tiles are split."""
-    for backend in ("cuda", "triton"):
-        module = sys.modules.get(f"hpkernels.ops.common.{backend}")
-        if module is not None:
-            monkeypatch.setattr(module, "processor_count", lambda device: 8)
+def processors(kernels, monkeypatch):
+    """processors(n): pretend to be a GPU of so many. From 8 on the loops over tiles are split."""
+
+    def set_count(count):
+        for backend in ("cuda", "triton"):
+            module = sys.modules.get(f"hpkernels.ops.common.{backend}")
+            if module is not None:
+                monkeypatch.setattr(module, "processor_count", lambda device: count)
+
+    return set_count
