@@ -16,6 +16,8 @@ from tests.ops import ways
 from tests.ops.cuda_on_host import library, shim  # noqa: F401  (fixtures)
 
 all_ways = functools.cache(ways.all_ways)
+# They import triton, which then is the interpreter or never is: test_interpreted.py starts a process that has it.
+collect_ignore_glob = [] if ways.interpreting() else ["*/test_*_triton.py"]
 
 
 def pytest_configure(config):

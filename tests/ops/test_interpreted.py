@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [path.parent.name for path in sorted(ROOT.glob("hpkernels/ops/*/triton*")) if path.parent.name != "common"]
-PARTS = {"contrastive": 2}  # of the long ones
+PARTS = {"contrastive": 3, "similarity_search": 2}  # of the long ones
 
 
 def _runs() -> list[tuple[str, ...]]:

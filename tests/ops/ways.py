@@ -66,10 +66,14 @@ def instruction_set(name: str) -> Iterator[None]:
         _cpu.set_isa(before)
 
 
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def all_ways() -> list[Way]:
     """Those of this process, best understood first; a GPU's are among them also where there is none."""
     gpu = (BF16, FP16, FP32)
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreting():
         return [Way("interpreter", "triton", (FP32, FP16))]  # its products of bf16 are wrong
     isas = () if dispatch.MISSING["cpu"] else importlib.import_module("hpkernels._cpu").isas()
     return [
