@@ -11,10 +11,10 @@ from hpkernels.clustering.outliers import outlier_distances
 from hpkernels.density import neighbor_density
 from hpkernels.losses.by_label import supervised_contrastive_loss
 from hpkernels.losses.hidden_positive import LossStats, hidden_positive_loss, masked_contrastive_loss
-from hpkernels.mining import hidden_positives, pairs_above
-from hpkernels.ops.local_mix.op import local_mix, neighbor_mix, neighbor_weights, neighbor_weights_qk
-from hpkernels.ops.similarity_search.op import max_similarity, topk_similarity
+from hpkernels.mining import hidden_positives
+from hpkernels.mixing import local_mix, neighbor_mix, neighbor_weights, neighbor_weights_qk
 from hpkernels.pairs import PairMask
+from hpkernels.search import max_similarity, pairs_above, topk_similarity
 
 __all__ = [
     "Assignment",

@@ -8,7 +8,7 @@ from torch import Tensor
 from hpkernels import dispatch
 from hpkernels.common.checks import check_columns, check_float_tensor
 from hpkernels.ops.normalize.op import normalize_rows
-from hpkernels.ops.similarity_search.op import check_groups, topk_similarity
+from hpkernels.search import check_groups, topk_similarity
 
 _CPU_ROWS = 4096  # features searched at a time on a CPU, so that their unit rows and packed copies take little memory
 

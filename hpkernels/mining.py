@@ -1,4 +1,4 @@
-"""Positive pairs found by search: from thresholds (`pairs_above`) and from features (`hidden_positives`)."""
+"""Positive pairs found from features (`hidden_positives`): the rules that decide for each pair."""
 
 from __future__ import annotations
 
@@ -13,36 +13,9 @@ from hpkernels.common.checks import check_columns, check_float_tensor, check_int
 from hpkernels.common.ranks import ALONE, Ranks
 from hpkernels.ops.normalize.op import normalize_rows
 from hpkernels.ops.pair_bits import op as pair_bits
-from hpkernels.ops.similarity_search import op as search
+from hpkernels.ops.similarity_search import op as similarity_search
 from hpkernels.pairs import PairMask
-
-
-def pairs_above(
-    x: Tensor,
-    thresholds: Tensor,
-    *,
-    keys: Tensor | None = None,
-    key_thresholds: Tensor | None = None,
-    backend: str | None = None,
-) -> PairMask:
-    """One bit per pair whose inner product exceeds a threshold.
-
-    Without keys: P_ij = [i != j][ <x_i, x_j> > min(t_i, t_j) ], symmetric, each pair decided once.
-    With keys: P_ij = [ <x_i, keys_j> > t_i ], or > min(t_i, key_thresholds_j) if those are given.
-
-    Args:
-        x: (N, C), any floating dtype, taken as given (not normalised). thresholds: (N,).
-        keys: (M, C). key_thresholds: (M,), only with keys.
-        backend: see `python -m hpkernels.info`; None chooses.
-
-    Returns:
-        PairMask of shape (N, N) or (N, M). Decisions on fp32 inputs are those of an IEEE fp32 product.
-
-    Raises:
-        TypeError, ValueError: the argument, its value and what was expected. Non-finite input on the CPU.
-    """
-    bits = search.pairs_above(x, thresholds, keys, key_thresholds, backend)
-    return PairMask(bits, x.shape[0] if keys is None else keys.shape[0], symmetric=keys is None)
+from hpkernels.search import max_similarity, pairs_above, topk_similarity
 
 
 def hidden_positives(
@@ -92,7 +65,7 @@ class PairsAbove:
 
     def rows(self, first_row: int, rows: int) -> Tensor:
         unit, thresholds, own = self.unit, self.thresholds, slice(first_row, first_row + rows)
-        bits = search.pairs_above(unit[own], thresholds[own], unit, thresholds, self.backend)
+        bits = similarity_search.pairs_above(unit[own], thresholds[own], unit, thresholds, self.backend)
         return clear_diagonal(bits, len(unit), first_row)
 
 
@@ -138,16 +111,16 @@ def find_rule(
     if pool is not None:
         unit = normalize_rows(features.detach(), name, backend)
         every_pool = ranks.gather(normalize_rows(pool.detach(), pool_name, backend), pool_name)
-        thresholds = search.max_similarity(unit, every_pool, backend=backend)
+        thresholds = max_similarity(unit, every_pool, backend=backend)
         return PairsAbove(ranks.gather(unit, name), ranks.gather(thresholds, name), backend)
     others = ranks.total(name, features) - 1
     if k is None or not 1 <= k <= others:
         raise ValueError(f"positives_per_anchor: expected 1 <= k <= {others} (N - 1), got {k}")
     unit = normalize_rows(features.detach(), name, backend)
     if ranks is ALONE:
-        _, indices = search.topk_similarity(unit, unit, k, exclude_self=True, backend=backend)
+        _, indices = topk_similarity(unit, unit, k, exclude_self=True, backend=backend)
         return PairsNamed(indices, backend)
-    _, found = search.topk_similarity(unit, ranks.gather(unit, name), k + 1, backend=backend)
+    _, found = topk_similarity(unit, ranks.gather(unit, name), k + 1, backend=backend)
     return PairsNamed(ranks.gather(_without_self(found, ranks.first_row(name)), name), backend)
 
 

@@ -64,6 +64,7 @@ def candidates(op: str, kind: str, d: int) -> list[dict]:
 
 def problem(op: str, dtype: torch.dtype, d: int, n: int, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
     """run(module, dtype): `op` by a backend's module on random unit rows; P and Q 0.2 % dense, R = n / 4."""
+    from hpkernels.ops.contrastive.masks import Masks
     from hpkernels.ops.pair_bits import triton as pair_bits
 
     def bits(seed: int, rows: int, rate: float) -> Tensor:
@@ -74,17 +75,17 @@ def problem(op: str, dtype: torch.dtype, d: int, n: int, device: torch.device) -
     P, Q = bits(1, n, 0.002), bits(2, n, 0.002)
     sparse = op.endswith("sparse")
     negatives = bits(3, n // 4, 0.02 if sparse else 0.5)
-    masks = (P, pair_bits.transpose_bits(P, n), Q, pair_bits.transpose_bits(Q, n), negatives)
-    denominator = "sparse" if sparse else "dense"
+    turned = [pair_bits.transpose_bits(pairs, n) for pairs in (P, Q)]
+    masks = Masks(P, turned[0], Q, turned[1], negatives, "sparse" if sparse else "dense")
     vectors = [torch.randn(1, n, device=device, generator=generator) / n for _ in range(3)]
     vectors = [torch.full((1, n), float(torch.tensor(n).log()), device=device), *vectors]
 
     def run(module: ModuleType, as_dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
         rows = x.to(as_dtype)
         if "stats" in op:
-            return tuple(module.contrastive_stats(rows, *masks, denominator, 0.8, 0))
+            return tuple(module.contrastive_stats(rows, masks, 0.8))
         exact = [v.to(as_dtype) if as_dtype == torch.float64 else v for v in vectors]
-        return (module.contrastive_grad(rows, *masks, denominator, 0.8, 0, *exact),)
+        return (module.contrastive_grad(rows, masks, 0.8, *exact),)
 
     return run
 
@@ -117,12 +118,10 @@ def spills() -> int:
     """Most bytes of registers that any contrastive kernel compiled so far in this process spills."""
     from triton.runtime.jit import JITFunction
 
-    from hpkernels.ops.contrastive.triton import dense as kernels_dense
-    from hpkernels.ops.contrastive.triton import dense_grad as kernels_dense_grad
-    from hpkernels.ops.contrastive.triton import sparse as kernels_sparse
+    from hpkernels.ops.contrastive.triton import dense, dense_grad, lists, sparse, sparse_grad
 
     most = 0
-    for module in (kernels_dense, kernels_dense_grad, kernels_sparse):
+    for module in (dense, dense_grad, lists, sparse, sparse_grad):
         for function in vars(module).values():
             if isinstance(function, JITFunction):
                 for cache in function.device_caches.values():

@@ -174,6 +174,6 @@ def test_how_many_anchors_at_a_time(monkeypatch):
 def test_statistics_of_a_range_are_not_differentiated_alone(backend):
     x = torch.nn.functional.normalize(torch.randn(1, 40, 8), dim=2).requires_grad_()
     P = PairMask.from_labels(torch.arange(40) % 3)
-    lse, _, _ = contrastive_stats_rows(x, P.bits[8:20], None, None, None, None, "all", 0.5, 8, backend)
+    lse, _, _ = contrastive_stats_rows(x, P.bits[8:20], None, None, None, None, "all", 8, 0.5, backend)
     with pytest.raises(RuntimeError, match="statistics of a range of anchors"):
         lse.sum().backward()

@@ -18,7 +18,7 @@ from hpkernels.common.checks import check_flag, describe, poison
 from hpkernels.common.ranks import ALONE, Ranks, meet
 from hpkernels.common.sums import sum_all, sum_last
 from hpkernels.losses.arguments import Batch, check_batch, check_loss_options, check_weight, streams_of, tokens_of
-from hpkernels.losses.panels import Denominator, Statistics, panel_rows, panel_statistics
+from hpkernels.losses.panels import Denominator, Statistics, panel_rows, panel_statistics, tables
 from hpkernels.mining import find_rule
 from hpkernels.ops.contrastive.op import contrastive_stats
 from hpkernels.ops.normalize.op import normalize_rows
@@ -276,7 +276,7 @@ def _statistics(
     P, Q = masks[0], masks[1] if len(masks) > 1 else None
     bits = (P.bits, _transpose(P, backend), None if Q is None else Q.bits, _transpose(Q, backend))
     evaluate = partial(contrastive_stats, temperature=temperature, backend=backend)
-    lse, pos, ext = denominator.tables(evaluate, x, *bits)
+    lse, pos, ext = tables(evaluate, x, denominator.calls(*bits))
     n_pos = pair_bits.count_bits(P.bits, backend).to(lse.dtype)
     n_ext = torch.zeros_like(n_pos) if Q is None else pair_bits.count_bits(Q.bits, backend).to(lse.dtype)
     return Statistics(lse, pos, ext, n_pos, n_ext)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from hpkernels.common.bits import words
 from hpkernels.common.ranks import Ranks
 from hpkernels.mining import PairRule
+from hpkernels.ops.contrastive.masks import Masks
 from hpkernels.ops.contrastive.op import contrastive_grad_rows, contrastive_stats_rows
 from hpkernels.ops.pair_bits.op import count_bits
 
@@ -36,30 +37,27 @@ class Denominator(NamedTuple):
     form: str  # as `denominator` of contrastive_stats
     with_extra: bool = False
 
-    def calls(self, P: Tensor, P_t: Tensor | None, Q: Tensor | None, Q_t: Tensor | None) -> list[tuple[Any, ...]]:
+    def calls(
+        self, P: Tensor, P_t: Tensor | None, Q: Tensor | None, Q_t: Tensor | None, first_row: int = 0
+    ) -> list[Masks]:
         """The masks of contrastive_stats: of the call for lse and of that for pos and ext, or of one for all three.
 
         The kernels hold P and the negatives in E. For Q in it lse takes P | Q as P; the sums need no negatives.
         """
         if Q is None or not self.with_extra or self.form == "all":
-            return [(P, P_t, Q, Q_t, self.negatives, self.form)]
+            return [Masks(P, P_t, Q, Q_t, self.negatives, self.form, first_row)]
         symmetric = P_t is None and Q_t is None
         union_t = None if symmetric else (P if P_t is None else P_t) | (Q if Q_t is None else Q_t)
-        return [(P | Q, union_t, None, None, self.negatives, self.form), (P, P_t, Q, Q_t, None, "sparse")]
+        of_lse = Masks(P | Q, union_t, None, None, self.negatives, self.form, first_row)
+        return [of_lse, Masks(P, P_t, Q, Q_t, None, "sparse", first_row)]
 
-    def tables(
-        self,
-        evaluate: Callable[..., tuple[Tensor, Tensor, Tensor]],
-        x: list[Tensor],
-        P: Tensor,
-        P_t: Tensor | None,
-        Q: Tensor | None,
-        Q_t: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """lse, pos and ext of all streams; evaluate(rows of some, *masks of a call) has those of its streams."""
-        calls = [zip(*(evaluate(rows, *masks) for rows in x)) for masks in self.calls(P, P_t, Q, Q_t)]
-        found = [[torch.cat(table) for table in call] for call in calls]
-        return found[0][0], found[-1][1], found[-1][2]
+
+def tables(
+    evaluate: Callable[[Tensor, Masks], tuple[Tensor, Tensor, Tensor]], x: list[Tensor], calls: list[Masks]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, pos and ext of all streams; evaluate(rows of some, masks of a call) has those of its streams."""
+    found = [[torch.cat(table) for table in zip(*(evaluate(rows, masks) for rows in x))] for masks in calls]
+    return found[0][0], found[-1][1], found[-1][2]
 
 
 class Statistics(NamedTuple):
@@ -130,13 +128,13 @@ class _PanelStatistics(torch.autograd.Function):
         every = [anchors.ranks.gather(rows, "z", dim=1) for rows in x]
 
         def of_panel(_, first_row: int, P: Tensor, Q: Tensor | None) -> tuple[Tensor, ...]:
-            def evaluate(*given) -> tuple[Tensor, Tensor, Tensor]:
-                return contrastive_stats_rows(*given, anchors.temperature, first_row, anchors.backend)
+            def evaluate(rows: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+                return contrastive_stats_rows(rows, *masks, anchors.temperature, anchors.backend)
 
-            tables = anchors.denominator.tables(evaluate, every, P, None, Q, None)
+            lse, pos, ext = tables(evaluate, every, anchors.denominator.calls(P, None, Q, None, first_row))
             n_pos = count_bits(P, anchors.backend)
             n_ext = torch.zeros_like(n_pos) if Q is None else count_bits(Q, anchors.backend)
-            return *tables, n_pos.to(tables[0].dtype), n_ext.to(tables[0].dtype)
+            return lse, pos, ext, n_pos.to(lse.dtype), n_ext.to(lse.dtype)
 
         parts = anchors.for_each_panel(of_panel)
         statistics = [torch.cat(part, -1) for part in zip(*parts)]
@@ -149,17 +147,17 @@ class _PanelStatistics(torch.autograd.Function):
     def backward(ctx, grad_lse: Tensor, grad_pos: Tensor, grad_ext: Tensor, *_):
         anchors = ctx.anchors
         *every, lse = ctx.saved_tensors
-        tables = anchors.ranks.gather(torch.stack([lse, grad_lse, grad_pos, grad_ext]), "z", dim=2)
-        of_call = tables.split([len(rows) for rows in every], dim=1)
+        gathered = anchors.ranks.gather(torch.stack([lse, grad_lse, grad_pos, grad_ext]), "z", dim=2)
+        of_call = gathered.split([len(rows) for rows in every], dim=1)
         grads = [rows.new_empty(len(rows), anchors.count, rows.shape[2]) for rows in every]
 
         def of_panel(own: slice, first_row: int, P: Tensor, Q: Tensor | None) -> None:
-            calls = anchors.denominator.calls(P, None, Q, None)
+            calls = anchors.denominator.calls(P, None, Q, None, first_row)
             for rows, (lse, *given), grad in zip(every, of_call, grads):
                 none = torch.zeros_like(lse)
                 parts = [given] if len(calls) == 1 else [(given[0], none, none), (none, *given[1:])]
                 for number, (masks, part) in enumerate(zip(calls, parts)):
-                    how = (*masks, anchors.temperature, first_row, lse, *part, anchors.backend)
+                    how = (*masks, anchors.temperature, lse, *part, anchors.backend)
                     share = contrastive_grad_rows(rows, *how)
                     grad[:, own] = share if number == 0 else grad[:, own] + share
 

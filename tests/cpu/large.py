@@ -14,6 +14,7 @@ from torch import Tensor
 from hpkernels import _cpu
 from hpkernels.common.bits import pack
 from hpkernels.ops.contrastive import cpu as contrastive
+from hpkernels.ops.contrastive.masks import Masks
 from hpkernels.ops.local_mix import cpu as local_mix
 from hpkernels.ops.normalize import cpu as normalize
 from hpkernels.ops.pair_bits import cpu as pair_bits
@@ -74,9 +75,10 @@ def contrastive_masks():
     turned = [pack(torch.nn.functional.pad(mask[:, :ROWS].T, (0, 128 - ROWS))) for mask in masks[:2]]
     far_bits = [spread(mask) for mask in (bits[0], turned[0], bits[1], turned[1], bits[2])]
     for denominator in ("sparse", "dense"):
-        given = (bits[0], turned[0], bits[1], turned[1], bits[2] if denominator == "sparse" else None)
+        negatives = bits[2] if denominator == "sparse" else None
+        given = Masks(bits[0], turned[0], bits[1], turned[1], negatives, denominator)
         far = _cpu.ContrastiveMasks(*far_bits[:4], far_bits[4] if denominator == "sparse" else 0, STRIDE, ROWS)
-        expected = contrastive.contrastive_stats(x, *given, denominator, 0.3, 0)
+        expected = contrastive.contrastive_stats(x, given, 0.3)
         found = torch.zeros(3, 1, ROWS)
         _cpu.contrastive_stats_f32(
             x.data_ptr(), 1, ROWS, 7, 0, ROWS, far, denominator, 0.3, *(part.data_ptr() for part in found), THREADS
@@ -97,7 +99,7 @@ def contrastive_masks():
             grad.data_ptr(),
             THREADS,
         )
-        assert torch.equal(grad, contrastive.contrastive_grad(x, *given, denominator, 0.3, 0, *tables))
+        assert torch.equal(grad, contrastive.contrastive_grad(x, given, 0.3, *tables))
 
 
 def neighbor_weights_qk():

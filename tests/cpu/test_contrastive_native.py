@@ -8,6 +8,7 @@ import torch
 
 from hpkernels import _cpu
 from hpkernels.ops.contrastive import cpu as native
+from hpkernels.ops.contrastive.masks import Masks
 
 SIZES = [(1, 16), (2, 1), (63, 48), (65, 520), (129, 16), (196, 48)]
 
@@ -108,7 +109,7 @@ class Problem:
     def native_masks(self, denominator, anchors):
         *masks, negatives = self.masks()
         chosen = [None if mask is None else mask[anchors] for mask in masks]
-        return [*chosen, None if denominator == "all" else negatives]
+        return Masks(*chosen, None if denominator == "all" else negatives, denominator, anchors.start)
 
     def native_stats(self, denominator, dtype, cuts=()):
         """Of all anchors at once, or of ranges of them that end at `cuts`, one behind the other."""
@@ -116,7 +117,7 @@ class Problem:
         for anchors in self.ranges(cuts):
             masks = self.native_masks(denominator, anchors)
             x = self.x.to(dtype)
-            parts.append(native.contrastive_stats(x, *masks, denominator, self.temperature, anchors.start))
+            parts.append(native.contrastive_stats(x, masks, self.temperature))
             assert all(part.shape == (len(x), anchors.stop - anchors.start) for part in parts[-1])
         return tuple(torch.cat(tables, 1) for tables in zip(*parts))
 
@@ -125,7 +126,7 @@ class Problem:
         for anchors in self.ranges(cuts):
             masks = self.native_masks(denominator, anchors)
             x = self.x.to(dtype)
-            parts.append(native.contrastive_grad(x, *masks, denominator, self.temperature, anchors.start, lse, *grads))
+            parts.append(native.contrastive_grad(x, masks, self.temperature, lse, *grads))
         return torch.cat(parts, 1)
 
     def ranges(self, cuts):

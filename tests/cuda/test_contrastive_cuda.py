@@ -7,8 +7,8 @@ import torch
 
 from hpkernels import tuning
 from hpkernels.common.bits import pack, unpack
-from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.contrastive import reference
+from hpkernels.ops.contrastive import reference, workspace
+from hpkernels.ops.contrastive.masks import Masks
 from tests.guard import before_guard_page
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,8 +43,9 @@ def _check(contrastive, x, masks, denominator, temperature, first_row=0, n=None)
     streams, total, _ = x.shape
     rows = slice(first_row, total if n is None else first_row + n)
     part = [None if mask is None else mask[rows] for mask in masks[:4]] + [masks[4]]
-    whole = reference.contrastive_stats(x.double(), *masks, denominator, temperature, 0)
-    stats = contrastive.contrastive_stats(x, *part, denominator, temperature, first_row)
+    part = Masks(*part, denominator, first_row)
+    whole = reference.contrastive_stats(x.double(), Masks(*masks, denominator), temperature)
+    stats = contrastive.contrastive_stats(x, part, temperature)
     for ours, oracle in zip(stats, whole, strict=True):
         oracle = oracle[:, rows]
         assert ours.dtype == torch.float32 and ours.shape == oracle.shape
@@ -53,17 +54,17 @@ def _check(contrastive, x, masks, denominator, temperature, first_row=0, n=None)
     tables = [1e-4 * torch.randn(streams, total) for _ in range(3)]
     for table in tables:
         table[:, ::3] = 0  # rows without gradient are common
-    arguments = (denominator, temperature, first_row, whole[0].float(), *tables)
+    arguments = (part, temperature, whole[0].float(), *tables)
     exact = (whole[0], *[table.double() for table in tables])
-    oracle = reference.contrastive_grad(x.double(), *part, denominator, temperature, first_row, *exact)
+    oracle = reference.contrastive_grad(x.double(), part, temperature, *exact)
     weights = 4e-6 if x.dtype == torch.float32 else 1e-3 if x.dtype == torch.float16 else 4e-3  # G in x's dtype
     for route in ("lists",) if denominator == "sparse" else ("fused", "workspace"):
         with tuning.forced("contrastive_grad", {"route": route}):
-            grad = contrastive.contrastive_grad(x, *part, *arguments)
-            assert torch.equal(grad, contrastive.contrastive_grad(x, *part, *arguments))
+            grad = contrastive.contrastive_grad(x, *arguments)
+            assert torch.equal(grad, contrastive.contrastive_grad(x, *arguments))
         assert grad.dtype == x.dtype and grad.shape == oracle.shape
         assert (grad - oracle).norm() <= weights * oracle.norm() + 2 * (oracle.to(x.dtype) - oracle).norm()
-    again = contrastive.contrastive_stats(x, *part, denominator, temperature, first_row)
+    again = contrastive.contrastive_stats(x, part, temperature)
     assert all(torch.equal(a, b) for a, b in zip(stats, again, strict=True))
 
 
@@ -97,7 +98,7 @@ def test_lists_of_several_tiles(contrastive):
 
 
 def test_windows_share_the_workspace(contrastive, monkeypatch):
-    monkeypatch.setattr(common, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
     _check(contrastive, _units(1, 66, 24), _masks(66, 6, 0.3, True, False), "sparse", 0.5, 3, 20)
 
 
@@ -110,7 +111,7 @@ def test_a_column_side_that_finds_no_room_is_summed_from_the_bits(contrastive, d
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_of_the_workspace(contrastive, dtype, monkeypatch):
     """Several, the first of them beginning before the anchors."""
-    monkeypatch.setattr(common, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 0)
     masks = _masks(150, 50, 0.2, symmetric=False, extra=True)
     _check(contrastive, _units(1, 150, 24, dtype), masks, "dense", 0.5, 37, 101)
 
@@ -128,14 +129,14 @@ def test_empty_masks_and_nan(contrastive, denominator):
     empty, full = (pack(torch.full((n, n), value)) for value in (False, True))
     negatives = None if denominator == "all" else pack(torch.zeros(10, n, dtype=torch.bool))
     x, ones = _units(1, n, 16), torch.ones(1, n)
-    bare = (empty, None, None, None, negatives, denominator, 0.5, 0)
+    bare = (Masks(empty, negatives=negatives, denominator=denominator), 0.5)
     lse, pos, ext = contrastive.contrastive_stats(x, *bare)
     assert not pos.any() and not ext.any()
     assert (lse == 0).all() if denominator != "all" else (lse != 0).all()
     grad = contrastive.contrastive_grad(x, *bare, lse, ones, ones, ones)
     assert grad.isfinite().all() and (denominator == "all" or not grad.any())
     x[0, 7, 3] = torch.nan
-    lse = contrastive.contrastive_stats(x, full, None, None, None, negatives, denominator, 0.5, 0)[0]
+    lse = contrastive.contrastive_stats(x, Masks(full, negatives=negatives, denominator=denominator), 0.5)[0]
     assert lse.isnan().all()
 
 
@@ -155,7 +156,7 @@ def test_errors_are_at_most_twice_those_of_torch(contrastive, denominator, dtype
     n, temperature = 260, 0.1
     x, masks = _units(1, n, 64, dtype), _masks(n, 4, 0.2, True, True)
     tables = [torch.randn(1, n) for _ in range(3)]
-    arguments = (*masks, denominator, temperature, 0)
+    arguments = (Masks(*masks, denominator), temperature)
     exact = reference.contrastive_stats(x.double(), *arguments)
     plain = reference.contrastive_stats(x.float(), *arguments)
     stats = contrastive.contrastive_stats(x, *arguments)
@@ -179,13 +180,14 @@ def test_no_operand_is_read_past_its_end(contrastive, denominator, dtype):
     n, first_row, anchors = 132, 61, 71  # the last anchor is the last row
     masks = _masks(n, 4, None if denominator == "all" else 0.2, symmetric=False, extra=True)
     part = [before_guard_page(mask[first_row:]) for mask in masks[:4]] + [before_guard_page(masks[4])]
+    part = Masks(*part, denominator, first_row)
     x = before_guard_page(_units(1, n, 24, dtype))
     tables = [before_guard_page(torch.rand(1, n)) for _ in range(4)]
-    expected = reference.contrastive_stats(x.double(), *part, denominator, 0.5, first_row)
-    stats = contrastive.contrastive_stats(x, *part, denominator, 0.5, first_row)
+    expected = reference.contrastive_stats(x.double(), part, 0.5)
+    stats = contrastive.contrastive_stats(x, part, 0.5)
     for ours, oracle in zip(stats, expected, strict=True):
         torch.testing.assert_close(ours.double(), oracle, atol=1e-4, rtol=0)
     for route in ("fused", "workspace"):
         with tuning.forced("contrastive_grad", {"route": route}):
-            grad = contrastive.contrastive_grad(x, *part, denominator, 0.5, first_row, *tables)
+            grad = contrastive.contrastive_grad(x, part, 0.5, *tables)
         assert grad.shape == (1, anchors, 24) and grad.isfinite().all()

@@ -1,17 +1,17 @@
 """One suite an op over every way to run it, with fresh memory full of NaN.
 
 A test that asks for `kernels` runs once a way and gets the backend's functions of OP, the op folder its file names.
-With `dtype` it runs for each of the way's dtypes; with @pytest.mark.cases("n, d", [...], cuda=[...]) for each case of
+With `dtype` it runs for each of the way's dtypes, or of the file's DTYPES[backend]; with @pytest.mark.cases("n, d", [...], cuda=[...]) for each case of
 the list and, on the backend named, for those of its own; with @pytest.mark.only("cpu") on these backends or ways alone.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 
 import pytest
 
+from hpkernels.ops.common import gpu
 from tests.ops import ways
 from tests.ops.cuda_on_host import library, shim  # noqa: F401  (fixtures)
 
@@ -39,11 +39,15 @@ def pytest_generate_tests(metafunc):
             continue
         missing = [pytest.mark.skip(reason=way.missing)] if way.missing else []
         for values, marks, label in _cases(given, names, way.backend):
-            for dtype in way.dtypes if of_dtype else (None,):
+            for dtype in _dtypes(metafunc.module, way) if of_dtype else (None,):
                 whole = "-".join(part for part in (way.name, label, dtype and ways.label(dtype)) if part)
                 row = (way, *values, *([dtype] if of_dtype else []))
                 rows.append(pytest.param(*row, marks=[*missing, *marks], id=whole))
     metafunc.parametrize(["way", *names, *(["dtype"] if of_dtype else [])], rows)
+
+
+def _dtypes(module, way):
+    return getattr(module, "DTYPES", {}).get(way.backend, way.dtypes)
 
 
 def _cases(given, names, backend):
@@ -77,13 +81,6 @@ def kernels(way, request, poisoned_memory):
 
 
 @pytest.fixture
-def processors(kernels, monkeypatch):
+def processors(monkeypatch):
     """processors(n): pretend to be a GPU of so many. From 8 on the loops over tiles are split."""
-
-    def set_count(count):
-        for backend in ("cuda", "triton"):
-            module = sys.modules.get(f"hpkernels.ops.common.{backend}")
-            if module is not None:
-                monkeypatch.setattr(module, "processor_count", lambda device: count)
-
-    return set_count
+    return lambda count: monkeypatch.setattr(gpu, "processor_count", lambda device: count)

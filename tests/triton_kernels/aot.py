@@ -192,6 +192,7 @@ def _search_cases(x: torch.Tensor) -> Iterator[Case]:
 
 def _contrastive_stats_cases(x: torch.Tensor) -> Iterator[Case]:
     from hpkernels.ops.contrastive import triton as contrastive
+    from hpkernels.ops.contrastive.masks import Masks
 
     bits, extra = torch.zeros(2, len(x), 8, dtype=torch.int32)
     negatives = torch.zeros(64, 8, dtype=torch.int32)
@@ -202,14 +203,13 @@ def _contrastive_stats_cases(x: torch.Tensor) -> Iterator[Case]:
             ("sparse", (bits, None, extra, None, negatives)),
             ("sparse", (bits, None, None, None, None)),
         ):
-            yield (
-                f"stats {mode} {temperature}",
-                lambda m=masks, d=mode, t=temperature: contrastive.contrastive_stats(x[None], *m, d, t, 0),
-            )
+            arguments = (x[None], Masks(*masks, mode), temperature)
+            yield f"stats {mode} {temperature}", functools.partial(contrastive.contrastive_stats, *arguments)
 
 
 def _contrastive_grad_cases(x: torch.Tensor) -> Iterator[Case]:
     from hpkernels.ops.contrastive import triton as contrastive
+    from hpkernels.ops.contrastive.masks import Masks
 
     bits, turned, extra, extra_turned = torch.zeros(4, len(x), 8, dtype=torch.int32)
     negatives, vector = torch.zeros(64, 8, dtype=torch.int32), torch.zeros(1, len(x))
@@ -222,7 +222,8 @@ def _contrastive_grad_cases(x: torch.Tensor) -> Iterator[Case]:
     ):
         routes = ("lists",) if mode == "sparse" else ("fused", "workspace")
         for route, temperature in itertools.product(routes, (0.8, 0.04)[: len(routes)]):  # lists ignore the temperature
-            call = functools.partial(contrastive.contrastive_grad, x[None], *masks, mode, temperature, 0, *[vector] * 4)
+            arguments = (x[None], Masks(*masks, mode), temperature, *[vector] * 4)
+            call = functools.partial(contrastive.contrastive_grad, *arguments)
             name = f"grad {mode} {sum(m is not None for m in masks)} {route} {temperature} {x.shape[1]}"
             yield name, functools.partial(_on_route, route, call)
 

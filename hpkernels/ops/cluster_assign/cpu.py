@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from hpkernels import _cpu
 from hpkernels.common.checks import check_finite, describe
+from hpkernels.ops.common.cpu import kernel
 
 _CONVERTED_NUMBERS = 1 << 23  # of x in fp32 at a time, where x is fp16 or bf16
 
@@ -19,7 +19,7 @@ def cluster_assign(
     distances = centroids.new_empty(rows)
     sums = torch.zeros(clusters, depth, dtype=torch.float64)
     counts = torch.zeros(clusters, dtype=torch.int64)
-    function = _cpu.cluster_assign_f64 if x.dtype == torch.float64 else _cpu.cluster_assign_f32
+    function = kernel("cluster_assign", centroids.dtype)
     step = max(1, rows if x.dtype == centroids.dtype else _CONVERTED_NUMBERS // max(1, depth))
     for start in range(0, rows, step):
         part = x[start : start + step].to(centroids.dtype).contiguous()

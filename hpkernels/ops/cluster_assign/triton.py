@@ -12,15 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops.cluster_assign.common import direction_parts
-from hpkernels.ops.common.triton import (
-    dtype_class,
-    on_device,
-    padded_rows,
-    precision,
-    require_supported,
-    split_tiles,
-    tile_product,
-)
+from hpkernels.ops.common.gpu import padded_rows
+from hpkernels.ops.common.triton import on_device, precision, require_supported, split_tiles, tile_product
+from hpkernels.tuning import dtype_class
 
 _LABEL_TILES = {
     "half": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),

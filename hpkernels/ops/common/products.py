@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpkernels import _cpu
+from hpkernels.ops.common.cpu import kernel
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -13,8 +13,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     (a_data, *a_layout), (b_data, *b_layout) = _factor(a), _factor(b)
     out = a.new_empty(a.shape[0], b.shape[1])
     if out.numel():
-        function = _cpu.product_f64 if a.dtype == torch.float64 else _cpu.product_f32
-        function(
+        kernel("product", a.dtype)(
             a_data.data_ptr(), *a_layout, b_data.data_ptr(), *b_layout, *out.shape, a.shape[1], out.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip

@@ -8,48 +8,30 @@ int64. A pair mask is int32 words, bit j of a row is bit j % 32 of word j // 32.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpkernels.ops._tf32 import tf32_accepted
-from hpkernels.tuning import dtype_class  # noqa: F401  (kernels take it from here, with the rest)
+from hpkernels.common.bits import words
+from hpkernels.ops.common import gpu
 
-LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 _TRANSPOSE_ROWS, _TRANSPOSE_WORDS = 128, 4
-_INTERPRETER_PROCESSORS = 1  # CPU tensors under the interpreter: no reason to split work
 
 
 # ------------------------------------------------------------------ host side
 
 
-def require_supported(**tensors: Tensor | None) -> None:
-    """TypeError, naming the argument, unless every tensor is fp16, bf16 or fp32."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise TypeError(
-                f"{name}: the triton backend takes float16, bfloat16 or float32, got {tensor.dtype}; "
-                "backend='reference' takes float64"
-            )
+require_supported = functools.partial(gpu.require_supported, "triton")
 
 
 def same_dtype(*tensors: Tensor) -> list[Tensor]:
     """Contiguous tensors of one dtype: unchanged where they agree, else each promoted to fp32 (exact)."""
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        tensors = tuple(tensor.float() for tensor in tensors)
-    return [tensor.contiguous() for tensor in tensors]
-
-
-def padded_rows(x: Tensor, multiple: int) -> Tensor:
-    """Rows widened with zeros to a multiple of `multiple` (a copy, only where needed).
-
-    Inner products do not change, the kernels' loads along a row need no mask, and every row starts at 16 bytes.
-    """
-    missing = -x.shape[-1] % multiple
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+    dtype = gpu.common_dtype(*tensors)
+    return [tensor.to(dtype).contiguous() for tensor in tensors]
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -60,12 +42,7 @@ def precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    return "tf32x3" if tf32_accepted() else "ieee"
-
-
-def word_count(columns: int) -> int:
-    """int32 words in a row of `columns` bits: rows are multiples of 16 bytes."""
-    return 4 * ((columns + 127) // 128)
+    return "tf32x3" if gpu.tf32_accepted() else "ieee"
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -73,20 +50,12 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def processor_count(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return _INTERPRETER_PROCESSORS
-
-
 def split_tiles(programs: int, tiles: int, device: torch.device) -> tuple[int, int]:
     """(splits, tiles per split) of a loop over `tiles`, so that `programs` row panels fill the device twice.
 
     Depends on shapes and the device only; every split has at least one tile.
     """
-    splits = min(max(1, 2 * processor_count(device) // max(1, programs)), tiles)
-    per_split = triton.cdiv(tiles, splits)
+    per_split = triton.cdiv(tiles, gpu.splits(programs, tiles, device))
     return triton.cdiv(tiles, per_split), per_split
 
 
@@ -161,7 +130,7 @@ def transpose_bits(bits: Tensor, columns: int) -> Tensor:
     """(N, W) -> (columns, words(N)): bit (j, i) of the result is bit (i, j)."""
     bits = bits.contiguous()
     n, width = bits.shape
-    out = torch.empty((columns, word_count(n)), dtype=torch.int32, device=bits.device)
+    out = torch.empty((columns, words(n)), dtype=torch.int32, device=bits.device)
     if out.numel():  # blocks of 128 rows make exactly words(N): padding words are written, as zeros
         with on_device(bits):
             _transpose_bits_kernel[(triton.cdiv(n, _TRANSPOSE_ROWS), triton.cdiv(width, _TRANSPOSE_WORDS))](
@@ -187,15 +156,6 @@ def key_value(keys):
     ordered = (keys >> 32).to(tl.int32)
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
     return tl.where(ordered < -2139095041, float("-inf"), bits.to(tl.float32, bitcast=True))
-
-
-def decode_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 values and int64 indices of ordered keys; -inf and -1 for empty keys and for values of -inf."""
-    ordered = keys >> 32
-    bits = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(torch.int32)
-    missing = ordered <= -2139095041  # the ordered bits of -inf
-    values = torch.where(missing, -torch.inf, bits.view(torch.float32))
-    return values, torch.where(missing, -1, 0xFFFFFFFF - (keys & 0xFFFFFFFF))
 
 
 # ------------------------------------------------------------------ tiles

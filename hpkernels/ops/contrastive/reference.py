@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hpkernels.common.bits import unpack
+from hpkernels.ops.contrastive.masks import Masks
 
 
 def _pairs(bits: Tensor | None, total: int, first_row: int) -> Tensor | None:
@@ -22,42 +23,30 @@ def _others(n: int, total: int, first_row: int, device: torch.device) -> Tensor:
     return anchors[:, None] != torch.arange(total, device=device)
 
 
-def _denominator(
-    positives: Tensor, negatives: Tensor | None, denominator: str, first_row: int, turned: bool = False
-) -> Tensor:
+def _denominator(P: Tensor, masks: Masks, turned: bool = False) -> Tensor:
     """E_ij, bool (n, N), or turned E_ji: every j != i, or P and the negatives' row i mod R (turned: j mod R)."""
-    n, total = positives.shape
-    others = _others(n, total, first_row, positives.device)
-    if denominator == "all":
+    n, total = P.shape
+    others = _others(n, total, masks.first_row, P.device)
+    if masks.everything:
         return others
-    if negatives is None:
-        return positives
-    rows = unpack(negatives, total).repeat(total // max(1, len(negatives)), 1)
-    return (positives | (rows.T if turned else rows)[first_row : first_row + n]) & others
+    if masks.negatives is None:
+        return P
+    rows = unpack(masks.negatives, total).repeat(total // max(1, masks.period(total)), 1)
+    return (P | (rows.T if turned else rows)[masks.first_row : masks.first_row + n]) & others
 
 
-def contrastive_stats(
-    x: Tensor,
-    positives: Tensor,
-    positives_t: Tensor | None,
-    extra: Tensor | None,
-    extra_t: Tensor | None,
-    negatives: Tensor | None,
-    denominator: str,
-    temperature: float,
-    first_row: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_stats(x: Tensor, masks: Masks, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """lse_i = log sum_{j in E_i} exp(l_ij) (0 for an empty E_i), pos_i = sum_j P_ij l_ij, ext_i = sum_j Q_ij l_ij.
 
-    l_ij = <x_i, x_j> / temperature for each stream of x (S, N, D) and the n anchors i = first_row + r, whose pairs are
-    row r of the masks; all results (S, n), fp32 (fp64 for fp64).
+    l_ij = <x_i, x_j> / temperature for each stream of x (S, N, D) and the n anchors of the masks; all results (S, n),
+    fp32 (fp64 for fp64).
     """
-    n, total = positives.shape[0], x.shape[1]
+    n, total, first_row = masks.anchors, x.shape[1], masks.first_row
     x = x if x.dtype == torch.float64 else x.float()
     with torch.autocast(x.device.type, enabled=False):
         logits = x[:, first_row : first_row + n] @ x.transpose(1, 2) / temperature
-    P, Q = _pairs(positives, total, first_row), _pairs(extra, total, first_row)
-    E = _denominator(P, negatives, denominator, first_row)
+    P, Q = _pairs(masks.positives, total, first_row), _pairs(masks.extra, total, first_row)
+    E = _denominator(P, masks)
     empty = ~E.any(1)
     inside = torch.where(E, logits, -torch.inf)
     inside = torch.where(empty[:, None], 0.0, inside)  # a finite row instead of one of -inf only: no NaN gradients
@@ -68,33 +57,20 @@ def contrastive_stats(
 
 
 def contrastive_grad(
-    x: Tensor,
-    positives: Tensor,
-    positives_t: Tensor | None,
-    extra: Tensor | None,
-    extra_t: Tensor | None,
-    negatives: Tensor | None,
-    denominator: str,
-    temperature: float,
-    first_row: int,
-    lse: Tensor,
-    grad_lse: Tensor,
-    grad_pos: Tensor,
-    grad_ext: Tensor,
+    x: Tensor, masks: Masks, temperature: float, lse: Tensor, grad_lse: Tensor, grad_pos: Tensor, grad_ext: Tensor
 ) -> Tensor:
     """dL/dx_i = (1/temperature) sum_j (G_ij + G_ji) x_j,  G_ij = grad_lse_i p_ij + grad_pos_i P_ij + grad_ext_i Q_ij,
 
     p_ij = E_ij exp(l_ij - lse_i). lse and the row gradients cover all rows, (S, N); the result the n anchors from
     first_row on, (S, n, D) in x's dtype.
     """
-    n, total, dtype = positives.shape[0], x.shape[1], x.dtype
-    anchors = slice(first_row, first_row + n)
+    total, dtype, first_row = x.shape[1], x.dtype, masks.first_row
+    anchors = slice(first_row, first_row + masks.anchors)
     x = x if dtype == torch.float64 else x.float()
-    P, Q = _pairs(positives, total, first_row), _pairs(extra, total, first_row)
-    P_t = P if positives_t is None else _pairs(positives_t, total, first_row)
-    Q_t = Q if extra_t is None else _pairs(extra_t, total, first_row)
-    E = _denominator(P, negatives, denominator, first_row)
-    E_t = _denominator(P_t, negatives, denominator, first_row, turned=True)
+    P, Q = _pairs(masks.positives, total, first_row), _pairs(masks.extra, total, first_row)
+    P_t = P if masks.positives_t is None else _pairs(masks.positives_t, total, first_row)
+    Q_t = Q if masks.extra_t is None else _pairs(masks.extra_t, total, first_row)
+    E, E_t = _denominator(P, masks), _denominator(P_t, masks, turned=True)
     with torch.autocast(x.device.type, enabled=False):
         logits = x[:, anchors] @ x.transpose(1, 2) / temperature
         p = torch.where(E, torch.exp(logits - lse[:, anchors, None]), 0.0)

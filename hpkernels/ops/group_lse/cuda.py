@@ -13,15 +13,8 @@ from torch import Tensor
 
 from hpkernels import _cuda
 from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.common.cuda import (
-    SUFFIX,
-    TILE,
-    common_dtype,
-    launch,
-    require_supported,
-    shares_of_columns,
-    whole_chunks,
-)
+from hpkernels.ops.common.cuda import SUFFIX, TILE, launch, require_supported, shares_of_columns, whole_chunks
+from hpkernels.ops.common.gpu import LOG2E, common_dtype
 
 
 def group_lse(x: Tensor, groups: Tensor, keys: Tensor | None, key_groups: Tensor | None, temperature: float) -> Tensor:
@@ -32,7 +25,7 @@ def group_lse(x: Tensor, groups: Tensor, keys: Tensor | None, key_groups: Tensor
         return torch.zeros(n, dtype=torch.float32, device=x.device)
     shares = shares_of_columns(-(-n // TILE), m, x.device)
     parts = torch.empty(2, shares, n, dtype=torch.float32, device=x.device)
-    scale = common.LOG2E / temperature
+    scale = LOG2E / temperature
     shift = scale if common.has_fixed_shift(temperature) else -torch.inf
     pairs.launch("contrastive_group_lse", scale, shift, shares, parts.data_ptr())
     return common.merged_lse(*parts)
@@ -56,10 +49,10 @@ def group_lse_grad(
     if pairs.rows.numel() == 0 or len(pairs.columns) == 0:
         return torch.zeros_like(own, memory_format=torch.contiguous_format)
     (grad_lse,), out_scale = common.scaled_gradients(pairs.rows.dtype, temperature, (grad_lse,))
-    lse2 = (lse.float() * common.LOG2E).contiguous()
+    lse2 = (lse.float() * LOG2E).contiguous()
     shared, factor = common.shared_exponential(temperature, lse2, grad_lse)
     tables, none = (lse2.data_ptr(), factor.data_ptr()), (0, 0)  # the anchors': of the rows, of the columns, or of both
-    scale = common.LOG2E / temperature
+    scale = LOG2E / temperature
     n, depth = pairs.rows.shape
     panels = -(-n // _cuda.group_panel) * -(-depth * pairs.rows.element_size() // _cuda.group_piece_bytes)
     shares = shares_of_columns(panels, len(pairs.columns), x.device)

@@ -13,17 +13,9 @@ from torch import Tensor
 
 from hpkernels import tuning
 from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.common.triton import (
-    LOG2E,
-    dtype_class,
-    on_device,
-    padded_rows,
-    precision,
-    require_supported,
-    same_dtype,
-    split_tiles,
-    tile_product,
-)
+from hpkernels.ops.common.gpu import LOG2E, padded_rows
+from hpkernels.ops.common.triton import on_device, precision, require_supported, same_dtype, split_tiles, tile_product
+from hpkernels.tuning import dtype_class
 
 _LSE_TILES = {
     "half": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),

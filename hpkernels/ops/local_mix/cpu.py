@@ -3,29 +3,21 @@
 import torch
 from torch import Tensor
 
-from hpkernels import _cpu
-
-
-def _working_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _kernel(name: str, dtype: torch.dtype):
-    return getattr(_cpu, f"{name}_{'f64' if dtype == torch.float64 else 'f32'}")
+from hpkernels.ops.common.cpu import kernel, working_dtype
 
 
 def neighbor_weights(
     attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float
 ) -> Tensor:
     """Weights (B, T, 9) fp32 (fp64 for fp64) of the 3 x 3 neighbours from logits (B, heads, T, T) or (B, T, T)."""
-    dtype = _working_dtype(attention)
+    dtype = working_dtype(attention)
     if attention.ndim == 3:
         attention = attention[:, None]
     attention = attention.to(dtype).contiguous()
     batch, heads, tokens, _ = attention.shape
     weights = torch.empty(batch, tokens, 9, dtype=dtype)
     if weights.numel():
-        _kernel("neighbor_weights", dtype)(
+        kernel("neighbor_weights", dtype)(
             attention.data_ptr(), batch, heads, height, width, sigma, low_quantile, high_quantile,
             weights.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -43,12 +35,12 @@ def neighbor_weights_qk(
     high_quantile: float,
 ) -> Tensor:
     """Weights (B, T, 9) fp32 (fp64 for fp64) of queries and keys (B, heads, T, d): logits a panel of rows at a time."""
-    dtype = _working_dtype(queries, keys)
+    dtype = working_dtype(queries, keys)
     batch, heads = queries.shape[:2]
     queries, keys = (_all_heads(x).to(dtype) for x in (queries, keys))
     weights = torch.empty(batch, height * width, 9, dtype=dtype)
     if weights.numel():
-        _kernel("neighbor_weights_qk", dtype)(
+        kernel("neighbor_weights_qk", dtype)(
             queries.data_ptr(), *queries.stride()[:2], keys.data_ptr(), *keys.stride()[:2], batch, queries.shape[2],
             height, width, scale / heads, sigma, low_quantile, high_quantile,
             weights.data_ptr(), torch.get_num_threads(),
@@ -64,11 +56,11 @@ def _all_heads(x: Tensor) -> Tensor:
 
 def neighbor_mix(code: Tensor, weights: Tensor, height: int, width: int) -> Tensor:
     """out_i = sum_n weights_i[n] code[i + n]: (B, T, D) in code's dtype."""
-    dtype = _working_dtype(code, weights)
+    dtype = working_dtype(code, weights)
     source, taps = code.to(dtype).contiguous(), weights.to(dtype).contiguous()
     out = torch.empty_like(source)
     if out.numel():
-        _kernel("neighbor_mix", dtype)(
+        kernel("neighbor_mix", dtype)(
             source.data_ptr(), taps.data_ptr(), code.shape[0], height, width, code.shape[2],
             out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -79,12 +71,12 @@ def neighbor_mix_grad(
     grad_out: Tensor, code: Tensor, weights: Tensor, height: int, width: int, need_code: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `neighbor_mix` with respect to code and weights, in their dtypes; empty where not needed."""
-    dtype = _working_dtype(code, weights)
+    dtype = working_dtype(code, weights)
     source, taps, grad_out = (t.to(dtype).contiguous() for t in (code, weights, grad_out))
     grad_code = torch.empty(source.shape if need_code else (0,), dtype=dtype)
     grad_weights = torch.zeros(taps.shape if need_weights else (0,), dtype=dtype)
     if source.numel() and (need_code or need_weights):
-        _kernel("neighbor_mix_grad", dtype)(
+        kernel("neighbor_mix_grad", dtype)(
             grad_out.data_ptr(), source.data_ptr(), taps.data_ptr(), code.shape[0], height, width, code.shape[2],
             grad_code.data_ptr() if need_code else 0, grad_weights.data_ptr() if need_weights else 0,
             torch.get_num_threads(),

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hpkernels import _cuda
-from hpkernels.ops.common.cuda import SUFFIX, common_dtype, launch, require_supported, whole_chunks
+from hpkernels.ops.common.cuda import SUFFIX, launch, require_supported, whole_chunks
+from hpkernels.ops.common.gpu import common_dtype
 
 _WORKSPACE_BYTES = 64 << 20  # bound of the mean logits alive at a time, but at least one image's
 _LARGEST_GRID = 65535  # blocks of a launch in z: images of a product

@@ -7,15 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpkernels.ops.common.triton import (
-    dtype_class,
-    on_device,
-    padded_rows,
-    precision,
-    require_supported,
-    same_dtype,
-    tile_product,
-)
+from hpkernels.ops.common.gpu import padded_rows
+from hpkernels.ops.common.triton import on_device, precision, require_supported, same_dtype, tile_product
+from hpkernels.tuning import dtype_class
 
 _LOWEST = tl.constexpr(-1e30)  # stands for logits of -inf, so that quantiles stay numbers
 _ROW_NUMBERS, _WARP_NUMBERS = 4096, 1024  # logits that a program, and a warp, holds

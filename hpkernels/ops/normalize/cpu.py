@@ -4,10 +4,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import _cpu
-
-
-def _working(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+from hpkernels.ops.common.cpu import working
 
 
 def normalize_rows(x: Tensor, name: str) -> Tensor:
@@ -16,7 +13,7 @@ def normalize_rows(x: Tensor, name: str) -> Tensor:
     Rows are scaled by their largest magnitude first, so norms do not overflow or vanish. Raises ValueError, naming the
     argument `name`, if x holds NaN or infinity.
     """
-    x = _working(x)
+    x = working(x)
     y = torch.empty_like(x)
     if x.numel():
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
@@ -29,18 +26,13 @@ def normalize_rows(x: Tensor, name: str) -> Tensor:
 def normalize_rows_grad(grad_out: Tensor, x: Tensor) -> Tensor:
     """The gradient (g - (g . y) y) / ||x||, y = x / ||x||, in x's dtype; zero rows get zero."""
     dtype = x.dtype
-    x = _working(x)
+    x = working(x)
     grad_out = grad_out.to(x.dtype).contiguous()
     grad_x = torch.empty_like(x)
     if x.numel():
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         _cpu.normalize_rows_grad(
-            x.dtype == torch.float64,
-            grad_out.data_ptr(),
-            x.data_ptr(),
-            rows,
-            width,
-            grad_x.data_ptr(),
+            x.dtype == torch.float64, grad_out.data_ptr(), x.data_ptr(), rows, width, grad_x.data_ptr(),
             torch.get_num_threads(),
-        )
+        )  # fmt: skip
     return grad_x.to(dtype)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hpkernels import _cuda
-from hpkernels.ops.common.cuda import SUFFIX, common_dtype, launch, require_supported, whole_chunks
+from hpkernels.ops.common.cuda import SUFFIX, launch, require_supported, whole_chunks
+from hpkernels.ops.common.gpu import common_dtype
 from hpkernels.ops.normalize.reference import output_dtype
 
 

@@ -1,17 +1,13 @@
 """Pair masks as bits on the CPU: the pointer calls into `hpkernels._cpu`.
 
-A mask of N rows and M columns is an int32 tensor (N, W), W = 4 * ceil(M / 128) words; bit (i, j) is
-`word[i, j >> 5] >> (j & 31) & 1` and padding bits are zero.
+The layout of a mask is that of hpkernels.common.bits.
 """
 
 import torch
 from torch import Tensor
 
 from hpkernels import _cpu
-
-
-def _words(columns: int) -> int:
-    return 4 * ((columns + 127) // 128)
+from hpkernels.common.bits import words
 
 
 def random_bits(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
@@ -19,7 +15,7 @@ def random_bits(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
 
     The probability is `rate` rounded to a multiple of 2^-32; see csrc/shared/philox.h for the generator.
     """
-    bits = torch.empty(rows, _words(columns), dtype=torch.int32)
+    bits = torch.empty(rows, words(columns), dtype=torch.int32)
     if bits.numel():
         threshold = round(rate * 2**32)
         key = int(seed) & 0xFFFFFFFFFFFFFFFF
@@ -30,32 +26,32 @@ def random_bits(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
 def count_bits(bits: Tensor) -> Tensor:
     """Set bits per row of (N, W) words: (N,) int32."""
     bits = bits.contiguous()
-    rows, words = bits.shape
+    rows, width = bits.shape
     counts = torch.zeros(rows, dtype=torch.int32)
     if bits.numel():
-        _cpu.count_bits(bits.data_ptr(), rows, words, counts.data_ptr(), torch.get_num_threads())
+        _cpu.count_bits(bits.data_ptr(), rows, width, counts.data_ptr(), torch.get_num_threads())
     return counts
 
 
 def transpose_bits(bits: Tensor, columns: int) -> Tensor:
-    """The mask (N, W) of `columns` columns, transposed: (columns, 4 * ceil(N / 128))."""
+    """The mask (N, W) of `columns` columns, transposed: (columns, words(N))."""
     bits = bits.contiguous()
     rows = bits.shape[0]
-    out = torch.zeros(columns, _words(rows), dtype=torch.int32)
+    out = torch.zeros(columns, words(rows), dtype=torch.int32)
     if bits.numel() and out.numel():
         _cpu.transpose_bits(bits.data_ptr(), rows, columns, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, first_row: int, rows: int) -> Tensor:
-    """The mask of the pairs (i, indices[i, n]), indices (N, k) int64, -1 = no pair: (rows, 4 * ceil(columns / 128)).
+    """The mask of the pairs (i, indices[i, n]), indices (N, k) int64, -1 = no pair: (rows, words(columns)).
 
     Of its rows those from first_row on, `rows` of them. `symmetric` adds (indices[i, n], i) and leaves the diagonal
     out; it needs columns == N.
     """
     indices = indices.contiguous()
     total, k = indices.shape
-    bits = torch.zeros(rows, _words(columns), dtype=torch.int32)
+    bits = torch.zeros(rows, words(columns), dtype=torch.int32)
     if indices.numel() and rows:
         _cpu.set_pairs(indices.data_ptr(), total, k, columns, symmetric, first_row, rows, bits.data_ptr())
     return bits

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpkernels.ops.common.triton import on_device, popcount, transpose_bits, word_count
+from hpkernels.common.bits import words
+from hpkernels.ops.common.triton import on_device, popcount, transpose_bits
 
 __all__ = ["count_bits", "pairs_from_indices", "random_bits", "transpose_bits"]
 
@@ -47,13 +48,13 @@ def _random_bits_kernel(seed_ptr, out_ptr, W, columns, q, first_group, BLOCK_W: 
 
 def random_bits(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
     """Bernoulli(rate) bits (rows, words) from a 0-dim int64 seed: P(bit) = round(rate 2^32) / 2^32 exactly."""
-    width = word_count(columns)
+    width = words(columns)
     q = round(rate * 2**32)
     if q == 0 or rows == 0:
         return torch.zeros((rows, width), dtype=torch.int32, device=seed.device)
     if q == 2**32:
-        words = torch.arange(width, device=seed.device, dtype=torch.int64)
-        tail = (columns - words * 32).clamp(0, 32)
+        word = torch.arange(width, device=seed.device, dtype=torch.int64)
+        tail = (columns - word * 32).clamp(0, 32)
         return ((1 << tail) - 1).to(torch.int32).expand(rows, width).contiguous()
     bits = torch.empty((rows, width), dtype=torch.int32, device=seed.device)
     lowest = (q & -q).bit_length() - 1
@@ -98,7 +99,7 @@ def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, first_row
     the running sum of all bit values (exact in wrapping int64), so nothing is accumulated in memory and no order
     matters.
     """
-    width = word_count(columns)
+    width = words(columns)
     device = indices.device
     dump = rows * width * 32  # past every pair; its word takes what is not to be kept
     row = torch.arange(indices.shape[0], device=device)[:, None]
@@ -112,15 +113,15 @@ def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, first_row
     out = torch.zeros(rows * width + 1, dtype=torch.int32, device=device)
     if codes.numel():
         codes = codes.sort().values
-        words = codes >> 5
+        word = codes >> 5
         repeated = torch.zeros_like(codes, dtype=torch.bool)
         repeated[1:] = codes[1:] == codes[:-1]
         running = torch.where(repeated, 0, 1 << (codes & 31)).cumsum(0)
         last = torch.ones_like(repeated)
-        last[:-1] = words[1:] != words[:-1]
+        last[:-1] = word[1:] != word[:-1]
         # The running sum before a word: that of the last pair of any earlier word, which is the largest so far.
         ends = torch.where(last, running, 0)
         before = torch.zeros_like(running)
         before[1:] = ends.cummax(0).values[:-1]
-        out.scatter_(0, torch.where(last, words, rows * width), (running - before).to(torch.int32))
+        out.scatter_(0, torch.where(last, word, rows * width), (running - before).to(torch.int32))
     return out[: rows * width].view(rows, width)

@@ -11,19 +11,11 @@ from torch import Tensor
 
 from hpkernels import _cuda
 from hpkernels.common.bits import words
-from hpkernels.ops.common.cuda import (
-    SUFFIX,
-    TILE,
-    common_dtype,
-    launch,
-    require_supported,
-    shares_of_columns,
-    whole_chunks,
-)
+from hpkernels.ops.common.cuda import SUFFIX, TILE, launch, require_supported, shares_of_columns, whole_chunks
+from hpkernels.ops.common.gpu import common_dtype, decode_keys
 
 _LARGEST_LIST = 256  # k of the fused search; above it ordered keys go through torch.topk
 _KEY_BYTES = 256 << 20  # bound of the ordered keys alive at a time for larger k
-_MINUS_INFINITY = -2139095041  # the upper half of the ordered key of -inf
 
 
 def max_similarity(queries: Tensor, keys: Tensor) -> Tensor:
@@ -55,7 +47,7 @@ def topk_similarity(
         queries, keys = queries[row_ids], keys[key_ids]
         choice = (exclude_self, *(x.data_ptr() for x in (query_groups, key_groups, row_ids, key_ids)))
     best = (_fused if k <= _LARGEST_LIST else _unfused)(queries, keys, k, choice)
-    values, indices = _decode(best)
+    values, indices = decode_keys(best)
     if row_ids is None:
         return values, indices
     return torch.empty_like(values).index_copy_(0, row_ids, values), torch.empty_like(indices).index_copy_(
@@ -109,15 +101,6 @@ def _unfused(queries: Tensor, keys: Tensor, k: int, choice: tuple) -> Tensor:
                 scratch.data_ptr())  # fmt: skip
         best[first:last] = scratch[: last - first].topk(k, dim=1).values
     return best
-
-
-def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 values and int64 indices of ordered keys (csrc/shared/ordered_key.h); -inf and -1 where there is none."""
-    ordered = keys >> 32
-    bits = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(torch.int32)
-    missing = ordered <= _MINUS_INFINITY
-    values = torch.where(missing, -torch.inf, bits.view(torch.float32))
-    return values, torch.where(missing, -1, 0xFFFFFFFF - (keys & 0xFFFFFFFF))
 
 
 def _operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""max_similarity, topk_similarity, pairs_above: search over all pairs of two sets of vectors by inner product.
+"""The search ops over all pairs of two sets of vectors; `hpkernels.search` has the functions that check what they get.
 
 No backend but the reference stores an N x M matrix of floats; pairs come out as bits. Not differentiable.
 """
@@ -10,110 +10,7 @@ from torch import Tensor
 
 from hpkernels import dispatch
 from hpkernels.common.bits import words
-from hpkernels.common.checks import (
-    check_columns,
-    check_finite,
-    check_flag,
-    check_float_tensor,
-    check_int,
-    check_int_tensor,
-    describe,
-)
-
-
-def max_similarity(queries: Tensor, keys: Tensor, *, backend: str | None = None) -> Tensor:
-    """Largest inner product of each query with any key: values_i = max_k <queries_i, keys_k>.
-
-    Args:
-        queries: (N, C), any floating dtype, taken as given (not normalised). 16-bit operands are read as fp32.
-        keys: (M, C), M >= 1, on the same device.
-        backend: see `python -m hpkernels.info`; None chooses.
-
-    Returns:
-        (N,) float32 (float64 when an operand is float64). No gradient.
-
-    Raises:
-        TypeError, ValueError: the argument, its value and what was expected. Non-finite input on the CPU.
-    """
-    _check_operands("queries", queries, "keys", keys)
-    if keys.shape[0] == 0:
-        raise ValueError(f"keys: expected at least one row, got {describe(keys)}")
-    chosen = dispatch.choose(queries.device, backend, queries, keys)
-    return _max_similarity(queries.detach(), keys.detach(), chosen)
-
-
-def topk_similarity(
-    queries: Tensor,
-    keys: Tensor,
-    k: int,
-    *,
-    exclude_self: bool = False,
-    query_groups: Tensor | None = None,
-    key_groups: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The k keys of largest inner product for each query, exact, in descending order; ties go to the lower index.
-
-    Args:
-        queries: (N, C), any floating dtype, taken as given. keys: (M, C) on the same device.
-        k: 1 <= k <= M.
-        exclude_self: query i never finds key i (queries and keys are the same set).
-        query_groups, key_groups: int64 (N,) and (M,); query i searches only keys of its group.
-
-    Returns:
-        values float32 (N, k) and indices int64 (N, k). Places without a key hold -inf and -1. No gradient.
-    """
-    _check_operands("queries", queries, "keys", keys)
-    check_int("k", k)
-    check_flag("exclude_self", exclude_self)
-    if not 1 <= k <= keys.shape[0]:
-        raise ValueError(f"k: expected 1 <= k <= {keys.shape[0]} (the number of keys), got {k}")
-    if (query_groups is None) != (key_groups is None):
-        missing = "query_groups" if query_groups is None else "key_groups"
-        raise ValueError(f"{missing}: expected with the other groups argument, got None")
-    if query_groups is not None:
-        check_groups("query_groups", query_groups, queries)
-        check_groups("key_groups", key_groups, keys)
-    chosen = dispatch.choose(queries.device, backend, queries, keys)
-    return _topk_similarity(queries.detach(), keys.detach(), k, exclude_self, query_groups, key_groups, chosen)
-
-
-def pairs_above(
-    x: Tensor,
-    thresholds: Tensor,
-    keys: Tensor | None,
-    key_thresholds: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    """The packed bits of `hpkernels.pairs_above` (mining.py holds the public function and its documentation)."""
-    check_float_tensor("x", x)
-    _check_thresholds("thresholds", thresholds, "x", x)
-    if keys is not None:
-        _check_operands("x", x, "keys", keys)
-    if key_thresholds is not None:
-        if keys is None:
-            raise ValueError(f"key_thresholds: expected only together with keys, got {describe(key_thresholds)}")
-        _check_thresholds("key_thresholds", key_thresholds, "keys", keys)
-    detached = [None if t is None else t.detach() for t in (x, thresholds, keys, key_thresholds)]
-    return _pairs_above(*detached, dispatch.choose(x.device, backend, *detached))
-
-
-def _check_operands(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    check_float_tensor(name, x)
-    check_float_tensor(other_name, other, like=x)
-    check_columns(other_name, other, name, x)
-
-
-def check_groups(name: str, groups: object, rows: Tensor) -> None:
-    if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 tensor, got {describe(groups)}")
-    check_int_tensor(name, groups, rows.shape[:1], rows.device)
-
-
-def _check_thresholds(name: str, thresholds: Tensor, rows_name: str, rows: Tensor) -> None:
-    check_float_tensor(name, thresholds, ndim=1, like=rows)
-    if thresholds.shape[0] != rows.shape[0]:
-        raise ValueError(f"{name}: expected one per row of {rows_name} ({rows.shape[0]}), got {describe(thresholds)}")
+from hpkernels.common.checks import check_finite
 
 
 def _refuse_non_finite(backend: str, **tensors: Tensor | None) -> None:
@@ -125,18 +22,18 @@ def _refuse_non_finite(backend: str, **tensors: Tensor | None) -> None:
 
 
 @torch.library.custom_op("hpkernels::max_similarity", mutates_args=())
-def _max_similarity(queries: Tensor, keys: Tensor, backend: str) -> Tensor:
+def max_similarity(queries: Tensor, keys: Tensor, backend: str) -> Tensor:
     _refuse_non_finite(backend, queries=queries, keys=keys)
     return dispatch.implementation("similarity_search", backend).max_similarity(queries, keys)
 
 
-@_max_similarity.register_fake
+@max_similarity.register_fake
 def _(queries, keys, backend):
     return torch.empty(queries.shape[:1], dtype=_accumulator(queries, keys), device=queries.device)
 
 
 @torch.library.custom_op("hpkernels::topk_similarity", mutates_args=())
-def _topk_similarity(
+def topk_similarity(
     queries: Tensor,
     keys: Tensor,
     k: int,
@@ -150,21 +47,21 @@ def _topk_similarity(
     return search(queries, keys, k, exclude_self, query_groups, key_groups)
 
 
-@_topk_similarity.register_fake
+@topk_similarity.register_fake
 def _(queries, keys, k, exclude_self, query_groups, key_groups, backend):
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.custom_op("hpkernels::pairs_above", mutates_args=())
-def _pairs_above(
+def pairs_above(
     x: Tensor, thresholds: Tensor, keys: Tensor | None, key_thresholds: Tensor | None, backend: str
 ) -> Tensor:
     _refuse_non_finite(backend, x=x, keys=keys)
     return dispatch.implementation("similarity_search", backend).pairs_above(x, thresholds, keys, key_thresholds)
 
 
-@_pairs_above.register_fake
+@pairs_above.register_fake
 def _(x, thresholds, keys, key_thresholds, backend):
     columns = x.shape[0] if keys is None else keys.shape[0]
     return torch.empty((x.shape[0], words(columns)), dtype=torch.int32, device=x.device)

@@ -8,15 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels import tuning
+from hpkernels.common.bits import words
+from hpkernels.ops.common.gpu import decode_keys, padded_rows
 from hpkernels.ops.common.triton import (
-    decode_keys,
-    dtype_class,
     key_value,
     on_device,
     ordered_key,
     pack_columns,
     pack_rows,
-    padded_rows,
     precision,
     require_supported,
     same_dtype,
@@ -24,8 +23,8 @@ from hpkernels.ops.common.triton import (
     tile_product,
     triangle_programs,
     triangle_tile,
-    word_count,
 )
+from hpkernels.tuning import dtype_class
 
 # BLOCK_M x BLOCK_N pairs a tile, products in steps of BLOCK_K.
 _TILES = {
@@ -322,7 +321,7 @@ def pairs_above(x: Tensor, thresholds: Tensor, keys: Tensor | None, key_threshol
     n, c = x.shape
     config = _TILES[dtype_class(x.dtype)]
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    width = word_count(n if keys is None else keys.shape[0])
+    width = words(n if keys is None else keys.shape[0])
     bits = torch.empty((n, width), dtype=torch.int32, device=x.device)
     column_tiles = width * 32 // block_n  # up to the end of the words: padding bits are written, as zeros
     if bits.numel() == 0:

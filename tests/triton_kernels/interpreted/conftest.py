@@ -47,6 +47,6 @@ def units():
 @pytest.fixture
 def splits(monkeypatch):
     """Pretend to have many processors, so that the loops over tiles are split."""
-    from hpkernels.ops.common import triton as _triton
+    from hpkernels.ops.common import gpu
 
-    monkeypatch.setattr(_triton, "processor_count", lambda device: 8)
+    monkeypatch.setattr(gpu, "processor_count", lambda device: 8)

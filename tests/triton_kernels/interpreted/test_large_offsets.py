@@ -16,9 +16,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from hpkernels.ops.common import triton as shared
-from hpkernels.ops.contrastive.triton import dense as kernels_dense
-from hpkernels.ops.contrastive.triton import dense_grad as kernels_dense_grad
-from hpkernels.ops.contrastive.triton import sparse as kernels_sparse
+from hpkernels.ops.contrastive.triton import dense, dense_grad, sparse, sparse_grad
 from hpkernels.ops.local_mix import triton as local_mix
 from hpkernels.ops.normalize import triton as normalize
 from hpkernels.ops.pair_bits import triton as pair_bits
@@ -269,7 +267,7 @@ def test_contrastive_stats_of_late_anchors_and_wide_masks():
     x.at((total - n) * d, n * d).copy_(rows.flatten())
     address, width, bits = masks(far=True)
     parts = torch.empty(4, 1, 1, n)
-    kernels_dense._contrastive_stats_kernel[(1, 1, 1)](
+    dense._contrastive_stats_kernel[(1, 1, 1)](
         x.start, address, address, address, *parts, total - n, n, total, d, total, width, 1, 1.0, 0.0,
         ALL=False, HAS_EXTRA=True, HAS_NEGATIVES=False, FIXED_SHIFT=True, **SMALL,
     )  # fmt: skip
@@ -287,7 +285,7 @@ def test_contrastive_weights_of_wide_masks_and_workspace():
     near, far = torch.empty(32, 32), empty(32, torch.float32)
     for out, width_out, is_far in ((near, 32, False), (far.start, far.stride, True)):
         address, width, _ = masks(is_far)
-        kernels_dense_grad._contrastive_weights_kernel[(1, 1)](
+        dense_grad._contrastive_weights_kernel[(1, 1)](
             x, *[address] * 5, *vectors, out, 0, 32, 0, 32, 32, 16, 32, width, width_out, 1.0, 0.0,
             ALL=False, SYMMETRIC_POSITIVES=False, HAS_EXTRA=True, SYMMETRIC_EXTRA=False, HAS_NEGATIVES=True,
             SHARED_EXPONENTIAL=False, **SMALL,
@@ -301,7 +299,7 @@ def test_contrastive_grad_of_wide_masks_and_rows():
     near, far = torch.empty(32, 16), empty(32, torch.float32)
     for out, width_out, is_far in ((near, 16, False), (far.start, far.stride, True)):
         address, width, _ = masks(is_far)
-        kernels_dense_grad._contrastive_grad_kernel[(1, 1, 1)](
+        dense_grad._contrastive_grad_kernel[(1, 1, 1)](
             x, *[address] * 5, *vectors, one, out, 0, 32, 32, 16, width_out, 32, width, 1.0, 0.0,
             ALL=False, SYMMETRIC_POSITIVES=False, HAS_EXTRA=True, SYMMETRIC_EXTRA=False, HAS_NEGATIVES=True,
             SHARED_EXPONENTIAL=False, RESIDENT=True, BLOCK_D=16, **SMALL,
@@ -326,11 +324,11 @@ def test_lists_that_start_late(negatives):
         first = 2**32 if is_far else 0
         lists = (torch.tensor([first]), counts, columns.start if is_far else torch.arange(32, dtype=torch.int32), 2**33)
         parts = torch.empty(4, 1, 32)
-        kernels_sparse._contrastive_listed_stats_kernel[(1, 1, 1)](
+        sparse._contrastive_listed_stats_kernel[(1, 1, 1)](
             x, *[address] * 3, *lists, *parts, 0, 32, 32, 16, 1, width, 1.0, 0.0, FIXED_SHIFT=True, **flags, **blocks
         )
         stats.append(parts)
-        kernels_sparse._contrastive_listed_grad_kernel[(1, 1, 1)](
+        sparse_grad._contrastive_listed_grad_kernel[(1, 1, 1)](
             x, *[address] * 5, *lists, *vectors, one, out, width_out, 0, 32, 32, 16, 1, width, 1.0, ADD=False,
             SYMMETRIC_POSITIVES=False, SYMMETRIC_EXTRA=False, RESIDENT=True, BLOCK_D=16, **flags, **blocks,
         )  # fmt: skip

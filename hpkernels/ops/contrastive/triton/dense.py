@@ -12,16 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels import tuning
-from hpkernels.ops.common.triton import (
-    LN2,
-    LOG2E,
-    bit_tile,
-    on_device,
-    padded_rows,
-    precision,
-    split_tiles,
-    tile_product,
-)
+from hpkernels.ops.common import exponentials as common
+from hpkernels.ops.common.gpu import LOG2E, padded_rows
+from hpkernels.ops.common.triton import LN2, bit_tile, on_device, precision, split_tiles, tile_product
+from hpkernels.ops.contrastive.masks import Masks
 
 
 @triton.jit
@@ -77,25 +71,23 @@ def _contrastive_stats_kernel(
     tl.store(ext_ptr + at, ext * LN2, mask=mask_rows < n)
 
 
-def stats(
-    x: Tensor, positives: Tensor, extra: Tensor | None, negatives: Tensor | None,
-    everything: bool, temperature: float, first_row: int, fixed_shift: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def stats(x: Tensor, masks: Masks, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts (splits, S, n) of the sums of exponentials, their base-2 shifts, and of the two logit sums."""
     config = tuning.lookup("contrastive_stats", x.dtype, x.shape[2], x.shape[1], x.device)
     x = padded_rows(x, config["BLOCK_K"])
     streams, total, d = x.shape
-    n = positives.shape[0]
+    n = masks.anchors
+    positives, _, extra, _, negatives = masks.filled()
     panels = triton.cdiv(n, config["BLOCK_M"])
     splits, tiles_per_split = split_tiles(panels * streams, triton.cdiv(total, config["BLOCK_N"]), x.device)
     parts = torch.empty((4, splits, streams, n), dtype=torch.float32, device=x.device)
     with on_device(x):
         _contrastive_stats_kernel[(panels, splits, streams)](
-            x, positives, positives if extra is None else extra, positives if negatives is None else negatives, *parts,
-            first_row, n, total, d, total if negatives is None else negatives.shape[0], positives.stride(0),
+            x, positives, extra, negatives, *parts,
+            masks.first_row, n, total, d, masks.period(total), positives.stride(0),
             tiles_per_split,
             LOG2E / temperature, LOG2E / temperature,
-            ALL=everything, HAS_EXTRA=extra is not None, HAS_NEGATIVES=negatives is not None, FIXED_SHIFT=fixed_shift,
-            PRECISION=precision(x.dtype), **config,
+            ALL=masks.everything, HAS_EXTRA=masks.extra is not None, HAS_NEGATIVES=masks.negatives is not None,
+            FIXED_SHIFT=common.has_fixed_shift(temperature), PRECISION=precision(x.dtype), **config,
         )  # fmt: skip
     return tuple(parts)

@@ -16,15 +16,10 @@ from torch import Tensor
 
 from hpkernels import tuning
 from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.common.triton import (
-    LOG2E,
-    bit_tile,
-    on_device,
-    padded_rows,
-    precision,
-    tile_product,
-    turned_bit_tile,
-)
+from hpkernels.ops.common.gpu import LOG2E, padded_rows
+from hpkernels.ops.common.triton import bit_tile, on_device, precision, tile_product, turned_bit_tile
+from hpkernels.ops.contrastive.masks import Masks
+from hpkernels.ops.contrastive.workspace import grad_by_workspace, uses_workspace
 
 
 @triton.jit
@@ -156,50 +151,42 @@ def _contrastive_weights_kernel(
     tl.store(out_ptr + out_at, weight.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def grad(
-    x: Tensor, positives: Tensor, positives_t: Tensor | None, extra: Tensor | None, extra_t: Tensor | None,
-    negatives: Tensor | None, everything: bool, temperature: float, first_row: int,
-    lse2: Tensor, grad_lse: Tensor, grad_pos: Tensor, grad_ext: Tensor, out_scale: Tensor,
-) -> Tensor:  # fmt: skip
-    """out_scale sum_j (G_ij + G_ji) x_j in x's dtype, (S, n, D); lse2 is the log-sum-exp in base 2."""
-    shift = LOG2E / temperature
+def grad(x: Tensor, masks: Masks, temperature: float, tables: list[Tensor], out_scale: Tensor) -> Tensor:
+    """out_scale sum_j (G_ij + G_ji) x_j in x's dtype, (S, n, D); tables: lse in base 2 and the row gradients."""
+    lse2, grad_lse, *others = tables
     shared, factor = common.shared_exponential(temperature, lse2, grad_lse)
-    masks = [positives if mask is None else mask for mask in (positives, positives_t, extra, extra_t, negatives)]
     choices = dict(
-        ALL=everything, SYMMETRIC_POSITIVES=positives_t is None, HAS_EXTRA=extra is not None,
-        SYMMETRIC_EXTRA=extra_t is None, HAS_NEGATIVES=negatives is not None, SHARED_EXPONENTIAL=shared,
+        ALL=masks.everything, SYMMETRIC_POSITIVES=masks.positives_t is None, HAS_EXTRA=masks.extra is not None,
+        SYMMETRIC_EXTRA=masks.extra_t is None, HAS_NEGATIVES=masks.negatives is not None, SHARED_EXPONENTIAL=shared,
         PRECISION=precision(x.dtype),
     )  # fmt: skip
-    period = x.shape[1] if negatives is None else negatives.shape[0]
     key = (x.dtype, x.shape[2], x.shape[1], x.device)
-    route = _grad_by_workspace if common.uses_workspace(*key) else _grad_fused
-    return route(x, masks, [lse2, factor, grad_pos, grad_ext], out_scale, first_row, period, shift, choices, key)
+    route = _grad_by_workspace if uses_workspace(*key) else _grad_fused
+    return route(x, masks, LOG2E / temperature, [lse2, factor, *others], out_scale, choices, key)
 
 
 def _grad_fused(
-    x: Tensor, masks: list[Tensor], vectors: list[Tensor], out_scale: Tensor, first_row: int, period: int, shift: float,
-    choices: dict, key: tuple,
-) -> Tensor:  # fmt: skip
+    x: Tensor, masks: Masks, shift: float, tables: list[Tensor], out_scale: Tensor, choices: dict, key: tuple
+) -> Tensor:
     config = tuning.lookup("contrastive_grad_fused", *key)
-    n = masks[0].shape[0]
+    n, bits = masks.anchors, masks.filled()
     out = x.new_empty(x.shape[0], n, x.shape[2])
     x = padded_rows(x, config["BLOCK_D"])
     streams, total, d = x.shape
-    grid = (triton.cdiv(first_row % 32 + n, config["BLOCK_M"]), triton.cdiv(d, config["BLOCK_D"]), streams)
+    grid = (triton.cdiv(masks.first_row % 32 + n, config["BLOCK_M"]), triton.cdiv(d, config["BLOCK_D"]), streams)
     with on_device(x):
         _contrastive_grad_kernel[grid](
-            x, *masks, *vectors, out_scale, out,
-            first_row, n, total, d, out.shape[2], period, masks[0].stride(0), shift, shift, **choices, **config,
+            x, *bits, *tables, out_scale, out, masks.first_row, n, total, d, out.shape[2],
+            masks.period(total), bits[0].stride(0), shift, shift, **choices, **config,
         )  # fmt: skip
     return out
 
 
 def _grad_by_workspace(
-    x: Tensor, masks: list[Tensor], vectors: list[Tensor], out_scale: Tensor, first_row: int, period: int, shift: float,
-    choices: dict, key: tuple,
-) -> Tensor:  # fmt: skip
+    x: Tensor, masks: Masks, shift: float, tables: list[Tensor], out_scale: Tensor, choices: dict, key: tuple
+) -> Tensor:
     config = tuning.lookup("contrastive_grad_workspace", *key)
-    n = masks[0].shape[0]
+    n, first_row, bits = masks.anchors, masks.first_row, masks.filled()
     padded = padded_rows(x, config["BLOCK_K"])
     _, total, d = padded.shape
 
@@ -207,9 +194,9 @@ def _grad_by_workspace(
         grid = (triton.cdiv(total, config["BLOCK_N"]), triton.cdiv(block_rows, config["BLOCK_M"]))
         with on_device(x):
             _contrastive_weights_kernel[grid](
-                padded[s], *masks, *[vector[s] for vector in vectors], workspace,
-                block_row, block_rows, first_row, n, total, d, period, masks[0].stride(0), workspace.stride(0),
-                shift, shift, **choices, **config,
+                padded[s], *bits, *[table[s] for table in tables], workspace,
+                block_row, block_rows, first_row, n, total, d,
+                masks.period(total), bits[0].stride(0), workspace.stride(0), shift, shift, **choices, **config,
             )  # fmt: skip
 
-    return common.grad_by_workspace(x, first_row, n, out_scale, 32, config["BLOCK_M"], write_weights)
+    return grad_by_workspace(x, first_row, n, out_scale, 32, config["BLOCK_M"], write_weights)
