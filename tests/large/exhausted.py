@@ -1,4 +1,4 @@
-"""Address space that runs out in the middle of every CPU op, by RLIMIT_AS: python -m tests.cpu.exhausted [GROWTH].
+"""Address space that runs out in the middle of every CPU op, by RLIMIT_AS: python -m tests.large.exhausted [GROWTH].
 
 Each call is given 1 MiB beyond its inputs; with a GROWTH then so many times as much, and so on until it comes through,
 so that its allocations fail in turn: scratch, bits, results. Each time it must say so, and nothing else may follow from

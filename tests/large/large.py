@@ -1,4 +1,4 @@
-"""Element offsets past 2^31 in every CPU kernel: python -m tests.cpu.large NAME, started by test_large_native.py.
+"""Element offsets past 2^31 in every CPU kernel: python -m tests.large.large NAME, started by test_large_native.py.
 
 Arrays are strided far apart, or one short array is repeated over much address space (mapped.py), so that the results
 are those of the short one. Cases of LONG go through 2^31 elements, which takes seconds.
@@ -19,7 +19,7 @@ from hpkernels.ops.local_mix import cpu as local_mix
 from hpkernels.ops.normalize import cpu as normalize
 from hpkernels.ops.pair_bits import cpu as pair_bits
 from hpkernels.ops.similarity_search import cpu as search
-from tests.mapped import Repeated, Sparse
+from tests.large.mapped import Repeated, Sparse
 
 FAR = 1 << 31
 ROWS, STRIDE = 40, 1 << 26  # of rows that lie far apart: those from 32 on are past 2^31

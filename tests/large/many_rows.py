@@ -1,4 +1,4 @@
-"""200,000 rows on a CPU, where N^2 bits would be 5 GB and N^2 numbers 160: python -m tests.cpu.many_rows NAME [ROWS].
+"""200,000 rows on a CPU, where N^2 bits would be 5 GB and N^2 numbers 160: python -m tests.large.many_rows NAME [ROWS].
 
 Each case is one call on that many rows. It prints, as JSON, the memory that the call took beyond its inputs at its
 peak, the bound that this must keep, and the time; the result is compared with fp64: where all of it can be had from the

@@ -1,7 +1,7 @@
 """Element offsets past 2^31 in the kernels of csrc/cuda, on the host.
 
 Launches have the sizes that put their last rows past 2^31 elements; only their last blocks run (run_last_blocks), on
-memory of which only the last rows are real (tests/mapped.py). They must give the bits of a launch on those rows alone.
+memory of which only the last rows are real (mapped.py). They must give the bits of a launch on those rows alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from hpkernels.common.bits import words
 from hpkernels.ops.local_mix import reference
 from hpkernels.ops.pair_bits import reference as pair_bits
-from tests.mapped import Sparse
+from tests.large.mapped import Sparse
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps memory without reserving it, as Linux does")
 FAR, EVERY_BLOCK = 1 << 31, 0xFFFFFFFF
