@@ -1,4 +1,4 @@
-"""The files of `interpreted/` need TRITON_INTERPRET=1 before triton is imported: test_interpreted.py starts them."""
+"""The files of `interpreted/` need TRITON_INTERPRET=1 before triton is imported: ops/test_interpreted.py sets it."""
 
 import os
 
