@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import sys
 
 import pytest
 import torch
 
-from hpkernels import dispatch
+from tests import poison
 
 # The tests are small and run side by side; thread counts are varied where they matter. .ci/sanitize wants several.
 torch.set_num_threads(int(os.environ.get("HPKERNELS_TEST_THREADS", "1")))
@@ -17,13 +17,27 @@ torch.set_num_threads(int(os.environ.get("HPKERNELS_TEST_THREADS", "1")))
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device the operator tests run on")
     parser.addoption("--backend", help="of the tests that every backend runs, those of this one only")
+    parser.addoption(
+        "--way", help="of the ways to run an op, those that begin so: cpu, cpu-avx2, host, interpreter, gpu"
+    )
+    parser.addoption("--part", help="I/N: of the tests the Ith of N parts")
     parser.addoption("--poison", action="store_true", help="fill all fresh memory with NaN: reads of unset memory show")
 
 
 def pytest_configure(config):
     if config.getoption("--poison"):
-        torch.use_deterministic_algorithms(True, warn_only=True)  # under which torch.empty is filled
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        poison.fill()
+    if config.getoption("--way") == "interpreter":
+        assert "triton" not in sys.modules, "the interpreter has to be asked for before triton is imported"
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--part"):
+        part, parts = map(int, config.getoption("--part").split("/"))
+        kept = items[part - 1 :: parts]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +66,30 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _poison(request):
-    """Scratch memory of our own, which tests may have switched back."""
-    if request.config.getoption("--poison") and dispatch.MISSING["cpu"] is None:
-        importlib.import_module("hpkernels._cpu").poison_memory(True)
+@pytest.fixture
+def poisoned_memory():
+    """What a kernel does not write shows: as under --poison, for one test."""
+    with poison.filled():
+        yield
+
+
+@pytest.fixture
+def same_for_all_threads():
+    """check(function): the tensors that it returns have the same bits for any number of threads."""
+    before = torch.get_num_threads()
+
+    def check(function, counts=(1, 2, 3, 5)):
+        first, *others = [_with_threads(count, function) for count in counts]
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+    yield check
+    torch.set_num_threads(before)
+
+
+def _with_threads(count, function):
+    torch.set_num_threads(count)
+    return list(function())
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -9,7 +9,7 @@ from hpkernels import tuning
 from hpkernels.common.bits import pack, unpack
 from hpkernels.ops.contrastive import reference, workspace
 from hpkernels.ops.contrastive.masks import Masks
-from tests.cuda.guard import before_guard_page
+from tests.guard import before_guard_page
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DENOMINATORS = (("all", None), ("dense", 0.3), ("sparse", 0.1), ("sparse", None))  # with the rate of the negatives

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hypothesis
 import pytest
 
-from tests.cuda.conftest import library, shim  # noqa: F401  (fixtures)
+from tests.ops.cuda_on_host import library, shim  # noqa: F401  (fixtures)
 from tests.properties import cases
 
 COMMON = dict(deadline=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck))

@@ -1,0 +1,61 @@
+"""What is Triton's searches' own: both routes of the k largest, and the order of the triangle's tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from hpkernels import tuning
+from hpkernels.ops.common.triton import triangle_programs, triangle_tile
+from tests.ops.similarity_search.searches import same, topk
+
+OP = "similarity_search"
+
+
+@pytest.mark.parametrize("k", [1, 7, 12])
+@pytest.mark.parametrize("unfused", [False, True])
+def test_topk_ties_go_to_the_lower_index(kernels, k, unfused, processors, monkeypatch):
+    processors(8)
+    monkeypatch.setattr(kernels, "_KEY_BYTES", 8 * 300 * 64)  # several row blocks
+    queries, keys = torch.randint(-1, 2, (70, 4)).float(), torch.randint(-1, 2, (300, 4)).float()
+    with tuning.forced("topk_similarity", {"longest_list": 0 if unfused else 256}):
+        found = kernels.topk_similarity(queries, keys, k, False, None, None)
+    assert same(found, topk(queries @ keys.T, k))
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+@pytest.mark.parametrize("unfused", [False, True])
+def test_topk_groups_may_be_smaller_than_k(kernels, k, unfused):
+    queries, keys = torch.randint(-2, 3, (70, 5)).float(), torch.randint(-2, 3, (90, 5)).float()
+    groups = torch.randint(0, 12, (70,)), torch.randint(1, 13, (90,))
+    with tuning.forced("topk_similarity", {"longest_list": 0 if unfused else 256}):
+        found = kernels.topk_similarity(queries, keys, k, k == 5, *groups)
+    assert same(found, topk(queries @ keys.T, k, k == 5, *groups))
+
+
+@triton.jit
+def _decode_kernel(r_ptr, c_ptr, first, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    p = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    r, c = triangle_tile(p, GROUP)
+    tl.store(r_ptr + p - first, r)
+    tl.store(c_ptr + p - first, c)
+
+
+@pytest.mark.parametrize(
+    "tiles, group",
+    [(1, 8), (7, 8), (8, 8), (40, 8), (393, 8), (50, 4), pytest.param(1563, 8, marks=pytest.mark.slow)],
+)
+def test_triangle_schedule_visits_every_upper_tile_once(tiles, group):
+    programs = triangle_programs(tiles, group)
+    block = 1 << 16
+    padded = triton.cdiv(programs, block) * block
+    r, c = torch.empty(2, padded, dtype=torch.int32)
+    _decode_kernel[(padded // block,)](r, c, 0, GROUP=group, BLOCK=block)
+    r, c = r[:programs].long(), c[:programs].long()
+    assert (r >= 0).all() and (r <= c).all()
+    inside = c < tiles
+    seen = (r * tiles + c)[inside].sort().values
+    rows, columns = torch.triu_indices(tiles, tiles)
+    assert torch.equal(seen, (rows * tiles + columns).sort().values)
