@@ -1,8 +1,9 @@
 """One suite an op over every way to run it, with fresh memory full of NaN.
 
 A test that asks for `kernels` runs once a way and gets the backend's functions of OP, the op folder its file names.
-With `dtype` it runs for each of the way's dtypes, or of the file's DTYPES[backend]; with @pytest.mark.cases("n, d", [...], cuda=[...]) for each case of
-the list and, on the backend named, for those of its own; with @pytest.mark.only("cpu") on these backends or ways alone.
+With `dtype` it runs for each of the way's dtypes, or of the file's DTYPES[backend]; with
+@pytest.mark.cases("n, d", [...], cuda=[...]) for each case of the list and, on the backend named, for those of its own;
+with @pytest.mark.only("cpu") on these backends or ways alone.
 """
 
 from __future__ import annotations

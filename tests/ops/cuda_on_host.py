@@ -30,7 +30,7 @@ def build_shim(folder: Path) -> Path:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            ours = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda")
+            ours = (ROOT / "tests/cuda_shim", ROOT / "csrc/cuda", ROOT / "csrc/shared")
             includes = (ours[0], ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
             compiler = ["g++", *FLAGS, *(f"-I{path}" for path in includes), "-x", "c++"]
             sources = [path for place in ours for path in sorted(place.rglob("*")) if path.suffix in (".cu", ".cpp")]
