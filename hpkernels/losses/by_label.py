@@ -24,6 +24,7 @@ from hpkernels.common.checks import (
 )
 from hpkernels.common.sums import sum_all
 from hpkernels.ops.group_lse.op import group_lse
+from hpkernels.ops.group_lse.rows import Grouped
 from hpkernels.ops.label_positives.op import logit_mean, softplus_mean
 from hpkernels.ops.normalize.op import normalize_rows
 
@@ -87,10 +88,10 @@ def supervised_contrastive_loss(
     arguments = (counts.positives, own.classes, own.groups, k, of_keys[0], of_keys[1], temperature, chosen)
     if form == "supcon":
         kinds = (own.singles, None if theirs is None else theirs.singles)
-        lse = group_lse(x, kinds[0], k, kinds[1], temperature, chosen)
+        lse = group_lse(Grouped(x, kinds[0], k, kinds[1]), temperature, chosen)
         of_anchor = lse - logit_mean(x, *arguments)
     else:
-        lse = group_lse(x, own.classes, k, of_keys[0], temperature, chosen)
+        lse = group_lse(Grouped(x, own.classes, k, of_keys[0]), temperature, chosen)
         of_anchor = softplus_mean(x, lse, *arguments)
     kept = (counts.positives > 0) & (counts.negatives > 0)
     loss = sum_all(torch.where(kept, of_anchor, 0.0)) / kept.sum().clamp_min(1)

@@ -229,24 +229,23 @@ def _contrastive_grad_cases(x: torch.Tensor) -> Iterator[Case]:
 
 
 def _group_lse_cases(x: torch.Tensor) -> Iterator[Case]:
-    from hpkernels.ops.group_lse import triton as kernels_groups
+    from hpkernels.ops.group_lse import triton as group_lse
+    from hpkernels.ops.group_lse.rows import Grouped
 
     groups = torch.zeros(len(x), dtype=torch.int64)
     for temperature in (0.8, 0.01):
-        yield (
-            f"group_lse {temperature}",
-            lambda t=temperature: kernels_groups.group_lse(x, groups, None, None, t),
-        )
+        yield f"group_lse {temperature}", functools.partial(group_lse.group_lse, Grouped(x, groups), temperature)
 
 
 def _group_grad_cases(x: torch.Tensor) -> Iterator[Case]:
-    from hpkernels.ops.group_lse import triton as kernels_groups
+    from hpkernels.ops.group_lse import triton as group_lse
+    from hpkernels.ops.group_lse.rows import Grouped
 
     groups, vector = torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x))
     for temperature, (keys, of_keys) in itertools.product((0.8, 0.04), ((None, False), (x, False), (x, True))):
-        arguments = (x, groups, keys, None if keys is None else groups, temperature, vector, vector, of_keys)
+        rows = Grouped(x, groups, keys, None if keys is None else groups)
         name = f"group_grad {('itself', 'rows', 'keys')[(keys is not None) + of_keys]} {temperature} {x.shape[1]}"
-        yield name, functools.partial(kernels_groups.group_lse_grad, *arguments)
+        yield name, functools.partial(group_lse.group_lse_grad, rows, temperature, vector, vector, of_keys)
 
 
 def _cluster_cases(x: torch.Tensor) -> Iterator[Case]:

@@ -13,49 +13,41 @@ from torch import Tensor
 from hpkernels import dispatch
 from hpkernels.ops.common.autograd import refuse_second_backward
 from hpkernels.ops.group_lse import reference
+from hpkernels.ops.group_lse.rows import Grouped
+
+_ROWS = "Tensor x, Tensor groups, Tensor? keys, Tensor? key_groups"  # Grouped, flat, as torch wants it
 
 
-def group_lse(
-    x: Tensor, groups: Tensor, keys: Tensor | None, key_groups: Tensor | None, temperature: float, backend: str
-) -> Tensor:
-    """lse_i = log sum_{j in E_i} exp(<x_i, k_j> / temperature), 0 for an empty E_i; differentiable in x and keys.
-
-    Args:
-        x: (N, D) unit rows. groups: integers (N,), below 2^31.
-        keys: (M, D) unit rows, key_groups (M,); both None: x against itself.
-    """
+def group_lse(rows: Grouped, temperature: float, backend: str) -> Tensor:
+    """lse_i = log sum_{j in E_i} exp(<x_i, k_j> / temperature), 0 for an empty E_i; differentiable in x and keys."""
     if backend == "reference":  # plain autograd, so that a second backward works
-        return reference.group_lse(x, groups, keys, key_groups, temperature)
-    return _group_lse(x, groups, keys, key_groups, temperature, backend)
+        return reference.group_lse(rows, temperature)
+    return _group_lse(*rows, temperature, backend)
 
 
-@torch.library.custom_op("hpkernels::group_lse", mutates_args=())
-def _group_lse(
-    x: Tensor, groups: Tensor, keys: Tensor | None, key_groups: Tensor | None, temperature: float, backend: str
-) -> Tensor:
-    return dispatch.implementation("group_lse", backend).group_lse(x, groups, keys, key_groups, temperature)
+@torch.library.custom_op(
+    "hpkernels::group_lse", mutates_args=(), schema=f"({_ROWS}, float temperature, str backend) -> Tensor"
+)
+def _group_lse(*rows_temperature_backend):
+    *rows, temperature, backend = rows_temperature_backend
+    return dispatch.implementation("group_lse", backend).group_lse(Grouped(*rows), temperature)
 
 
 @_group_lse.register_fake
-def _(x, groups, keys, key_groups, temperature, backend):
+def _(x, *_):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty(x.shape[:1], dtype=dtype, device=x.device)
 
 
-@torch.library.custom_op("hpkernels::group_lse_grad", mutates_args=())
-def _group_lse_grad(
-    x: Tensor,
-    groups: Tensor,
-    keys: Tensor | None,
-    key_groups: Tensor | None,
-    temperature: float,
-    lse: Tensor,
-    grad_lse: Tensor,
-    of_keys: bool,
-    backend: str,
-) -> Tensor:
+@torch.library.custom_op(
+    "hpkernels::group_lse_grad",
+    mutates_args=(),
+    schema=f"({_ROWS}, float temperature, Tensor lse, Tensor grad_lse, bool of_keys, str backend) -> Tensor",
+)
+def _group_lse_grad(*rows_temperature_tables_backend):
+    *rows, temperature, lse, grad_lse, of_keys, backend = rows_temperature_tables_backend
     grad = dispatch.implementation("group_lse", backend).group_lse_grad
-    return grad(x, groups, keys, key_groups, temperature, lse, grad_lse, of_keys)
+    return grad(Grouped(*rows), temperature, lse, grad_lse, of_keys)
 
 
 @_group_lse_grad.register_fake

@@ -15,6 +15,7 @@ from hpkernels import tuning
 from hpkernels.ops.common import exponentials as common
 from hpkernels.ops.common.gpu import LOG2E, padded_rows
 from hpkernels.ops.common.triton import on_device, precision, require_supported, same_dtype, split_tiles, tile_product
+from hpkernels.ops.group_lse.rows import Grouped
 from hpkernels.tuning import dtype_class
 
 _LSE_TILES = {
@@ -111,9 +112,8 @@ def _contrastive_group_grad_kernel(
     tl.store(out_ptr + out_at, out, mask=(rows < N)[:, None] & (d < D_out)[None, :])
 
 
-def _operands(
-    x: Tensor, groups: Tensor, keys: Tensor | None, key_groups: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _operands(rows: Grouped) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, groups, keys, key_groups = rows
     require_supported(x=x, keys=keys)
     groups = groups.to(torch.int32).contiguous()
     if keys is None:
@@ -123,14 +123,14 @@ def _operands(
     return x, groups, keys, key_groups.to(torch.int32).contiguous()
 
 
-def group_lse(x: Tensor, groups: Tensor, keys: Tensor | None, key_groups: Tensor | None, temperature: float) -> Tensor:
+def group_lse(rows: Grouped, temperature: float) -> Tensor:
     """(N,) fp32: log sum_{j in E_i} exp(<x_i, k_j> / temperature), 0 for an empty E_i; see reference.py."""
-    x, groups, columns, column_groups = _operands(x, groups, keys, key_groups)
+    x, groups, columns, column_groups = _operands(rows)
     n, m = x.shape[0], columns.shape[0]
     if n == 0 or m == 0:
         return torch.zeros(n, dtype=torch.float32, device=x.device)
     config = _LSE_TILES[dtype_class(x.dtype)]
-    x, columns = (padded_rows(rows, config["BLOCK_K"]) for rows in (x, columns))
+    x, columns = (padded_rows(part, config["BLOCK_K"]) for part in (x, columns))
     panels = triton.cdiv(n, config["BLOCK_M"])
     splits, tiles_per_split = split_tiles(panels, triton.cdiv(m, config["BLOCK_N"]), x.device)
     totals, shifts = torch.empty((2, splits, n), dtype=torch.float32, device=x.device)
@@ -143,36 +143,27 @@ def group_lse(x: Tensor, groups: Tensor, keys: Tensor | None, key_groups: Tensor
     return common.merged_lse(totals, shifts)
 
 
-def group_lse_grad(
-    x: Tensor,
-    groups: Tensor,
-    keys: Tensor | None,
-    key_groups: Tensor | None,
-    temperature: float,
-    lse: Tensor,
-    grad_lse: Tensor,
-    of_keys: bool,
-) -> Tensor:
+def group_lse_grad(rows: Grouped, temperature: float, lse: Tensor, grad_lse: Tensor, of_keys: bool) -> Tensor:
     """The gradient (N, D) of x or (M, D) of the keys, in its dtype, accumulated in fp32; see reference.py."""
-    dtype = keys.dtype if of_keys else x.dtype
-    rows, row_groups, columns, column_groups = _operands(x, groups, keys, key_groups)
+    dtype, meets_itself = rows.keys.dtype if of_keys else rows.x.dtype, rows.keys is None
+    x, groups, columns, column_groups = _operands(rows)
     if of_keys:
-        rows, row_groups, columns, column_groups = columns, column_groups, rows, row_groups
-    if rows.shape[0] == 0 or columns.shape[0] == 0:
-        return torch.zeros(rows.shape, dtype=dtype, device=x.device)
-    out = torch.empty(rows.shape, dtype=dtype, device=x.device)
-    (grad_lse,), out_scale = common.scaled_gradients(rows.dtype, temperature, (grad_lse,))
+        x, groups, columns, column_groups = columns, column_groups, x, groups
+    if x.shape[0] == 0 or columns.shape[0] == 0:
+        return torch.zeros(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    (grad_lse,), out_scale = common.scaled_gradients(x.dtype, temperature, (grad_lse,))
     lse2 = (lse.float() * LOG2E).contiguous()
     shared, factor = common.shared_exponential(temperature, lse2, grad_lse)
-    config = tuning.lookup("contrastive_grad_fused", rows.dtype, rows.shape[1], columns.shape[0], x.device)
-    rows, columns = (padded_rows(part, config["BLOCK_D"]) for part in (rows, columns))
-    grid = (triton.cdiv(rows.shape[0], config["BLOCK_M"]), rows.shape[1] // config["BLOCK_D"])
+    config = tuning.lookup("contrastive_grad_fused", x.dtype, x.shape[1], columns.shape[0], x.device)
+    x, columns = (padded_rows(part, config["BLOCK_D"]) for part in (x, columns))
+    grid = (triton.cdiv(x.shape[0], config["BLOCK_M"]), x.shape[1] // config["BLOCK_D"])
     with on_device(x):
         # lse and factor are the anchors': of the rows, of the columns, or of both. What a side lacks is never read.
         _contrastive_group_grad_kernel[grid](
-            rows, columns, row_groups, column_groups, lse2, factor, lse2, factor, out_scale, out,
-            rows.shape[0], columns.shape[0], rows.shape[1], out.shape[1], LOG2E / temperature, LOG2E / temperature,
-            OF_ROWS=not of_keys, OF_COLUMNS=of_keys or keys is None, SHARED_EXPONENTIAL=shared,
-            PRECISION=precision(rows.dtype), **config,
+            x, columns, groups, column_groups, lse2, factor, lse2, factor, out_scale, out,
+            x.shape[0], columns.shape[0], x.shape[1], out.shape[1], LOG2E / temperature, LOG2E / temperature,
+            OF_ROWS=not of_keys, OF_COLUMNS=of_keys or meets_itself, SHARED_EXPONENTIAL=shared,
+            PRECISION=precision(x.dtype), **config,
         )  # fmt: skip
     return out

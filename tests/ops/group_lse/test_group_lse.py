@@ -7,6 +7,7 @@ import torch
 
 import hpkernels as hk
 from hpkernels.ops.group_lse import reference
+from hpkernels.ops.group_lse.rows import Grouped
 from tests.ops.ways import moved
 
 OP = "group_lse"
@@ -31,33 +32,33 @@ def draw(rows, d, groups, dtype):
 
 
 def draw_case(n, m, d, dtype):
-    return (*draw(n, d, 4, dtype), None, None) if m is None else (*draw(n, d, 4, dtype), *draw(m, d, 6, dtype))
+    return Grouped(*draw(n, d, 4, dtype), *(() if m is None else draw(m, d, 6, dtype)))
 
 
 def exactly(case):
-    return tuple(t.double() if t is not None and t.is_floating_point() else t for t in case)
+    return Grouped(*(t.double() if t is not None and t.is_floating_point() else t for t in case))
 
 
 def check(kernels, case, temperature):
     x, _, keys, _ = case
     exact, working = exactly(case), torch.float64 if x.dtype == torch.float64 else torch.float32
     rounding = 1e-13 if working == torch.float64 else 1e-6
-    lse, expected = kernels.group_lse(*case, temperature), reference.group_lse(*exact, temperature)
+    lse, expected = kernels.group_lse(case, temperature), reference.group_lse(exact, temperature)
     assert lse.dtype == working and lse.shape == expected.shape
     if len(x):
         assert (lse - expected).abs().amax() <= rounding * expected.abs().amax().clamp_min(1 / temperature)
-    assert torch.equal(lse, kernels.group_lse(*case, temperature))
+    assert torch.equal(lse, kernels.group_lse(case, temperature))
     grad_lse = 1e-4 * torch.randn(len(x), dtype=working)
     grad_lse[::3] = 0  # rows without a gradient are common
     for of_keys in (False, True)[: 1 + (keys is not None)]:
         own = keys if of_keys else x
-        grad = kernels.group_lse_grad(*case, temperature, expected.to(working), grad_lse, of_keys)
-        oracle = reference.group_lse_grad(*exact, temperature, expected, grad_lse.double(), of_keys)
+        grad = kernels.group_lse_grad(case, temperature, expected.to(working), grad_lse, of_keys)
+        oracle = reference.group_lse_grad(exact, temperature, expected, grad_lse.double(), of_keys)
         assert grad.dtype == own.dtype and grad.shape == own.shape and grad.is_contiguous()
         # G is rounded to the operands' dtype; logits of 1 / temperature are rounded in the working one
         weights = {torch.bfloat16: 4e-3, torch.float16: 1e-3}.get(x.dtype, max(2 * rounding, rounding / temperature))
         assert (grad - oracle).norm() <= weights * oracle.norm() + 2 * (oracle.to(own.dtype) - oracle).norm()
-        assert torch.equal(grad, kernels.group_lse_grad(*case, temperature, expected.to(working), grad_lse, of_keys))
+        assert torch.equal(grad, kernels.group_lse_grad(case, temperature, expected.to(working), grad_lse, of_keys))
 
 
 @pytest.mark.cases(
@@ -76,7 +77,7 @@ def test_statistics_and_gradients(kernels, n, m, d, temperature, processors_, dt
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)], ids=str)
 def test_operands_of_two_dtypes(kernels, dtypes):
     x, groups, keys, key_groups = draw_case(30, 40, 12, dtypes[1])
-    check(kernels, (x.to(dtypes[0]), groups, keys, key_groups), 0.3)
+    check(kernels, Grouped(x.to(dtypes[0]), groups, keys, key_groups), 0.3)
 
 
 @pytest.mark.cases("n", [150], cpu=[300])
@@ -84,15 +85,15 @@ def test_rows_that_take_no_part(kernels, n):
     """Nobody; a single group, which has no others."""
     x, *_ = draw_case(n, None, 16, torch.float32)
     for groups in (torch.full((n,), -1), torch.zeros(n, dtype=torch.int64)):
-        assert not kernels.group_lse(x, groups, None, None, 0.1).any()
-        assert not kernels.group_lse_grad(x, groups, None, None, 0.1, torch.zeros(n), torch.ones(n), False).any()
+        assert not kernels.group_lse(Grouped(x, groups), 0.1).any()
+        assert not kernels.group_lse_grad(Grouped(x, groups), 0.1, torch.zeros(n), torch.ones(n), False).any()
 
 
 @pytest.mark.only("reference", "cuda", "triton")
 def test_a_bad_number_shows_where_its_row_counts(kernels):
     x, *_ = draw_case(40, None, 16, torch.float32)
     x[7, 3] = torch.nan
-    lse = kernels.group_lse(x, torch.arange(40) // 20, None, None, 0.3)
+    lse = kernels.group_lse(Grouped(x, torch.arange(40) // 20), 0.3)
     assert lse[20:].isnan().all() and lse[7].isnan() and lse[:20].isnan().sum() == 1
 
 
@@ -101,12 +102,12 @@ def test_errors_are_at_most_twice_those_of_torch(kernels, dtype):
     """Plain torch on the same operands: G in fp32 and, for 16-bit x, rounded to x's dtype for the product."""
     case = draw_case(260, None, 64, dtype)
     x, groups, temperature, grad_lse = case[0], case[1], 0.1, torch.randn(260)
-    exact = reference.group_lse(*exactly(case), temperature)
-    plain = reference.group_lse(x.float(), *case[1:], temperature)
-    assert (kernels.group_lse(*case, temperature) - exact).norm() <= 2 * (plain - exact).norm()
+    exact = reference.group_lse(exactly(case), temperature)
+    plain = reference.group_lse(Grouped(x.float(), *case[1:]), temperature)
+    assert (kernels.group_lse(case, temperature) - exact).norm() <= 2 * (plain - exact).norm()
     lse = exact.float()
-    grad = kernels.group_lse_grad(*case, temperature, lse, grad_lse, False)
-    oracle = reference.group_lse_grad(*exactly(case), temperature, exact, grad_lse.double(), False)
+    grad = kernels.group_lse_grad(case, temperature, lse, grad_lse, False)
+    oracle = reference.group_lse_grad(exactly(case), temperature, exact, grad_lse.double(), False)
     differ = (groups[:, None] != groups) & (groups >= 0)[:, None] & (groups >= 0)
     G = torch.where(differ, grad_lse[:, None] * torch.exp(x.float() @ x.float().T / temperature - lse[:, None]), 0.0)
     plain = ((G + G.T).to(dtype).float() @ x.float() / temperature).to(dtype)
