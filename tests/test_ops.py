@@ -39,7 +39,7 @@ def op_calls(backend: str, device) -> list[tuple]:
     members = torch.randint(-1, n, (n, 3), device=device)
     stats_rows, grad_rows = contrastive.contrastive_stats_rows, contrastive.contrastive_grad_rows
     mixed = (code.clone(), code.clone(), weights.clone(), 4, 5, True, False, backend)
-    softplus = (own, table[0].clone().requires_grad_(), counts, *by_label, 0.3)
+    softplus = (own, counts, *by_label, table[0].clone().requires_grad_(), 0.3)
     return [
         ("max_similarity", search.max_similarity, (rows, rows[:5], backend)),
         ("topk_similarity", search.topk_similarity, (rows, rows, 4, True, None, None, backend)),
