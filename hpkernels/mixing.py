@@ -10,6 +10,7 @@ from torch import Tensor
 from hpkernels import dispatch
 from hpkernels.common.checks import check_float_tensor, check_int, check_positive, check_rate, describe
 from hpkernels.ops.local_mix import op
+from hpkernels.ops.local_mix.weighting import Weighting
 
 SIGMA = 28.0  # the published constant: the square root of the number of tokens of its 28 x 28 grid
 
@@ -81,9 +82,8 @@ def neighbor_weights(
         )
     if attention.ndim == 4 and attention.shape[1] == 0:
         raise ValueError(f"attention: expected at least one head, got {describe(attention)}")
-    options = _check_options(sigma, low_quantile, high_quantile)
-    chosen = dispatch.choose(attention.device, backend, attention)
-    return op.neighbor_weights(attention.detach(), height, width, *options, chosen)
+    how = _check_weighting(height, width, sigma, low_quantile, high_quantile)
+    return op.neighbor_weights(attention.detach(), *how, dispatch.choose(attention.device, backend, attention))
 
 
 def neighbor_weights_qk(
@@ -122,9 +122,9 @@ def neighbor_weights_qk(
     if keys.shape != queries.shape:
         raise ValueError(f"keys: expected the shape of queries, {tuple(queries.shape)}, got {describe(keys)}")
     scale = queries.shape[3] ** -0.5 if scale is None else check_positive("scale", scale)
-    options = _check_options(sigma, low_quantile, high_quantile)
+    how = _check_weighting(height, width, sigma, low_quantile, high_quantile)
     chosen = dispatch.choose(queries.device, backend, queries, keys)
-    return op.neighbor_weights_qk(queries.detach(), keys.detach(), height, width, scale, *options, chosen)
+    return op.neighbor_weights_qk(queries.detach(), keys.detach(), scale, *how, chosen)
 
 
 def neighbor_mix(code: Tensor, weights: Tensor, grid: tuple[int, int], *, backend: str | None = None) -> Tensor:
@@ -169,9 +169,9 @@ def _check_images(attention: object, code: Tensor) -> None:
         raise ValueError(f"attention: {expected}, got {describe(attention)}")
 
 
-def _check_options(sigma: object, low_quantile: object, high_quantile: object) -> tuple[float, float, float]:
+def _check_weighting(height: int, width: int, sigma: object, low_quantile: object, high_quantile: object) -> Weighting:
     sigma = SIGMA if sigma is None else check_positive("sigma", sigma)
     low, high = check_rate("low_quantile", low_quantile), check_rate("high_quantile", high_quantile)
     if low > high:
         raise ValueError(f"low_quantile: expected at most high_quantile ({high}), got {low}")
-    return sigma, low, high
+    return Weighting(height, width, sigma, low, high)

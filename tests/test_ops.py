@@ -39,7 +39,7 @@ def op_calls(backend: str, device) -> list[tuple]:
     members = torch.randint(-1, n, (n, 3), device=device)
     stats_rows, grad_rows = contrastive.contrastive_stats_rows, contrastive.contrastive_grad_rows
     mixed = (code.clone(), code.clone(), weights.clone(), 4, 5, True, False, backend)
-    softplus = (own, table[0].clone().requires_grad_(), counts, *by_label, 0.3)
+    softplus = (own, counts, *by_label, table[0].clone().requires_grad_(), 0.3)
     return [
         ("max_similarity", search.max_similarity, (rows, rows[:5], backend)),
         ("topk_similarity", search.topk_similarity, (rows, rows, 4, True, None, None, backend)),
@@ -57,7 +57,7 @@ def op_calls(backend: str, device) -> list[tuple]:
         ("group_lse_keys", group_op._group_lse, (own, groups, bank, groups[:17], 0.3, backend)),
         ("group_lse_grad", group_op._group_lse_grad, (rows, groups, None, None, 0.3, *table, False, backend)),
         ("neighbor_weights", local_mix.neighbor_weights, (attention, 4, 5, 28.0, 0.1, 0.9, backend)),
-        ("neighbor_weights_qk", local_mix.neighbor_weights_qk, (queries, keys, 4, 5, 0.3, 28.0, 0.1, 0.9, backend)),
+        ("neighbor_weights_qk", local_mix.neighbor_weights_qk, (queries, keys, 0.3, 4, 5, 28.0, 0.1, 0.9, backend)),
         ("neighbor_mix", local_mix._neighbor_mix, (code.requires_grad_(), weights.requires_grad_(), 4, 5, backend)),
         ("neighbor_mix_code", local_mix._neighbor_mix, (code, weights.detach(), 4, 5, backend)),
         ("neighbor_mix_grad", local_mix._neighbor_mix_grad, mixed),

@@ -26,6 +26,7 @@ from hpkernels.common.sums import sum_all
 from hpkernels.ops.group_lse.op import group_lse
 from hpkernels.ops.group_lse.rows import Grouped
 from hpkernels.ops.label_positives.op import logit_mean, softplus_mean
+from hpkernels.ops.label_positives.rows import Labelled
 from hpkernels.ops.normalize.op import normalize_rows
 
 FORMS = ("supcon", "per_positive")
@@ -85,14 +86,14 @@ def supervised_contrastive_loss(
     k = None if keys is None else normalize_rows(keys, "keys", chosen)
     own, theirs, counts = _ids(labels.flatten(), key_labels, own_images, key_images, ignore_index)
     of_keys = (None, None) if theirs is None else theirs
-    arguments = (counts.positives, own.classes, own.groups, k, of_keys[0], of_keys[1], temperature, chosen)
+    labelled = Labelled(x, counts.positives, own.classes, own.groups, k, of_keys[0], of_keys[1])
     if form == "supcon":
         kinds = (own.singles, None if theirs is None else theirs.singles)
         lse = group_lse(Grouped(x, kinds[0], k, kinds[1]), temperature, chosen)
-        of_anchor = lse - logit_mean(x, *arguments)
+        of_anchor = lse - logit_mean(labelled, temperature, chosen)
     else:
         lse = group_lse(Grouped(x, own.classes, k, of_keys[0]), temperature, chosen)
-        of_anchor = softplus_mean(x, lse, *arguments)
+        of_anchor = softplus_mean(labelled, lse, temperature, chosen)
     kept = (counts.positives > 0) & (counts.negatives > 0)
     loss = sum_all(torch.where(kept, of_anchor, 0.0)) / kept.sum().clamp_min(1)
     return loss if z.is_cpu else loss + poison(z, keys)

@@ -16,6 +16,7 @@ from hpkernels.common.bits import pack
 from hpkernels.ops.contrastive import cpu as contrastive
 from hpkernels.ops.contrastive.masks import Masks
 from hpkernels.ops.local_mix import cpu as local_mix
+from hpkernels.ops.local_mix.weighting import Weighting
 from hpkernels.ops.normalize import cpu as normalize
 from hpkernels.ops.pair_bits import cpu as pair_bits
 from hpkernels.ops.similarity_search import cpu as search
@@ -106,7 +107,7 @@ def neighbor_weights_qk():
     """Images, then rows, far apart."""
     queries, keys = torch.randn(2, ROWS, 1, 4, 5)
     flat = [x[:, 0] for x in (queries, keys)]  # (images, T, d)
-    expected = local_mix.neighbor_weights_qk(queries, keys, 2, 2, 0.4, 28.0, 0.1, 0.9)
+    expected = local_mix.neighbor_weights_qk(queries, keys, 0.4, Weighting(2, 2, 28.0, 0.1, 0.9))
     for by_row in (False, True):
         if by_row:
             addresses = [spread(x[:10].flatten(0, 1)) for x in flat]
@@ -191,7 +192,7 @@ def many_attention_heads():
     memory.at((heads - 1) * tokens * tokens, tokens * tokens).copy_(last.flatten() * heads)
     found = torch.empty(1, tokens, 9)
     _cpu.neighbor_weights_f32(memory.address, 1, heads, 8, 16, 28.0, 0.1, 0.9, found.data_ptr(), THREADS)
-    assert torch.equal(found, local_mix.neighbor_weights(last[None], 8, 16, 28.0, 0.1, 0.9))
+    assert torch.equal(found, local_mix.neighbor_weights(last[None], Weighting(8, 16, 28.0, 0.1, 0.9)))
 
 
 def many_assigned_rows():

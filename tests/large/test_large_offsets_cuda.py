@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hpkernels.common.bits import words
 from hpkernels.ops.local_mix import reference
+from hpkernels.ops.local_mix.weighting import Weighting
 from hpkernels.ops.pair_bits import reference as pair_bits
 from tests.large.mapped import Sparse
 
@@ -437,7 +438,7 @@ def test_neighbor_mix(late, zeros, run):
 def test_more_images_than_a_grid_has_in_z(shim, local_mix):
     """The last image of many: of the last launch, and right."""
     q, k = torch.randn(2, 65537, 1, 4, 4)
-    options = (2, 2, 0.5, 28.0, 0.1, 0.9)
+    options = (0.5, Weighting(2, 2, 28.0, 0.1, 0.9))
     shim.run_last_blocks(1)
     try:
         found = local_mix.neighbor_weights_qk(q, k, *options)

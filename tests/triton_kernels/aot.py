@@ -159,17 +159,18 @@ def _pair_bits_cases() -> Iterator[Case]:
 
 def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:
     from hpkernels.ops.local_mix import triton as local_mix
+    from hpkernels.ops.local_mix.weighting import Weighting
 
     for side in (7, 11, 14, 22, 28, 40, 64):  # each power of two that holds a row
         attention = torch.zeros(1, 1, side * side, side * side, dtype=dtype)
         yield (
             f"neighbor_weights {side}",
-            lambda a=attention, n=side: local_mix.neighbor_weights(a, n, n, 28.0, 0.1, 0.9),
+            lambda a=attention, n=side: local_mix.neighbor_weights(a, Weighting(n, n, 28.0, 0.1, 0.9)),
         )
         rows = torch.zeros(1, 6, side * side, 64, dtype=dtype)
         yield (
             f"neighbor_weights_qk {side}",
-            lambda x=rows, n=side: local_mix.neighbor_weights_qk(x, x, n, n, 0.125, 28.0, 0.1, 0.9),
+            lambda x=rows, n=side: local_mix.neighbor_weights_qk(x, x, 0.125, Weighting(n, n, 28.0, 0.1, 0.9)),
         )
     code, weights = torch.zeros(1, 784, 512, dtype=dtype), torch.zeros(1, 784, 9)
     yield "neighbor_mix", lambda: local_mix.neighbor_mix(code, weights, 28, 28)

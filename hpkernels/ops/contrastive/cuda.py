@@ -59,11 +59,9 @@ def contrastive_stats(x: Tensor, masks: Masks, temperature: float) -> tuple[Tens
 def contrastive_grad(
     x: Tensor, masks: Masks, temperature: float, lse: Tensor, grad_lse: Tensor, grad_pos: Tensor, grad_ext: Tensor
 ) -> Tensor:
-    """dL/dx_i = (1/temperature) sum_j (G_ij + G_ji) x_j,  G_ij = grad_lse_i p_ij + grad_pos_i P_ij + grad_ext_i Q_ij.
+    """The gradient (S, n, D) of the anchors' rows in x's dtype, accumulated in fp32; see reference.py.
 
-    p_ij = E_ij exp(l_ij - lse_i). (S, n, D) in x's dtype for the n anchors from first_row on, accumulated in fp32; lse
-    and the row gradients cover all N rows, (S, N). G is rounded to x's dtype for the matrix units; for fp16, whose
-    range is short, the row gradients are first scaled by a power of two, undone in fp32.
+    G is rounded to x's dtype for the matrix units, the row gradients scaled before as `scaled_gradients` says.
     """
     require_supported(x=x)
     if x.numel() == 0 or masks.anchors == 0:

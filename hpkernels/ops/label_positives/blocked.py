@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hpkernels import dispatch
 from hpkernels.ops.label_positives.reference import positives
+from hpkernels.ops.label_positives.rows import Labelled
 
 _BLOCK_PAIRS = 1 << 22  # logits alive at a time
 _BLOCK_NUMBERS = 1 << 16  # of rows in fp64 at a time on a CPU: they stay in its caches
@@ -71,29 +72,28 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def logit_mean(x, counts, classes, groups, keys, key_classes, key_groups, temperature) -> Tensor:
-    positives = _positives(x, classes, groups, keys, key_classes, key_groups)
+def logit_mean(rows: Labelled, temperature: float) -> Tensor:
+    x, positives = rows.x, _positives(rows)
     mean = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
     for part in _blocks(x):
         block = x[part].double()
-        mean[part] = (block * _others(positives, block, classes, groups, keys, part)).sum(1)
-    mean /= counts.clamp_min(1).double() * temperature
+        mean[part] = (block * _others(positives, block, rows, part)).sum(1)
+    mean /= rows.counts.clamp_min(1).double() * temperature
     return mean.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def logit_mean_grad(
-    grad, x, counts, classes, groups, keys, key_classes, key_groups, temperature
-) -> tuple[Tensor, Tensor | None]:
-    weight = grad.double() / (counts.clamp_min(1).double() * temperature)
-    total = _more_than_ids(x, keys)
-    positives = _positives(x, classes, groups, keys, key_classes, key_groups)
-    anchors = _Sums(x, weight, classes, groups, total)
+def logit_mean_grad(rows: Labelled, temperature: float, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and, if given, the keys."""
+    x, _, classes, groups, keys, key_classes, key_groups = rows
+    weight = grad.double() / (rows.counts.clamp_min(1).double() * temperature)
+    positives = _positives(rows)
+    anchors = _Sums(x, weight, classes, groups, _more_than_ids(rows))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     for part in _blocks(x):
         block = x[part].double()
-        row = _others(positives, block, classes, groups, keys, part) * weight[part, None]
+        row = _others(positives, block, rows, part) * weight[part, None]
         if keys is None:  # as a positive of the other anchors
-            row += _others(anchors, block * weight[part, None], classes, groups, keys, part)
+            row += _others(anchors, block * weight[part, None], rows, part)
         grad_x[part] = row
     if keys is None:
         return grad_x, None
@@ -103,52 +103,54 @@ def logit_mean_grad(
     return grad_x, grad_keys
 
 
-def _positives(x, classes, groups, keys, key_classes, key_groups) -> _Sums:
+def _positives(rows: Labelled) -> _Sums:
     """The sums of the rows that are positives of something: of the keys, or of the rows themselves."""
-    total = _more_than_ids(x, keys)
+    x, _, classes, groups, keys, key_classes, key_groups = rows
+    total = _more_than_ids(rows)
     return _Sums(x, None, classes, groups, total) if keys is None else _Sums(keys, None, key_classes, key_groups, total)
 
 
-def _others(sums: _Sums, block: Tensor, classes, groups, keys, part: slice) -> Tensor:
+def _others(sums: _Sums, block: Tensor, rows: Labelled, part: slice) -> Tensor:
     """The sums for a part of the rows; without groups a row among its own keys (block: as it was added) is left out."""
+    classes, groups = rows.classes, rows.groups
     found = sums.at(classes[part], None if groups is None else groups[part])
-    if keys is None and groups is None:
+    if rows.keys is None and groups is None:
         found -= torch.where((classes[part] >= 0)[:, None], block, 0.0)
     return found
 
 
-def _more_than_ids(x: Tensor, keys: Tensor | None) -> int:
-    return x.shape[0] + (0 if keys is None else keys.shape[0]) + 1
+def _more_than_ids(rows: Labelled) -> int:
+    return rows.x.shape[0] + (0 if rows.keys is None else rows.keys.shape[0]) + 1
 
 
-def softplus_mean(x, lse, counts, classes, groups, keys, key_classes, key_groups, temperature) -> Tensor:
-    pairs = _PairsOfClasses(x, lse, counts, classes, groups, keys, key_classes, key_groups, temperature)
+def softplus_mean(rows: Labelled, lse: Tensor, temperature: float) -> Tensor:
+    pairs = _PairsOfClasses(rows, lse, temperature)
     mean = torch.zeros_like(pairs.lse)
-    for rows, _, above, P in pairs:
+    for part, _, above, P in pairs:
         softplus = above.clamp_min(0) + torch.log1p(torch.exp(-above.abs()))
-        mean[rows] = softplus.masked_fill_(~P, 0.0).sum(1) * pairs.inverse[rows]
+        mean[part] = softplus.masked_fill_(~P, 0.0).sum(1) * pairs.inverse[part]
     return _in_place(mean, pairs.row_order)
 
 
 def softplus_mean_grad(
-    grad, x, lse, counts, classes, groups, keys, key_classes, key_groups, temperature
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, lse and, if given, the keys."""
-    pairs = _PairsOfClasses(x, lse, counts, classes, groups, keys, key_classes, key_groups, temperature)
+    rows: Labelled, lse: Tensor, temperature: float, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of x, if given the keys, and lse."""
+    pairs = _PairsOfClasses(rows, lse, temperature)
     weight = _ordered(grad.to(lse.dtype), pairs.row_order) * pairs.inverse
     grad_x, grad_lse, grad_keys = (torch.zeros_like(part) for part in (pairs.x, pairs.lse, pairs.keys))
-    for rows, columns, above, P in pairs:
+    for part, columns, above, P in pairs:
         small = torch.exp(-above.abs())
-        slope = torch.where(above < 0, small, 1.0).div_(1 + small).masked_fill_(~P, 0.0) * weight[rows, None]
-        grad_lse[rows] = slope.sum(1)
+        slope = torch.where(above < 0, small, 1.0).div_(1 + small).masked_fill_(~P, 0.0) * weight[part, None]
+        grad_lse[part] = slope.sum(1)
         slope /= -temperature
-        grad_x[rows] = _product(slope, pairs.keys[columns])
-        grad_keys[columns] += _product(slope.T, pairs.x[rows])
-    grad_x, grad_lse = (_in_place(part, pairs.row_order) for part in (grad_x, grad_lse))
+        grad_x[part] = _product(slope, pairs.keys[columns])
+        grad_keys[columns] += _product(slope.T, pairs.x[part])
+    grad_x, grad_lse = (_in_place(table, pairs.row_order) for table in (grad_x, grad_lse))
     grad_keys = _in_place(grad_keys, pairs.column_order)
-    if keys is None:
-        return (grad_x + grad_keys).to(x.dtype), grad_lse, None
-    return grad_x.to(x.dtype), grad_lse, grad_keys.to(keys.dtype)
+    if rows.keys is None:
+        return (grad_x + grad_keys).to(rows.x.dtype), None, grad_lse
+    return grad_x.to(rows.x.dtype), grad_keys.to(rows.keys.dtype), grad_lse
 
 
 class _PairsOfClasses:
@@ -157,7 +159,8 @@ class _PairsOfClasses:
     On the CPU rows and columns are sorted by class first (row_order, column_order; None elsewhere).
     """
 
-    def __init__(self, x, lse, counts, classes, groups, keys, key_classes, key_groups, temperature) -> None:
+    def __init__(self, rows: Labelled, lse: Tensor, temperature: float) -> None:
+        x, counts, classes, groups, keys, key_classes, key_groups = rows
         if groups is None:  # the row itself is the group, in which a key of another set is not
             groups = torch.arange(x.shape[0], device=x.device)
             key_groups = None if keys is None else torch.full_like(key_classes, -1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpkernels.ops.label_positives.rows import Labelled
+
 
 def positives(classes: Tensor, groups: Tensor | None, key_classes: Tensor | None, key_groups: Tensor | None) -> Tensor:
     """P, bool (N, M)."""
@@ -28,20 +30,14 @@ def _mean(P: Tensor, values: Tensor) -> Tensor:
     return torch.where(P, values, 0.0).sum(1) / P.sum(1).clamp_min(1)
 
 
-def logit_mean(
-    x: Tensor, classes: Tensor, groups: Tensor | None,
-    keys: Tensor | None, key_classes: Tensor | None, key_groups: Tensor | None, temperature: float,
-) -> Tensor:  # fmt: skip
+def logit_mean(rows: Labelled, temperature: float) -> Tensor:
     """(1 / |P_i|) sum_j P_ij l_ij, l_ij = <x_i, k_j> / temperature; 0 without positives. (N,)."""
-    P = positives(classes, groups, key_classes, key_groups)
-    return _mean(P, _logits(x, keys, temperature))
+    P = positives(rows.classes, rows.groups, rows.key_classes, rows.key_groups)
+    return _mean(P, _logits(rows.x, rows.keys, temperature))
 
 
-def softplus_mean(
-    x: Tensor, lse: Tensor, classes: Tensor, groups: Tensor | None,
-    keys: Tensor | None, key_classes: Tensor | None, key_groups: Tensor | None, temperature: float,
-) -> Tensor:  # fmt: skip
+def softplus_mean(rows: Labelled, lse: Tensor, temperature: float) -> Tensor:
     """(1 / |P_i|) sum_j P_ij log(1 + exp(lse_i - l_ij)); 0 without positives. (N,)."""
-    P = positives(classes, groups, key_classes, key_groups)
-    above = torch.where(P, lse[:, None] - _logits(x, keys, temperature), 0.0)
+    P = positives(rows.classes, rows.groups, rows.key_classes, rows.key_groups)
+    above = torch.where(P, lse[:, None] - _logits(rows.x, rows.keys, temperature), 0.0)
     return _mean(P, torch.logaddexp(above, torch.zeros_like(above)))

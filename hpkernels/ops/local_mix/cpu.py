@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from hpkernels.ops.common.cpu import kernel, working_dtype
+from hpkernels.ops.local_mix.weighting import Weighting
 
 
-def neighbor_weights(
-    attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float
-) -> Tensor:
+def neighbor_weights(attention: Tensor, how: Weighting) -> Tensor:
     """Weights (B, T, 9) fp32 (fp64 for fp64) of the 3 x 3 neighbours from logits (B, heads, T, T) or (B, T, T)."""
     dtype = working_dtype(attention)
     if attention.ndim == 3:
@@ -18,32 +17,21 @@ def neighbor_weights(
     weights = torch.empty(batch, tokens, 9, dtype=dtype)
     if weights.numel():
         kernel("neighbor_weights", dtype)(
-            attention.data_ptr(), batch, heads, height, width, sigma, low_quantile, high_quantile,
-            weights.data_ptr(), torch.get_num_threads(),
+            attention.data_ptr(), batch, heads, *how, weights.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return weights
 
 
-def neighbor_weights_qk(
-    queries: Tensor,
-    keys: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    sigma: float,
-    low_quantile: float,
-    high_quantile: float,
-) -> Tensor:
+def neighbor_weights_qk(queries: Tensor, keys: Tensor, scale: float, how: Weighting) -> Tensor:
     """Weights (B, T, 9) fp32 (fp64 for fp64) of queries and keys (B, heads, T, d): logits a panel of rows at a time."""
     dtype = working_dtype(queries, keys)
     batch, heads = queries.shape[:2]
     queries, keys = (_all_heads(x).to(dtype) for x in (queries, keys))
-    weights = torch.empty(batch, height * width, 9, dtype=dtype)
+    weights = torch.empty(batch, how.height * how.width, 9, dtype=dtype)
     if weights.numel():
         kernel("neighbor_weights_qk", dtype)(
             queries.data_ptr(), *queries.stride()[:2], keys.data_ptr(), *keys.stride()[:2], batch, queries.shape[2],
-            height, width, scale / heads, sigma, low_quantile, high_quantile,
-            weights.data_ptr(), torch.get_num_threads(),
+            how.height, how.width, scale / heads, *how[2:], weights.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return weights
 

@@ -9,34 +9,24 @@ from torch import Tensor
 from hpkernels import _cuda
 from hpkernels.ops.common.cuda import SUFFIX, launch, require_supported, whole_chunks
 from hpkernels.ops.common.gpu import common_dtype
+from hpkernels.ops.local_mix.weighting import Weighting
 
 _WORKSPACE_BYTES = 64 << 20  # bound of the mean logits alive at a time, but at least one image's
 _LARGEST_GRID = 65535  # blocks of a launch in z: images of a product
 _LARGEST_ROW = 16384  # tokens: a row of fp32 logits in the shared memory of every GPU from sm_80 on
 
 
-def neighbor_weights(
-    attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float
-) -> Tensor:
+def neighbor_weights(attention: Tensor, how: Weighting) -> Tensor:
     """Weights (B, T, 9) fp32 of the 3 x 3 neighbours of each token; attention (B, heads, T, T) or (B, T, T)."""
     require_supported(attention=attention)
-    _check_tokens("attention", height * width)
+    _check_tokens("attention", how.height * how.width)
     attention = (attention[:, None] if attention.ndim == 3 else attention).contiguous()
-    out = torch.empty(attention.shape[0], height * width, 9, dtype=torch.float32, device=attention.device)
-    _weights(attention, height, width, sigma, low_quantile, high_quantile, out)
+    out = torch.empty(attention.shape[0], how.height * how.width, 9, dtype=torch.float32, device=attention.device)
+    _weights(attention, how, out)
     return out
 
 
-def neighbor_weights_qk(
-    queries: Tensor,
-    keys: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    sigma: float,
-    low_quantile: float,
-    high_quantile: float,
-) -> Tensor:
+def neighbor_weights_qk(queries: Tensor, keys: Tensor, scale: float, how: Weighting) -> Tensor:
     """`neighbor_weights` of a_ij = scale * mean over the heads of <q_hi, k_hj>; queries, keys (B, heads, T, d).
 
     With the heads side by side the mean is one product of depth heads * d, made for a few images at a time.
@@ -55,23 +45,21 @@ def neighbor_weights_qk(
         q, k = queries[images], keys[images]
         launch(getattr(_cuda, f"mean_logits_{SUFFIX[dtype]}"), q.device, q.data_ptr(), k.data_ptr(), len(q), tokens,
                q.shape[2], stride, scale / heads, logits.data_ptr())  # fmt: skip
-        _weights(logits[: len(q)], height, width, sigma, low_quantile, high_quantile, out[images])
+        _weights(logits[: len(q)], how, out[images])
     return out
 
 
-def _weights(
-    attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float, out: Tensor
-) -> None:
+def _weights(attention: Tensor, how: Weighting, out: Tensor) -> None:
     """Writes the weights of logits (B, heads, T, row stride >= T) to out (B, T, 9)."""
-    tokens = height * width
+    tokens = how.height * how.width
     if out.numel() == 0:
         return
     places = [attention.data_ptr(), *(stride * attention.element_size() for stride in attention.stride()[:3])]
     access = next((size for size in (16, 8) if all(place % size == 0 for place in places)), attention.element_size())
-    ranks = (value for quantile in (low_quantile, high_quantile) for value in _rank(quantile, tokens))
+    ranks = (value for quantile in (how.low_quantile, how.high_quantile) for value in _rank(quantile, tokens))
     log_tokens = torch.log(torch.tensor(float(tokens), dtype=torch.float32)).item()  # as the reference compares
     launch(getattr(_cuda, f"neighbor_weights_{SUFFIX[attention.dtype]}"), attention.device, attention.data_ptr(),
-           *attention.shape[:2], height, width, *attention.stride()[:3], access, sigma, log_tokens, *ranks,
+           *attention.shape[:2], how.height, how.width, *attention.stride()[:3], access, how.sigma, log_tokens, *ranks,
            out.data_ptr())  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from hpkernels import dispatch
 from hpkernels.common.checks import check_finite, describe, look_finite
 from hpkernels.ops.common.autograd import refuse_second_backward, refuse_transforms
 from hpkernels.ops.local_mix import reference
+from hpkernels.ops.local_mix.weighting import Weighting
 
 
 def _check_attention_numbers(attention: Tensor) -> None:
@@ -29,47 +30,42 @@ def _checked(weights: Tensor, expected: str) -> Tensor:
     return weights
 
 
-@torch.library.custom_op("hpkernels::neighbor_weights", mutates_args=())
-def neighbor_weights(
-    attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float, backend: str
-) -> Tensor:
+# Weighting, flat, as torch wants it.
+_HOW = "SymInt height, SymInt width, float sigma, float low_quantile, float high_quantile"
+
+
+@torch.library.custom_op(
+    "hpkernels::neighbor_weights", mutates_args=(), schema=f"(Tensor attention, {_HOW}, str backend) -> Tensor"
+)
+def neighbor_weights(attention, *how_backend):
+    *how, backend = how_backend
     _check_attention_numbers(attention)
-    weights = dispatch.implementation("local_mix", backend).neighbor_weights
-    return _checked(
-        weights(attention, height, width, sigma, low_quantile, high_quantile),
-        "attention: expected logits whose mean over the heads is finite",
-    )
+    weights = dispatch.implementation("local_mix", backend).neighbor_weights(attention, Weighting(*how))
+    return _checked(weights, "attention: expected logits whose mean over the heads is finite")
 
 
 @neighbor_weights.register_fake
-def _(attention, height, width, sigma, low_quantile, high_quantile, backend):
+def _(attention, height, width, *_):
     dtype = torch.float64 if attention.dtype == torch.float64 else torch.float32
     return torch.empty((attention.shape[0], height * width, 9), dtype=dtype, device=attention.device)
 
 
-@torch.library.custom_op("hpkernels::neighbor_weights_qk", mutates_args=())
-def neighbor_weights_qk(
-    queries: Tensor,
-    keys: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    sigma: float,
-    low_quantile: float,
-    high_quantile: float,
-    backend: str,
-) -> Tensor:
+@torch.library.custom_op(
+    "hpkernels::neighbor_weights_qk",
+    mutates_args=(),
+    schema=f"(Tensor queries, Tensor keys, float scale, {_HOW}, str backend) -> Tensor",
+)
+def neighbor_weights_qk(queries, keys, scale, *how_backend):
+    *how, backend = how_backend
     check_finite("queries", queries)
     check_finite("keys", keys)
     weights = dispatch.implementation("local_mix", backend).neighbor_weights_qk
-    return _checked(
-        weights(queries, keys, height, width, scale, sigma, low_quantile, high_quantile),
-        f"queries: expected products with keys, times {scale}, that are finite",
-    )
+    found = weights(queries, keys, scale, Weighting(*how))
+    return _checked(found, f"queries: expected products with keys, times {scale}, that are finite")
 
 
 @neighbor_weights_qk.register_fake
-def _(queries, keys, height, width, scale, sigma, low_quantile, high_quantile, backend):
+def _(queries, keys, scale, height, width, *_):
     dtype = torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
     return torch.empty((queries.shape[0], height * width, 9), dtype=dtype, device=queries.device)
 

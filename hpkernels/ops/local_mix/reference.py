@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpkernels.ops.local_mix.weighting import Weighting
+
 _LOWEST = -1e30  # stands for -inf logits (the log of a softmax that underflowed), so that quantiles stay numbers
 OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]  # slot n = 3 (dy + 1) + (dx + 1)
 
@@ -35,9 +37,7 @@ def _whole_rows(a: Tensor) -> Tensor:
     return a + (0 * a).sum(-1, keepdim=True)
 
 
-def neighbor_weights(
-    attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float
-) -> Tensor:
+def neighbor_weights(attention: Tensor, how: Weighting) -> Tensor:
     """w (B, T, 9): softmax of the clamped mean-head logits times sigma, kept where not below the row mean, over |N(i)|.
 
     c_ij = clamp(a_ij, q_low(a_i), q_high(a_i)); p = softmax(c); the row mean of p is 1/T, so tap j is kept iff
@@ -47,25 +47,18 @@ def neighbor_weights(
     if a.ndim == 4:
         a = a.mean(1)
     a = _whole_rows(a)
-    index, inside = neighbor_table(height, width, a.device)
-    low, high = _quantile(a, low_quantile)[..., None], _quantile(a, high_quantile)[..., None]
+    index, inside = neighbor_table(how.height, how.width, a.device)
+    low, high = _quantile(a, how.low_quantile)[..., None], _quantile(a, how.high_quantile)[..., None]
     c = torch.minimum(torch.maximum(a, low), high)
     lse = c.logsumexp(-1, keepdim=True)
     taps = c.gather(2, index.expand(a.shape[0], -1, -1))
-    keep = inside & ~(taps < lse - torch.log(torch.tensor(float(height * width), dtype=a.dtype, device=a.device)))
-    return torch.where(keep, sigma * torch.exp(taps - lse), 0.0) / inside.sum(1, keepdim=True)
+    keep = inside & ~(
+        taps < lse - torch.log(torch.tensor(float(how.height * how.width), dtype=a.dtype, device=a.device))
+    )
+    return torch.where(keep, how.sigma * torch.exp(taps - lse), 0.0) / inside.sum(1, keepdim=True)
 
 
-def neighbor_weights_qk(
-    queries: Tensor,
-    keys: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    sigma: float,
-    low_quantile: float,
-    high_quantile: float,
-) -> Tensor:
+def neighbor_weights_qk(queries: Tensor, keys: Tensor, scale: float, how: Weighting) -> Tensor:
     """`neighbor_weights` of a_ij = scale mean_h <q_hi, k_hj>, one image's (T, T) at a time.
 
     The mean over the heads is one product of the vectors of all heads: a = (scale / heads) Q K^T, depth heads * d.
@@ -77,7 +70,7 @@ def neighbor_weights_qk(
         q, k = (x[image].to(dtype).transpose(0, 1).flatten(1) for x in (queries, keys))
         with torch.autocast(queries.device.type, enabled=False):
             a = _whole_rows((scale / heads) * (q @ k.T))
-        weights[image] = neighbor_weights(a[None], height, width, sigma, low_quantile, high_quantile)[0]
+        weights[image] = neighbor_weights(a[None], how)[0]
     return weights
 
 

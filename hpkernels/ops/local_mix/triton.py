@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hpkernels.ops.common.gpu import padded_rows
 from hpkernels.ops.common.triton import on_device, precision, require_supported, same_dtype, tile_product
+from hpkernels.ops.local_mix.weighting import Weighting
 from hpkernels.tuning import dtype_class
 
 _LOWEST = tl.constexpr(-1e30)  # stands for logits of -inf, so that quantiles stay numbers
@@ -209,9 +210,7 @@ def _require_short_rows(name: str, tokens: int) -> None:
         )
 
 
-def neighbor_weights(
-    attention: Tensor, height: int, width: int, sigma: float, low_quantile: float, high_quantile: float
-) -> Tensor:
+def neighbor_weights(attention: Tensor, how: Weighting) -> Tensor:
     """Weights (B, T, 9) fp32 of the 3 x 3 neighbours of each token; attention (B, heads, T, T) or (B, T, T)."""
     require_supported(attention=attention)
     attention = (attention[:, None] if attention.ndim == 3 else attention).contiguous()
@@ -219,22 +218,13 @@ def neighbor_weights(
     _require_short_rows("attention", tokens)
     out = torch.empty((batch, tokens, 9), dtype=torch.float32, device=attention.device)
     if batch:
-        numbers = _row_numbers(tokens, sigma, low_quantile, high_quantile)
+        numbers = _row_numbers(tokens, how.sigma, how.low_quantile, how.high_quantile)
         with on_device(attention):
-            _launch_rows(attention, out, 0, height, width, numbers)
+            _launch_rows(attention, out, 0, how.height, how.width, numbers)
     return out
 
 
-def neighbor_weights_qk(
-    queries: Tensor,
-    keys: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    sigma: float,
-    low_quantile: float,
-    high_quantile: float,
-) -> Tensor:
+def neighbor_weights_qk(queries: Tensor, keys: Tensor, scale: float, how: Weighting) -> Tensor:
     """Weights (B, T, 9) fp32 from queries and keys (B, heads, T, d); logits scale * mean over heads of <q, k>."""
     require_supported(queries=queries, keys=keys)
     batch, heads, tokens, _ = queries.shape
@@ -243,20 +233,20 @@ def neighbor_weights_qk(
     if not batch:
         return out
     queries, keys = _all_heads(queries, keys)
-    numbers = _row_numbers(tokens, sigma, low_quantile, high_quantile)
+    numbers = _row_numbers(tokens, how.sigma, how.low_quantile, how.high_quantile)
     with on_device(queries):
         if tokens <= _PANEL_COLUMNS:
             block_t = max(64, triton.next_power_of_2(tokens))
             block_r = min(_PANEL_ROWS, _PANEL_NUMBERS // block_t)
             step = _PANEL_STEPS[dtype_class(queries.dtype)] // (2 if block_t == _PANEL_COLUMNS else 1)
             _neighbor_weights_panel_kernel[(batch * triton.cdiv(tokens, block_r),)](
-                queries, keys, out, tokens, queries.shape[2], height, width,
+                queries, keys, out, tokens, queries.shape[2], how.height, how.width,
                 *queries.stride()[:2], *keys.stride()[:2], scale / heads, *numbers,
                 BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_K=step, PRECISION=precision(queries.dtype),
                 num_warps=4 if block_t <= 256 else 8, num_stages=2,
             )  # fmt: skip
         else:
-            _through_workspace(queries, keys, out, scale / heads, height, width, numbers)
+            _through_workspace(queries, keys, out, scale / heads, how.height, how.width, numbers)
     return out
 
 

@@ -23,12 +23,7 @@ def max_similarity(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def topk_similarity(
-    queries: Tensor,
-    keys: Tensor,
-    k: int,
-    exclude_self: bool,
-    query_groups: Tensor | None,
-    key_groups: Tensor | None,
+    queries: Tensor, keys: Tensor, k: int, exclude_self: bool, query_groups: Tensor | None, key_groups: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The k largest <q_i, key_j> per row, descending, exact ties to the lower index; missing places are -inf and -1.
 

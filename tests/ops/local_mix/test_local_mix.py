@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hpkernels.ops.local_mix.weighting import Weighting
 from tests.ops.local_mix import dense
 from tests.ops.local_mix.dense import check_weights
 
@@ -28,7 +29,7 @@ def test_published_outputs(kernels, name):
         torch.from_numpy(data[k]) for k in ("attention", "code", "local_code", "grad_out", "grad_code")
     )
     grid = code.shape[2:]
-    weights = kernels.neighbor_weights(attention[:, :, 1:, 1:], *grid, 28.0, 0.1, 0.9)
+    weights = kernels.neighbor_weights(attention[:, :, 1:, 1:], Weighting(*grid, 28.0, 0.1, 0.9))
     rows = code.flatten(2).transpose(1, 2)
     mixed = kernels.neighbor_mix(rows, weights, *grid)
     assert (mixed.transpose(1, 2).reshape(code.shape) - expected).abs().max() <= 1e-6 * expected.abs().max()
@@ -50,7 +51,7 @@ def test_weights(kernels, way, grid, heads, dtype):
     images = 1 if way.name == "interpreter" else 2
     attention = torch.randn(images, *(() if heads is None else (heads,)), tokens, tokens, dtype=torch.float64)
     attention = (2 * attention).to(dtype)
-    weights = kernels.neighbor_weights(attention, *grid, 28.0, 0.1, 0.9)
+    weights = kernels.neighbor_weights(attention, Weighting(*grid, 28.0, 0.1, 0.9))
     assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     check_weights(weights, attention, grid)
 
@@ -72,7 +73,7 @@ def test_weights_from_queries_and_keys(kernels, batch, grid, heads, depth, dtype
     tokens = grid[0] * grid[1]
     rows = torch.randn(batch, 1 + tokens, 3, heads, depth).to(dtype)
     queries, keys, _ = rows.permute(2, 0, 3, 1, 4)[:, :, :, 1:]
-    weights = kernels.neighbor_weights_qk(queries, keys, *grid, 0.3, 28.0, 0.1, 0.9)
+    weights = kernels.neighbor_weights_qk(queries, keys, 0.3, Weighting(*grid, 28.0, 0.1, 0.9))
     assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for image in {0, 1, batch - 1}:
         logits = 0.3 * (queries[image].double() @ keys[image].double().transpose(1, 2))
@@ -99,13 +100,13 @@ def test_quantiles_are_exact_order_statistics(kernels, low, high):
     rows[0, 10:20] = torch.randint(-3, 4, (10, 100)).float()
     rows[0, 20:30] = torch.randint(-3, 4, (10, 100)).float() + 0.25 * torch.randn(10, 1)
     rows[0, 30] = -rows[0, 30].abs()
-    check_weights(kernels.neighbor_weights(rows, 10, 10, 28.0, low, high), rows, (10, 10), low, high)
+    check_weights(kernels.neighbor_weights(rows, Weighting(10, 10, 28.0, low, high)), rows, (10, 10), low, high)
 
 
 @pytest.mark.only("cpu", "cuda")
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 1.0])
 def test_constant_rows_keep_every_tap(kernels, quantile):
-    weights = kernels.neighbor_weights(torch.randn(1, 48, 48), 6, 8, 28.0, quantile, quantile)
+    weights = kernels.neighbor_weights(torch.randn(1, 48, 48), Weighting(6, 8, 28.0, quantile, quantile))
     inside = dense.neighbors(6, 8)[1]
     assert (weights - 28 / 48 * inside / inside.sum(1, keepdim=True)).abs().max() < 1e-6
 
@@ -116,9 +117,9 @@ def test_minus_infinity_is_an_attention_of_zero(kernels, grid):
     attention = torch.randn(1, 2, tokens, tokens)
     attention[0, 0, 5, 2:9] = -torch.inf
     attention[0, :, 6, ::3] = -torch.inf
-    weights = kernels.neighbor_weights(attention, *grid, 28.0, 0.1, 0.9)
+    weights = kernels.neighbor_weights(attention, Weighting(*grid, 28.0, 0.1, 0.9))
     check_weights(weights, attention, grid)
-    assert torch.equal(weights, kernels.neighbor_weights(attention.clamp_min(-1e30), *grid, 28.0, 0.1, 0.9))
+    assert torch.equal(weights, kernels.neighbor_weights(attention.clamp_min(-1e30), Weighting(*grid, 28.0, 0.1, 0.9)))
     index, inside = dense.neighbors(*grid)
     assert not weights[0, 6][inside[6] & (index[6] % 3 == 0)].any()
 
@@ -129,7 +130,7 @@ def test_not_a_number_stays_in_its_row(kernels, value):
     """Where nothing can be raised, and where the op looks at numbers first."""
     attention = torch.randn(1, 2, 12, 12)
     attention[0, 1, 7, 0] = value
-    weights = kernels.neighbor_weights(attention, 3, 4, 28.0, 0.1, 0.9)
+    weights = kernels.neighbor_weights(attention, Weighting(3, 4, 28.0, 0.1, 0.9))
     assert weights[0, 7].isnan().any() and weights[0, :7].isfinite().all() and weights[0, 8:].isfinite().all()
 
 
@@ -185,7 +186,7 @@ def test_strided_code(kernels, dtype):
 
 def test_no_images(kernels):
     queries = torch.randn(0, 2, 12, 8)
-    assert kernels.neighbor_weights_qk(queries, queries, 3, 4, 0.3, 28.0, 0.1, 0.9).shape == (0, 12, 9)
+    assert kernels.neighbor_weights_qk(queries, queries, 0.3, Weighting(3, 4, 28.0, 0.1, 0.9)).shape == (0, 12, 9)
 
 
 @pytest.mark.only("cpu")
@@ -194,8 +195,8 @@ def test_thread_counts_agree_bitwise(kernels, same_for_all_threads):
     queries, keys = torch.randn(2, 2, 3, 63, 16)
 
     def run():
-        weights = kernels.neighbor_weights(attention, 7, 9, 28.0, 0.1, 0.9)
-        from_rows = kernels.neighbor_weights_qk(queries, keys, 7, 9, 0.25, 28.0, 0.1, 0.9)
+        weights = kernels.neighbor_weights(attention, Weighting(7, 9, 28.0, 0.1, 0.9))
+        from_rows = kernels.neighbor_weights_qk(queries, keys, 0.25, Weighting(7, 9, 28.0, 0.1, 0.9))
         mixed = kernels.neighbor_mix(code, weights, 7, 9)
         return weights, from_rows, mixed, *kernels.neighbor_mix_grad(mixed, code, weights, 7, 9, True, True)
 

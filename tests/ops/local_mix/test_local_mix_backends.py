@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hpkernels.ops.local_mix import reference
+from hpkernels.ops.local_mix.weighting import Weighting
 from tests.ops.local_mix import dense
 from tests.ops.local_mix.dense import check_weights
 
@@ -17,21 +18,21 @@ SLOW = [pytest.param(grid, marks=pytest.mark.slow) for grid in ((3, 21), (3, 43)
 def test_long_rows(kernels):
     """1,296 tokens: a block has as many warps as find room for their rows, here four."""
     attention = torch.randn(1, 1, 1296).half().expand(1, 1296, 1296).contiguous()
-    check_weights(kernels.neighbor_weights(attention, 36, 36, 28.0, 0.1, 0.9), attention, (36, 36))
+    check_weights(kernels.neighbor_weights(attention, Weighting(36, 36, 28.0, 0.1, 0.9)), attention, (36, 36))
 
 
 @pytest.mark.only("host-cuda")
 def test_more_tokens_than_a_row_holds_is_an_error(kernels):
     attention = torch.zeros(1).expand(1, 16512, 16512)
     with pytest.raises(ValueError, match="^attention: .* at most 16384 tokens an image, got 16512"):
-        kernels.neighbor_weights(attention, 128, 129, 28.0, 0.1, 0.9)
+        kernels.neighbor_weights(attention, Weighting(128, 129, 28.0, 0.1, 0.9))
 
 
 @pytest.mark.only("interpreter")
 def test_rows_too_long_for_the_registers_are_refused(kernels):
     tokens = kernels._LONGEST_ROW + 1
     with pytest.raises(ValueError, match="queries: the triton backend takes at most 32768 tokens"):
-        kernels.neighbor_weights_qk(*torch.empty(2, 1, 1, tokens, 1), 1, tokens, 1.0, 28.0, 0.1, 0.9)
+        kernels.neighbor_weights_qk(*torch.empty(2, 1, 1, tokens, 1), 1.0, Weighting(1, tokens, 28.0, 0.1, 0.9))
 
 
 @pytest.mark.only("host-cuda")
@@ -45,7 +46,7 @@ def test_a_workspace_for_one_image(kernels, monkeypatch, grid, heads, depth, dty
     tokens = grid[0] * grid[1]
     qkv = torch.randn(2, tokens, 2, heads, depth).permute(2, 0, 3, 1, 4)
     queries, keys = (x.to(dtypes[i] if isinstance(dtypes, tuple) else dtypes) for i, x in enumerate(qkv))
-    ours = kernels.neighbor_weights_qk(queries, keys, *grid, 0.3, 28.0, 0.1, 0.9)
+    ours = kernels.neighbor_weights_qk(queries, keys, 0.3, Weighting(*grid, 28.0, 0.1, 0.9))
     check_weights(ours, 0.3 * (queries.double() @ keys.double().transpose(2, 3)), grid, bound=1)
 
 
@@ -59,7 +60,7 @@ def test_routes_from_queries_and_keys(kernels, grid, route, dtype, monkeypatch):
     if route == "rows of the workspace":
         monkeypatch.setattr(kernels, "_WORKSPACE_BYTES", 4 * tokens * max(1, tokens * 2 // 5))
     queries, keys, _ = torch.randn(2, tokens + 1, 3, 3, 20).to(dtype).permute(2, 0, 3, 1, 4)[:, :, :, 1:]
-    ours = kernels.neighbor_weights_qk(queries, keys, *grid, 0.25, 28.0, 0.1, 0.9)
+    ours = kernels.neighbor_weights_qk(queries, keys, 0.25, Weighting(*grid, 28.0, 0.1, 0.9))
     check_weights(ours, 0.25 * (queries.double() @ keys.double().transpose(2, 3)), grid, bound=2e-5)
 
 
@@ -69,11 +70,11 @@ def test_not_a_number_in_queries_or_keys_stays(kernels, columns, monkeypatch):
     monkeypatch.setattr(kernels, "_PANEL_COLUMNS", columns)
     queries, keys = torch.randn(2, 1, 2, 12, 16)
     queries[0, 1, 7, 3] = torch.inf
-    ours = kernels.neighbor_weights_qk(queries, keys, 3, 4, 0.25, 28.0, 0.1, 0.9)
+    ours = kernels.neighbor_weights_qk(queries, keys, 0.25, Weighting(3, 4, 28.0, 0.1, 0.9))
     inside = dense.neighbors(3, 4)[1]
     assert ours[0, 7][inside[7]].isnan().all() and ours[0, :7].isfinite().all() and ours[0, 8:].isfinite().all()
     keys[0, 0, 2, 5] = torch.nan
-    assert kernels.neighbor_weights_qk(queries, keys, 3, 4, 0.25, 28.0, 0.1, 0.9)[0][inside].isnan().all()
+    assert kernels.neighbor_weights_qk(queries, keys, 0.25, Weighting(3, 4, 28.0, 0.1, 0.9))[0][inside].isnan().all()
 
 
 @pytest.mark.only("triton")
@@ -82,5 +83,7 @@ def test_decisions_are_those_of_the_reference(kernels, low, high):
     """Rows of few values, for which either may be right: both compare logits with the row's log-sum-exp in fp32."""
     attention = torch.randint(-3, 4, (2, 30, 30)).float() + 0.25 * torch.randn(2, 30, 1)
     attention[:, 4] = -attention[:, 4].abs()
-    ours = kernels.neighbor_weights(attention, 5, 6, 28.0, low, high)
-    torch.testing.assert_close(ours, reference.neighbor_weights(attention, 5, 6, 28.0, low, high), rtol=1e-5, atol=1e-6)
+    ours = kernels.neighbor_weights(attention, Weighting(5, 6, 28.0, low, high))
+    torch.testing.assert_close(
+        ours, reference.neighbor_weights(attention, Weighting(5, 6, 28.0, low, high)), rtol=1e-5, atol=1e-6
+    )

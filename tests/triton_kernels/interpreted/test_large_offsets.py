@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 from hpkernels.ops.common import triton as shared
 from hpkernels.ops.contrastive.triton import dense, dense_grad, sparse, sparse_grad
 from hpkernels.ops.local_mix import triton as local_mix
+from hpkernels.ops.local_mix.weighting import Weighting
 from hpkernels.ops.normalize import triton as normalize
 from hpkernels.ops.pair_bits import triton as pair_bits
 from hpkernels.ops.similarity_search import triton as search
@@ -176,7 +177,7 @@ def test_neighbor_weights_of_far_rows_heads_and_images():
     local_mix._neighbor_weights_kernel[(2,)](
         far.start, out, 8, 4, 0, 3, 4, 2, 2, *strides, *numbers, BLOCK_R=4, BLOCK_T=32
     )
-    assert torch.equal(out, local_mix.neighbor_weights(attention, 2, 2, 28.0, 0.1, 0.9))
+    assert torch.equal(out, local_mix.neighbor_weights(attention, Weighting(2, 2, 28.0, 0.1, 0.9)))
 
 
 def test_neighbor_weights_of_far_queries_and_keys(pair):
@@ -186,7 +187,9 @@ def test_neighbor_weights_of_far_queries_and_keys(pair):
         far_q.start, far_k.start, out, 8, 16, 2, 4, 0, far_q.stride, 0, far_k.stride, 0.25, *numbers,
         BLOCK_R=16, BLOCK_T=64, BLOCK_K=16, PRECISION="ieee",
     )  # fmt: skip
-    assert torch.equal(out, local_mix.neighbor_weights_qk(q[None, None], k[None, None], 2, 4, 0.25, 28.0, 0.1, 0.9))
+    assert torch.equal(
+        out, local_mix.neighbor_weights_qk(q[None, None], k[None, None], 0.25, Weighting(2, 4, 28.0, 0.1, 0.9))
+    )
 
 
 def test_logits_of_many_tokens(pair):
