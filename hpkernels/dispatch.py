@@ -50,7 +50,7 @@ def _stale(extension: str) -> str | None:
     built = sys.modules.get(name)
     if built is None or not in_source_tree() or getattr(built, "source_hash", None) == source_hash(extension):
         return None
-    return f"the extension {name} was not built from csrc/ as it is now: {_BUILD}"
+    return f"the extension {name} is stale, csrc/ has changed since it was built: {_BUILD}"
 
 
 _BUILD = f"run `pip install .` or `pip install -e .` in {ROOT}"

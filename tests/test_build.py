@@ -151,7 +151,7 @@ def test_a_clone_without_its_extension(tree, how):
             library.unlink()
         sentence = f"the extension hpkernels._cpu was not built: {sentence}"
     else:
-        sentence = f"the extension hpkernels._cpu was not built from csrc/ as it is now: {sentence}"
+        sentence = f"the extension hpkernels._cpu is stale, csrc/ has changed since it was built: {sentence}"
     if how == "stale":
         with open(tree / "csrc/shared/bits.h", "a") as header:
             header.write("// changed\n")
