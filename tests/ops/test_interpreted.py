@@ -21,7 +21,8 @@ PARTS = {"contrastive": 3, "similarity_search": 2}  # of the long ones
 def _runs() -> list[tuple[str, ...]]:
     ops = [(f"tests/ops/{op}", f"{i}/{PARTS.get(op, 1)}") for op in FOLDERS for i in range(1, 1 + PARTS.get(op, 1))]
     others = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/triton_kernels/interpreted/test_*.py"))]
-    return [run for run in ops if (ROOT / run[0]).exists()] + [(name, "1/1") for name in (*others, "tests/properties")]
+    others += ["tests/ops/test_op_checks.py", "tests/properties"]
+    return [run for run in ops if (ROOT / run[0]).exists()] + [(name, "1/1") for name in others]
 
 
 def _run(name: str, part: str, marker: str) -> None:

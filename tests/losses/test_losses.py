@@ -12,7 +12,7 @@ import torch
 
 import hpkernels as hk
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def golden_call(name: str, backend: str, device: torch.device, dtype=torch.float32, streams=("z", "z_local")):

@@ -1,22 +1,20 @@
-"""torch's own op checks on the triton backend, forward and backward, and the whole loss against the reference."""
+"""torch's own op checks, forward and backward, and the whole loss against the reference: of Triton's kernels under the
+interpreter, else of the CUDA kernels on the host. tests/test_ops.py has the other backends."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import hpkernels as hk
 from hpkernels.losses import panels
+from tests.ops.ways import interpreting
+from tests.test_ops import loss_inputs, op_calls
 
-sys.path.append(str(Path(__file__).parents[2]))
-
-from test_ops import loss_inputs, op_calls  # the calls that the other backends are checked with
-
+BACKEND = "triton" if interpreting() else "cuda"
+pytestmark = [] if interpreting() else [pytest.mark.usefixtures("shim")]
 CALLS = {
-    name: (op, arguments) for name, op, arguments in op_calls("triton", torch.device("cpu")) if "triton" in arguments
+    name: (op, arguments) for name, op, arguments in op_calls(BACKEND, torch.device("cpu")) if BACKEND in arguments
 }
 
 
@@ -34,7 +32,7 @@ def test_loss_equals_the_reference(rate: float, at_once: bool, monkeypatch):
         monkeypatch.setenv("HPKERNELS_BITS_BYTES", "1")
     p = loss_inputs(torch.device("cpu"))
     losses, grads = [], []
-    for backend in ("triton", "reference"):
+    for backend in (BACKEND, "reference"):
         z = p["z"].clone().requires_grad_()
         loss = hk.hidden_positive_loss(
             z, p["features"], p["pool"], z_local=p["z_local"], head_features=p["head"], head_pool=p["pool"],
