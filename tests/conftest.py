@@ -12,6 +12,9 @@ from tests import poison
 
 # The tests are small and run side by side; thread counts are varied where they matter. .ci/sanitize wants several.
 torch.set_num_threads(int(os.environ.get("HPKERNELS_TEST_THREADS", "1")))
+# At its first backward pass torch decides whether autograd needs threads of its own. The op checks register devices
+# that make it want some, and then no forked child can run a backward pass. So the first one is before any test.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_addoption(parser):
