@@ -38,12 +38,13 @@ def padded_rows(x: Tensor, multiple: int) -> Tensor:
 
 
 def tf32_accepted() -> bool:
-    """Whether the user accepts TF32 in matrix products of fp32 tensors: torch.backends.cuda.matmul.fp32_precision
-    (torch >= 2.9) or allow_tf32; reading both would mix two interfaces."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
+    """Whether the user accepts TF32 in matrix products of fp32 tensors."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def ieee_requested() -> bool:
+    """Whether the user asks for IEEE products of fp32 tensors: torch.backends.cuda.matmul.fp32_precision = "ieee"."""
+    return torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 def processor_count(device: torch.device) -> int:

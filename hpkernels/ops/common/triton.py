@@ -20,6 +20,8 @@ from hpkernels.ops.common import gpu
 
 LN2 = tl.constexpr(0.6931471805599453)
 _TRANSPOSE_ROWS, _TRANSPOSE_WORDS = 128, 4
+# The interpreter does not know it either.
+_HAS_BF16X6 = torch.torch_version.TorchVersion(triton.__version__) >= (3, 6) and not triton.knobs.runtime.interpret
 
 
 # ------------------------------------------------------------------ host side
@@ -35,13 +37,18 @@ def same_dtype(*tensors: Tensor) -> list[Tensor]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of tl.dot for fp32 operands: IEEE products, or three TF32 products where the user accepts TF32.
+    """`input_precision` of tl.dot for fp32 operands; 16-bit ones ignore it.
 
-    Never plain TF32: comparisons of similarities would not be those of fp32. 16-bit operands ignore it, and AMD GPUs
-    know no other.
+    "bf16x6" on NVIDIA GPUs: each operand is split in three bf16 numbers, and the six largest of the nine products run
+    on the matrix units. Its error is that of an IEEE product (tests/triton_kernels/test_precision.py). Never plain
+    TF32: comparisons of similarities would not be those of fp32. IEEE products where the user asks for them (see
+    `gpu.ieee_requested`) and on AMD GPUs, whose matrix units multiply fp32. Triton 3.5 has no "bf16x6": there IEEE, or
+    three TF32 products where the user accepts TF32.
     """
-    if dtype != torch.float32 or torch.version.hip:
+    if dtype != torch.float32 or torch.version.hip or gpu.ieee_requested():
         return "ieee"
+    if _HAS_BF16X6:
+        return "bf16x6"
     return "tf32x3" if gpu.tf32_accepted() else "ieee"
 
 
