@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ import hpkernels
 from hpseg.features.pools import draw_tokens
 from hpseg.methods.base import Method, Source, lambda_at
 from hpseg.models.backbone import Tokens
-from hpseg.models.heads import ClusterProbe, Projection, SegmentationHead, channel_dropout
+from hpseg.models.heads import ClusterProbe, Projection, SegmentationHead, channel_dropout, compared
 from hpseg.run.config import Config
 from hpseg.runtime.distributed import Share
 from hpseg.runtime.profile import stage
@@ -109,18 +110,21 @@ class HiddenPositives(Method):
             weights = view.neighbors * (config.local_scale / 28)
             local_codes = hpkernels.neighbor_mix(codes, weights, view.grid)
             projected_local = self.projection(channel_dropout(local_codes, config.mining_dropout, share))
-        features_pool, codes_pool = (pool[share.ranks.rows(len(pool))] for pool in self.pools)
+        handed = partial(compared, dtype=config.loss_dtype)
+        features_pool, codes_pool = (handed(pool[share.ranks.rows(len(pool))]) for pool in self.pools)
         weight = lambda_at(step, config)
         # With weight 0 the task-specific search decides nothing and is left out.
         specific = (
-            dict(head_features=mining_codes.flatten(0, 1), head_pool=codes_pool, head_weight=weight) if weight else {}
+            dict(head_features=handed(mining_codes.flatten(0, 1)), head_pool=codes_pool, head_weight=weight)
+            if weight
+            else {}
         )
         with stage("loss"):
             contrastive = hpkernels.hidden_positive_loss(
-                projected,
-                self.mining_features(view.features, share).flatten(0, 1),
+                handed(projected),
+                handed(self.mining_features(view.features, share).flatten(0, 1)),
                 features_pool,
-                z_local=projected_local,
+                z_local=None if projected_local is None else handed(projected_local),
                 temperature=config.temperature,
                 negative_rate=config.negative_rate,
                 weighting=config.weighting,

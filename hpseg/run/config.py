@@ -148,14 +148,15 @@ _MODEL = re.compile(r"[\w.-]+")  # a name of timm's own list: neither a path nor
 def make_config(preset: str | None = None, **overrides) -> Config:
     """The preset's values with `overrides` on top; an unknown name is an error that lists the known ones.
 
-    preset: None is the one that the method starts from, METHOD_PRESETS.
+    preset: None is the one that the method starts from, METHOD_PRESETS. loss_dtype follows dtype.
     """
     if preset is None:
         preset = METHOD_PRESETS.get(overrides.get("method", "hp"), "small")
     if preset not in PRESETS:
         raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     _require_known(overrides)
-    return Config(**{"preset": preset, **PRESETS[preset], **overrides})
+    values = {"preset": preset, **PRESETS[preset], **overrides}
+    return Config(**{"loss_dtype": values.get("dtype", "fp32"), **values})
 
 
 def _require_known(settings: Iterable[str]) -> None:

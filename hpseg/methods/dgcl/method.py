@@ -25,6 +25,7 @@ from hpseg.methods.dgcl.bank import SCALES, Bank
 from hpseg.methods.teacher_labels import cross_entropy, cutmix_masks, hard_pixels, nearest, pseudo_labels
 from hpseg.models.backbone import Backbone
 from hpseg.models.finetune import parameter_groups, trainable
+from hpseg.models.heads import compared
 from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import Share
@@ -215,7 +216,11 @@ class Dgcl(Method):
             own = torch.zeros(len(anchors), dtype=torch.int64, device=keys.device)
             terms.append(
                 hpkernels.supervised_contrastive_loss(
-                    anchors, own, keys=keys, key_labels=kinds, temperature=config.temperature
+                    compared(anchors, config.loss_dtype),
+                    own,
+                    keys=compared(keys, config.loss_dtype),
+                    key_labels=kinds,
+                    temperature=config.temperature,
                 )
             )
         return torch.stack(terms).mean()

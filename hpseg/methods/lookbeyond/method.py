@@ -32,6 +32,7 @@ from hpseg.methods.teacher_labels import cross_entropy
 from hpseg.models.backbone import Backbone
 from hpseg.models.extractor import load_extractor
 from hpseg.models.finetune import parameter_groups, trainable
+from hpseg.models.heads import compared
 from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
 from hpseg.run.files import write_json
@@ -237,7 +238,7 @@ class LookBeyond(Method):
         if len(rows) < 2:  # nothing to compare, and no statistics of a batch
             return codes.sum() * 0
         return hpkernels.supervised_contrastive_loss(
-            self.projection(codes.flatten(0, 1)[rows]),
+            compared(self.projection(codes.flatten(0, 1)[rows]), config.loss_dtype),
             labels.flatten()[rows],
             image_ids=rows // labels.shape[1] if config.cross_image_only else None,
             temperature=config.temperature,

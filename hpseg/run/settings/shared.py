@@ -32,10 +32,15 @@ class RunSettings:
         basic=True,
     )
     dtype: str = setting(
-        "bf16: autocast of backbone, heads and projection, faster on a GPU; the loss is computed in fp32 either way",
+        "bf16: autocast of backbone, heads and projection, and the default of loss_dtype; faster on a GPU",
         "fp32",
         choices=("fp32", "bf16"),
         basic=True,
+    )
+    loss_dtype: str = setting(
+        "type of the codes and features that losses and searches over pairs take, whose sums are fp32; follows --dtype",
+        "fp32",
+        choices=("fp32", "bf16"),
     )
     pos_embed: str = setting(
         "position embedding off its own grid: as timm has it, or as DINO's code for published numbers",

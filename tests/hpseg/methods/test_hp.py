@@ -1,9 +1,15 @@
-"""Hidden Positives: the schedule of lambda, and the scale of the local mixture."""
+"""Hidden Positives: the schedule of lambda, the scale of the local mixture, and what search and loss are handed."""
 
 from __future__ import annotations
 
-import torch
+import json
 
+import pytest
+import torch
+from tiny import SMALL
+
+import hpkernels
+import hpseg
 from hpseg.methods.hp import HiddenPositives, lambda_at
 from hpseg.models.backbone import Tokens
 from hpseg.run.config import make_config
@@ -27,3 +33,22 @@ def test_local_scale_is_the_factor_of_the_mixture():
         view = Tokens(features, factor * weights, (4, 4))
         losses[scale, factor] = method.losses(view, None, 0, 0, share)["contrastive"].item()
     assert losses[28, 1] == losses[14, 2] != losses[14, 1]
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [({}, "fp32"), ({"dtype": "bf16"}, "bf16"), ({"dtype": "bf16", "loss_dtype": "fp32"}, "fp32")],
+    ids=["fp32", "bf16", "bf16 but the loss"],
+)
+def test_search_and_loss_take_what_config_json_says(photos, vit_file, tmp_path, monkeypatch, settings, expected):
+    loss, handed = hpkernels.hidden_positive_loss, set()
+
+    def recorded(z, features, pool, **others):
+        given = (z, features, pool, *(others.get(name) for name in ("z_local", "head_features", "head_pool")))
+        handed.update((type(x) if x is None else x.dtype) for x in given)
+        return loss(z, features, pool, **others)
+
+    monkeypatch.setattr(hpkernels, "hidden_positive_loss", recorded)
+    hpseg.train(photos, tmp_path / "run", weights=vit_file, steps=3, **{**SMALL, "lambda_warmup": 0, **settings})
+    assert handed - {type(None)} == {torch.bfloat16 if expected == "bf16" else torch.float32}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["loss_dtype"] == expected
