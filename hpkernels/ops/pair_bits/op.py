@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,14 +40,14 @@ def _(seed, rows, columns, rate, backend):
 
 
 @torch.library.custom_op("hpkernels::count_bits", mutates_args=())
-def count_bits(bits: Tensor, backend: str) -> Tensor:
-    """Set bits of each row, int32 (N,)."""
-    return dispatch.implementation("pair_bits", backend).count_bits(bits)
+def count_bits(masks: Sequence[Tensor], backend: str) -> Tensor:
+    """Set bits of each row of masks of one shape (N, W), int32 (masks, N)."""
+    return dispatch.implementation("pair_bits", backend).count_bits(*masks)
 
 
 @count_bits.register_fake
-def _(bits, backend):
-    return bits.new_empty((bits.shape[0],), dtype=torch.int32)
+def _(masks, backend):
+    return masks[0].new_empty((len(masks), masks[0].shape[0]), dtype=torch.int32)
 
 
 @torch.library.custom_op("hpkernels::transpose_bits", mutates_args=())
