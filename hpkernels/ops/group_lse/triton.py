@@ -14,8 +14,15 @@ from torch import Tensor
 from hpkernels import tuning
 from hpkernels.ops.common import exponentials as common
 from hpkernels.ops.common.gpu import LOG2E, padded_rows
-from hpkernels.ops.common.merging import merged_lse
-from hpkernels.ops.common.triton import on_device, precision, require_supported, same_dtype, split_tiles, tile_product
+from hpkernels.ops.common.triton import (
+    merged_lse,
+    on_device,
+    precision,
+    require_supported,
+    same_dtype,
+    split_tiles,
+    tile_product,
+)
 from hpkernels.ops.group_lse.rows import Grouped
 from hpkernels.tuning import dtype_class
 

@@ -31,7 +31,7 @@ def _(bits, columns):
 @torch.library.custom_op("hpkernels::random_bits", mutates_args=())
 def random_bits(seed: Tensor, rows: int, columns: int, rate: float, backend: str) -> Tensor:
     """Bernoulli bits from a counter-based generator, the same on every backend. See reference.random_bits."""
-    return dispatch.implementation("pair_bits", backend).random_bits(seed, rows, columns, rate)
+    return dispatch.function("pair_bits", "random_bits", backend, seed)(seed, rows, columns, rate)
 
 
 @random_bits.register_fake
@@ -42,7 +42,7 @@ def _(seed, rows, columns, rate, backend):
 @torch.library.custom_op("hpkernels::count_bits", mutates_args=())
 def count_bits(masks: Sequence[Tensor], backend: str) -> Tensor:
     """Set bits of each row of masks of one shape (N, W), int32 (masks, N)."""
-    return dispatch.implementation("pair_bits", backend).count_bits(*masks)
+    return dispatch.function("pair_bits", "count_bits", backend, masks[0])(*masks)
 
 
 @count_bits.register_fake
@@ -53,7 +53,7 @@ def _(masks, backend):
 @torch.library.custom_op("hpkernels::transpose_bits", mutates_args=())
 def transpose_bits(bits: Tensor, columns: int, backend: str) -> Tensor:
     """(N, words(columns)) -> (columns, words(N))."""
-    return dispatch.implementation("pair_bits", backend).transpose_bits(bits, columns)
+    return dispatch.function("pair_bits", "transpose_bits", backend, bits)(bits, columns)
 
 
 @transpose_bits.register_fake
@@ -69,7 +69,7 @@ def pairs_from_indices(
 
     With `symmetric` also the mirrored pairs, without the diagonal; columns is N then.
     """
-    pairs = dispatch.implementation("pair_bits", backend).pairs_from_indices
+    pairs = dispatch.function("pair_bits", "pairs_from_indices", backend, indices)
     return pairs(indices, columns, symmetric, first_row, rows)
 
 

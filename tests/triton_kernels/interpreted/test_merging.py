@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hpkernels.ops.common import exponentials, merging
+from hpkernels.ops.common import exponentials
+from hpkernels.ops.common import triton as merging
 
 
 def _parts(parts, rows, shift):

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hpkernels.ops.common import exponentials as common
 from hpkernels.ops.common.gpu import LOG2E
-from hpkernels.ops.common.merging import merged
-from hpkernels.ops.common.triton import require_supported
+from hpkernels.ops.common.triton import merged, require_supported
 from hpkernels.ops.contrastive.masks import Masks
 from hpkernels.ops.contrastive.triton import dense, dense_grad, sparse, sparse_grad
 
