@@ -1,4 +1,6 @@
-"""Tune the Triton kernels of the contrastive op on the GPU at hand: `python -m hpkernels.tune [--op ...] [--out FILE]`.
+"""Tune the contrastive op on the GPU at hand: `python -m hpkernels.tune [--op ...] [--out FILE]`.
+
+The tiles and routes of the Triton kernels; and, asked for by --op backend/..., which backend is the faster one.
 
 Synthetic tensors only, and only when asked: nothing is ever tuned inside a training step. For each op, dtype and shape
 every candidate configuration is compiled; those that spill registers or need more than the GPU has are dropped; the
@@ -9,6 +11,7 @@ Use the table with HPKERNELS_TUNING=FILE (see hpkernels.tuning).
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
 import os
@@ -21,12 +24,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hpkernels import tuning
+from hpkernels import dispatch, tuning
 
 OPS = (  # the routes come last: they are compared with the tiles found before
     "contrastive_stats", "contrastive_stats_sparse", "contrastive_grad_fused", "contrastive_grad_workspace",
     "contrastive_grad_sparse", "contrastive_grad",
 )  # fmt: skip
+BACKENDS = tuple(
+    f"backend/{name}/{form}" for name in ("contrastive_stats", "contrastive_grad") for form in ("dense", "sparse")
+)  # after the tiles, too
+CHOICES = ("contrastive_grad", *BACKENDS)  # between whole ways: what one has compiled is not its own
 WIDTHS, ROWS = (64, 128, 256, 512, 768), (2048, 16384, 50176)
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
 REPEATS = 30
@@ -40,6 +47,8 @@ Timer = Callable[[Call], float]  # milliseconds
 def candidates(op: str, kind: str, d: int) -> list[dict]:
     """Configurations worth a try for rows of width d."""
     half = kind == "half"
+    if op in BACKENDS:
+        return [{"backend": name} for name in ("triton", "cuda") if dispatch.MISSING[name] is None]
     if op == "contrastive_grad":
         return [{"route": "fused"}, {"route": "workspace"}]
     sides, steps = ((64, 128), (64,)) if half else ((32, 64), (16,))
@@ -90,12 +99,18 @@ def problem(op: str, dtype: torch.dtype, d: int, n: int, device: torch.device) -
     return run
 
 
+def kernels_of(op: str, dtype: torch.dtype, d: int, n: int, device: torch.device) -> ModuleType:
+    """The module that a choice in force is about."""
+    backend = tuning.lookup(op, dtype, d, n, device)["backend"] if op in BACKENDS else "triton"
+    return dispatch.implementation("contrastive", backend)
+
+
 def agrees(op: str, dtype: torch.dtype, d: int, device: torch.device) -> bool:
     """Whether the configuration in force gives the fp64 reference's numbers on a small problem."""
     from hpkernels.ops.contrastive import reference
-    from hpkernels.ops.contrastive import triton as kernels
 
     run = problem(op, dtype, d, CHECK_ROWS, device)
+    kernels = kernels_of(op, dtype, d, CHECK_ROWS, device)
     allowed = TOLERANCE["stats" if "stats" in op else "grad", tuning.dtype_class(dtype)]
     pairs = zip(run(kernels), run(reference, torch.float64), strict=True)
     return all((ours.double() - oracle).norm() <= allowed * oracle.norm() for ours, oracle in pairs)
@@ -130,6 +145,10 @@ def spills() -> int:
     return most
 
 
+def _run(run: Callable[..., tuple[Tensor, ...]], *choice) -> tuple[Tensor, ...]:
+    return run(kernels_of(*choice))
+
+
 def best(
     configs: list[dict], op: str, call: Call, timer: Timer, check: Callable[[], bool], spilled: Callable[[], int]
 ) -> tuple[dict, float] | None:
@@ -140,7 +159,7 @@ def best(
             spilled()
             try:
                 call()
-                if op != "contrastive_grad" and spilled():
+                if op not in CHOICES and spilled():
                     continue
                 timed.append((timer(call), config))
             except Exception as error:  # the compiler or the GPU refuses a configuration in many ways: it is dropped
@@ -167,7 +186,7 @@ def write(file: Path, found: list[dict], family: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hpkernels.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
+    parser.add_argument("--op", nargs="*", choices=OPS + BACKENDS, default=list(OPS))
     parser.add_argument("--dtype", nargs="*", choices=list(DTYPES), default=["half"])
     parser.add_argument("--widths", nargs="*", type=int, default=list(WIDTHS), help="D")
     parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS), help="N")
@@ -188,19 +207,17 @@ def tune(
     timer: Timer, spilled: Callable[[], int], out: Path,
 ) -> list[dict]:  # fmt: skip
     """Finds, prints and writes the best configuration of every op, dtype, width and number of rows; uses it at once."""
-    from hpkernels.ops.contrastive import triton as kernels
-
-    found = []
-    for op, kind, d, n in itertools.product([op for op in OPS if op in ops], kinds, widths, rows):
-        run = problem(op, DTYPES[kind], d, n, device)
-        timed, correct = partial(run, kernels), partial(agrees, op, DTYPES[kind], d, device)
+    found, today = [], datetime.date.today().isoformat()
+    for op, kind, d, n in itertools.product([op for op in OPS + BACKENDS if op in ops], kinds, widths, rows):
+        timed = partial(_run, problem(op, DTYPES[kind], d, n, device), op, DTYPES[kind], d, n, device)
+        correct = partial(agrees, op, DTYPES[kind], d, device)
         winner = best(candidates(op, kind, d), op, timed, timer, correct, spilled)
         if winner is None:
             print(f"{op:28} {kind:6} {d:5} {n:7}         -  none passed")
             continue
         config, milliseconds = winner
         print(f"{op:28} {kind:6} {d:5} {n:7} {milliseconds:9.3f}  {config}", flush=True)
-        entry = dict(op=op, dtype=kind, d=d, log2_n=n.bit_length() - 1, measured=True, config=config)
+        entry = dict(op=op, dtype=kind, d=d, log2_n=n.bit_length() - 1, measured=today, config=config)
         found.append(entry)
         write(out, [entry], torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter")
         os.environ["HPKERNELS_TUNING"] = str(out)  # the routes are compared with the tiles found before

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 
 import pytest
 import torch
 
-from hpkernels import tune, tuning
+from hpkernels import dispatch, tune, tuning
 
 CPU = torch.device("cpu")
 
@@ -93,6 +94,25 @@ def test_the_table_that_tuning_writes_is_used(tmp_path, monkeypatch):
     assert [entry["config"] for entry in found] == [small[1]]
     assert tuning.lookup("contrastive_stats", torch.float32, 32, 64, CPU) == small[1]
     assert json.loads(file.read_text())["entries"] == found
+
+
+def test_the_faster_backend_is_written(tmp_path, monkeypatch):
+    """Here of two that can run on a CPU."""
+    file = tmp_path / "mine.json"
+    monkeypatch.setenv("HPKERNELS_TUNING", "")
+    monkeypatch.setattr(tune, "CHECK_ROWS", 40)
+    monkeypatch.setattr(tune, "REPEATS", 2)
+    monkeypatch.setattr(tune, "candidates", lambda op, kind, d: [{"backend": "reference"}, {"backend": "triton"}])
+    times = iter([1.0, 2.0])
+    op = "backend/contrastive_stats/sparse"
+    (found,) = tune.tune([op], ["single"], [32], [64], CPU, lambda call: next(times) + 0 * len(call()), lambda: 9, file)
+    assert found["config"] == {"backend": "reference"} and found["measured"] == datetime.date.today().isoformat()
+    assert tuning.find(op, torch.float32, 32, 64, CPU) == found
+
+
+def test_backends_that_are_not_built_are_no_candidates(monkeypatch):
+    monkeypatch.setitem(dispatch.MISSING, "cuda", "it was not built")
+    assert tune.candidates("backend/contrastive_grad/dense", "half", 512) == [{"backend": "triton"}]
 
 
 @pytest.mark.parametrize("op", tune.OPS)
