@@ -1,11 +1,15 @@
-"""Compile every Triton kernel, in every shipped configuration, for GPUs that are not here; one dtype and width for AMD.
+"""Compile every Triton kernel, in every shipped configuration, for absent GPUs, by every Triton that counts.
 
-The public wrappers of the kernels run on small CPU tensors while a stand-in driver answers for the GPU and launches
-are recorded instead of made. So what is compiled is what a GPU would get: the wrappers' own configuration tables,
-argument types, alignments and constants. Results of the wrappers are meaningless here and dropped.
+The wrappers of the kernels are called with tensors of the sizes that training makes (recorder.py), in bf16 and in fp32
+with either form of its products. One dtype and width for AMD.
 
-    python -m tests.triton_kernels.aot            writes benchmarks/results/aot.json
-    python -m tests.triton_kernels.aot --check    whether the table is of the kernels as they are now
+    python -m tests.triton_kernels.aot            brings this Triton's part of benchmarks/results/aot.json up to date
+    python -m tests.triton_kernels.aot --check    whether every part is of the kernels as they are now
+
+The parts are those of TRITONS: the oldest and the newest that the supported versions of torch bring, and the one that
+most machines for rent have. Another Triton needs no other torch:
+
+    pip install --no-deps --target FOLDER "triton==3.5.*" && PYTHONPATH=FOLDER python -m tests.triton_kernels.aot
 
 Needs a process without TRITON_INTERPRET. No figure in aot.json was measured on a GPU: registers, stack and shared
 memory are the assembler's, instruction counts are from PTX, or from the assembly of an AMD GPU.
@@ -14,112 +18,40 @@ memory are the assembler's, instruction counts are from PTX, or from the assembl
 from __future__ import annotations
 
 import argparse
-import ast
 import datetime
 import functools
-import hashlib
 import itertools
 import json
-import re
-import subprocess
+import multiprocessing
+import resource
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from hpkernels import tuning
-from tests.triton_kernels.offsets import narrow_offsets
+from hpkernels.common.bits import words
+from tests.triton_kernels.figures import faults, resources
+from tests.triton_kernels.recorder import TARGETS, Launch, Recorder, compile_for
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "aot.json"
-TARGETS = {"80": GPUTarget("cuda", 80, 32), "90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
-FAMILIES = {"90": "hopper", "gfx942": "cdna"}  # the tuning tables they take; others the default
-SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "gfx942": 64 * 1024}
+TRITONS = ("3.5", "3.6", "3.8")  # CONTRIBUTING.md has their versions of torch
 DTYPES = (torch.bfloat16, torch.float32)  # one of each class of the configuration tables
 WIDTHS = (64, 128, 256, 512, 1024)  # one of each class; others are padded to one of these
 MAIN_WIDTH = 512  # kernels whose configuration does not depend on the width are compiled once
-CHOICE = {"gfx942": dict(dtypes=(torch.bfloat16,), widths=(MAIN_WIDTH,))}  # what a target is compiled for, if not all
-
-
-class _Driver:
-    """Stands in for a GPU driver: says which target to compile for, launches nothing."""
-
-    def __init__(self, arch: str):
-        self.target = TARGETS[arch]
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return list(TARGETS.values()).index(self.target)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class Recorder:
-    """Within its context kernel launches are recorded (`launches`), and compiled if `compile` is set (`kernels`)."""
-
-    def __init__(self, arch: str, compile: bool):
-        self.arch, self.compile = arch, compile
-        self.launches: dict[str, str] = {}
-        self.kernels: dict[str, object] = {}
-
-    def __enter__(self) -> Recorder:
-        self._run, recorder = JITFunction.run, self
-
-        def run(kernel, *args, grid, warmup, **kwargs):
-            name = _launch_name(kernel, args, kwargs)
-            recorder.launches[name] = source_hash(kernel)
-            if recorder.compile and name not in recorder.kernels:
-                try:
-                    recorder.kernels[name] = recorder._run(kernel, *args, grid=grid, warmup=True, **kwargs)
-                except (triton.CompilationError, RuntimeError) as error:  # RuntimeError: a pass of the compiler failed
-                    recorder.kernels[name] = error
-
-        JITFunction.run = run
-        self._family = tuning.family
-        tuning.family = lambda device: FAMILIES.get(self.arch, "default")
-        driver.set_active(_Driver(self.arch))
-        return self
-
-    def __exit__(self, *error) -> None:
-        JITFunction.run = self._run
-        tuning.family = self._family
-
-
-def source_hash(kernel: JITFunction) -> str:
-    """Of the code, without comments and docstrings, of a kernel and of all functions of ours that it calls."""
-    sources, pending = {}, [kernel]
-    while pending:
-        function = pending.pop()
-        if function.__name__ in sources:
-            continue
-        tree = ast.parse(function.src)
-        tree.body[0].body = [node for node in tree.body[0].body if not _is_docstring(node)]
-        sources[function.__name__] = ast.unparse(tree)
-        called = (function.__globals__.get(name) for name in function.fn.__code__.co_names)
-        pending += [f for f in called if isinstance(f, JITFunction) and f.__module__.startswith("hpkernels.")]
-    return hashlib.sha256("".join(sources[name] for name in sorted(sources)).encode()).hexdigest()[:16]
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
-def _launch_name(kernel: JITFunction, args: tuple, kwargs: dict) -> str:
-    """Kernel, dtype of its first operand, and every compile-time option."""
-    options = {key: value for key, value in kwargs.items() if key not in ("PRECISION",)}
-    dtype = str(args[0].dtype).removeprefix("torch.")
-    shown = " ".join(f"{key}={int(value)}" for key, value in sorted(options.items()))
-    return f"{kernel.__name__} {dtype} {shown}"
+# Rows of a batch, and its tokens an image. Which sizes are multiples of 16 decides what is compiled: 64 images of 28 x
+# 28 tokens (224 pixels by 8), of 23 x 23 (322 by DINOv2's 14), of 40 x 40 (320 by 8), and a size that nothing divides.
+PAPER = 64 * 784
+BATCHES = {PAPER: 784, 64 * 529: 529, 64 * 1600: 1600, 5 * 143: 143}
+CHOICE = {  # what a target is compiled for, if not all
+    "80": dict(batches=(PAPER,)),
+    "gfx942": dict(dtypes=(torch.bfloat16,), widths=(MAIN_WIDTH,), batches=(PAPER,)),
+}
 
 
 # ------------------------------------------------------------------ what is shipped
@@ -127,52 +59,91 @@ def _launch_name(kernel: JITFunction, args: tuple, kwargs: dict) -> str:
 Case = tuple[str, Callable[[], object]]
 
 
-def cases(dtypes: tuple[torch.dtype, ...] = DTYPES, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
-    """Calls that between them launch every kernel in every configuration for these dtypes and widths."""
+def cases(
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    widths: tuple[int, ...] = WIDTHS,
+    batches: tuple[int, ...] = tuple(BATCHES),
+) -> Iterator[Case]:
+    """Calls that between them launch every kernel in every configuration for these dtypes, widths and batches.
+
+    Batches other than the paper's have the main width. The same call may launch what another has launched.
+    """
     from hpkernels.ops.normalize import triton as normalize
 
     normalize._output_dtype = lambda x: x.dtype  # what it answers on a GPU
-    for dtype in dtypes:
-        for width in widths:
-            x = torch.zeros(256, width, dtype=dtype)
-            yield f"normalize_rows {width}", lambda x=x: normalize.normalize_rows(x, "x")
-            yield f"normalize_rows_grad {width}", lambda x=x: normalize.normalize_rows_grad(x.float(), x)
-            yield from _contrastive_grad_cases(x)
-            yield from _group_grad_cases(x)
-            if width == MAIN_WIDTH:
-                yield from _cluster_cases(x)
-                yield from _group_lse_cases(x)
-                yield from _search_cases(x)
-                yield from _contrastive_stats_cases(x)
-                yield from _local_mix_cases(dtype)
-                yield from _pair_bits_cases()
+    for dtype, width, rows in itertools.product(dtypes, widths, batches):
+        if rows == PAPER or width == MAIN_WIDTH:
+            for name, call in _cases(torch.empty(rows, width, dtype=dtype)):
+                yield f"{name} {rows}", call
+                if dtype == torch.float32 and rows == PAPER:
+                    yield f"{name} {rows} tf32", functools.partial(_accepting_tf32, call)
 
 
-def _pair_bits_cases() -> Iterator[Case]:
+def _cases(x: torch.Tensor) -> Iterator[Case]:
+    from hpkernels.ops.normalize import triton as normalize
+
+    width = x.shape[1]
+    yield f"normalize_rows {width}", lambda: normalize.normalize_rows(x, "x")
+    yield f"normalize_rows_grad {width}", lambda: normalize.normalize_rows_grad(x.float(), x)
+    yield from _contrastive_grad_cases(x)
+    yield from _group_grad_cases(x)
+    if width == MAIN_WIDTH:
+        yield from _cluster_cases(x)
+        yield from _group_lse_cases(x)
+        yield from _search_cases(x)
+        yield from _contrastive_stats_cases(x)
+        yield from _pair_bits_cases(x)
+        if len(x) == PAPER:
+            yield from _local_mix_cases(x.dtype)
+
+
+def _accepting_tf32(call: Callable[[], object]) -> object:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        return call()
+    finally:
+        matmul.fp32_precision = before
+
+
+def _masks(x: torch.Tensor, number: int) -> list[torch.Tensor]:
+    """Pairs of all rows."""
+    return list(torch.empty(number, len(x), words(len(x)), dtype=torch.int32))
+
+
+def _negatives(x: torch.Tensor) -> torch.Tensor:
+    """Columns of each token position."""
+    return torch.empty(BATCHES[len(x)], words(len(x)), dtype=torch.int32)
+
+
+def _pair_bits_cases(x: torch.Tensor) -> Iterator[Case]:
     from hpkernels.ops.pair_bits import triton as pair_bits
 
-    bits = torch.zeros(256, 8, dtype=torch.int32)
-    yield "random_bits", lambda: pair_bits.random_bits(torch.tensor(1), 256, 256, 0.02)
+    n, tokens = len(x), BATCHES[len(x)]
+    bits = _masks(x, 1)[0]
+    yield "random_bits", lambda: pair_bits.random_bits(torch.tensor(1), tokens, n, 0.02)
     yield "count_bits", lambda: pair_bits.count_bits(bits)
-    yield "transpose_bits", lambda: pair_bits.transpose_bits(bits, 256)
+    yield "transpose_bits", lambda: pair_bits.transpose_bits(bits, n)
+    yield "transpose_bits negatives", lambda: pair_bits.transpose_bits(_negatives(x), n)
 
 
 def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:
     from hpkernels.ops.local_mix import triton as local_mix
     from hpkernels.ops.local_mix.weighting import Weighting
 
-    for side in (7, 11, 14, 22, 28, 40, 64):  # each power of two that holds a row
-        attention = torch.zeros(1, 1, side * side, side * side, dtype=dtype)
+    for side in (7, 11, 14, 16, 22, 23, 28, 40, 64):  # each power of two that holds a row, and what training has
+        images = 1 if side == 64 else 64
+        attention = torch.empty(images, 1, side * side, side * side, dtype=dtype)
         yield (
             f"neighbor_weights {side}",
             lambda a=attention, n=side: local_mix.neighbor_weights(a, Weighting(n, n, 28.0, 0.1, 0.9)),
         )
-        rows = torch.zeros(1, 6, side * side, 64, dtype=dtype)
+        rows = torch.empty(images, 6, side * side, 64, dtype=dtype)
         yield (
             f"neighbor_weights_qk {side}",
             lambda x=rows, n=side: local_mix.neighbor_weights_qk(x, x, 0.125, Weighting(n, n, 28.0, 0.1, 0.9)),
         )
-    code, weights = torch.zeros(1, 784, 512, dtype=dtype), torch.zeros(1, 784, 9)
+    code, weights = torch.empty(64, 784, 512, dtype=dtype), torch.empty(64, 784, 9)
     yield "neighbor_mix", lambda: local_mix.neighbor_mix(code, weights, 28, 28)
     yield "neighbor_mix_grad", lambda: local_mix.neighbor_mix_grad(code, code, weights, 28, 28, True, True)
 
@@ -181,8 +152,8 @@ def _search_cases(x: torch.Tensor) -> Iterator[Case]:
     from hpkernels.ops.similarity_search import triton as search
 
     n, width = x.shape
-    theta, groups, keys = torch.zeros(n), torch.zeros(n, dtype=torch.int64), torch.zeros(1024, width, dtype=x.dtype)
-    key_groups = torch.zeros(1024, dtype=torch.int64)
+    theta, groups, keys = torch.zeros(n), torch.zeros(n, dtype=torch.int64), torch.empty(2048, width, dtype=x.dtype)
+    key_groups = torch.zeros(2048, dtype=torch.int64)
     yield f"max_similarity {width}", lambda: search.max_similarity(x, x)
     yield f"pairs_above {width}", lambda: search.pairs_above(x, theta, None, None)
     yield f"pairs_above keys {width}", lambda: search.pairs_above(x, theta, x, theta)
@@ -195,11 +166,11 @@ def _contrastive_stats_cases(x: torch.Tensor) -> Iterator[Case]:
     from hpkernels.ops.contrastive import triton as contrastive
     from hpkernels.ops.contrastive.masks import Masks
 
-    bits, extra = torch.zeros(2, len(x), 8, dtype=torch.int32)
-    negatives = torch.zeros(64, 8, dtype=torch.int32)
+    (bits, extra), negatives = _masks(x, 2), _negatives(x)
     for temperature in (0.8, 0.01):
         for mode, masks in (
             ("all", (bits, None, None, None, None)),
+            ("all", (bits, None, extra, None, None)),
             ("dense", (bits, None, extra, None, negatives)),
             ("sparse", (bits, None, extra, None, negatives)),
             ("sparse", (bits, None, None, None, None)),
@@ -212,17 +183,20 @@ def _contrastive_grad_cases(x: torch.Tensor) -> Iterator[Case]:
     from hpkernels.ops.contrastive import triton as contrastive
     from hpkernels.ops.contrastive.masks import Masks
 
-    bits, turned, extra, extra_turned = torch.zeros(4, len(x), 8, dtype=torch.int32)
-    negatives, vector = torch.zeros(64, 8, dtype=torch.int32), torch.zeros(1, len(x))
+    (bits, turned, extra, extra_turned), negatives = _masks(x, 4), _negatives(x)
+    vector = torch.zeros(1, len(x))
     for mode, masks in (
         ("all", (bits, None, None, None, None)),
+        ("all", (bits, None, extra, None, None)),
         ("dense", (bits, None, extra, None, negatives)),
         ("dense", (bits, turned, extra, extra_turned, negatives)),
         ("sparse", (bits, None, extra, None, negatives)),
         ("sparse", (bits, turned, extra, extra_turned, negatives)),
     ):
         routes = ("lists",) if mode == "sparse" else ("fused", "workspace")
-        for route, temperature in itertools.product(routes, (0.8, 0.04)[: len(routes)]):  # lists ignore the temperature
+        temperatures = (0.8, 0.04)[: len(routes)]  # lists ignore it
+        routes = routes if x.shape[1] == MAIN_WIDTH else routes[:1]  # the workspace's tiles ignore the width
+        for route, temperature in itertools.product(routes, temperatures):
             arguments = (x[None], Masks(*masks, mode), temperature, *[vector] * 4)
             call = functools.partial(contrastive.contrastive_grad, *arguments)
             name = f"grad {mode} {sum(m is not None for m in masks)} {route} {temperature} {x.shape[1]}"
@@ -262,164 +236,146 @@ def _on_route(route: str, call: Callable[[], object]) -> object:
         return call()
 
 
-# ------------------------------------------------------------------ what the compiler says
+# ------------------------------------------------------------------ the table
+
+SHARE = 8  # kernels a process takes at a time
+_wanted: dict[str, dict[str, Launch]] = {}  # what the processes, forks of this one, are to compile
 
 
-_LOAD_16 = r"cp\.async\.c\S+ .*?, 0x10\b|ld\.global\S*\.v4\.[bfsu]32|ld\.global\S*\.v2\.[bfsu]64"
-
-
-def resources(kernel: object) -> dict[str, int]:
-    """Registers and stack bytes of a thread, shared bytes of a block, and instruction counts of a compiled kernel."""
-    if isinstance(kernel, Exception):
-        return {"error": str(kernel)}
-    common = {
-        "shared": kernel.metadata.shared,
-        "warps": kernel.metadata.num_warps,
-        "products": kernel.asm["ttir"].count("tt.dot "),
-        "narrow_offsets": len(narrow_offsets(kernel.asm["ttir"])),
-    }
-    return common | (_amd_resources(kernel) if "amdgcn" in kernel.asm else _nvidia_resources(kernel))
-
-
-def _nvidia_resources(kernel: object) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    ptx = kernel.asm["ptx"]
-    return {
-        "registers": registers,
-        "stack": stack,
-        "wgmma": ptx.count("wgmma.mma_async"),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "cp_async": ptx.count("cp.async.c"),
-        "loads_16": len(re.findall(_LOAD_16, ptx)),
-    }
-
-
-def _amd_resources(kernel: object) -> dict[str, int]:
-    """Scalar registers may be spilled to lanes of vector registers; what goes to memory is the stack."""
-    assembly = kernel.asm["amdgcn"]
-    notes = ("vgpr_count", "agpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    vgpr, agpr, vgpr_spills, sgpr_spills, stack = (int(re.search(rf"\.{k}:\s+(\d+)", assembly)[1]) for k in notes)
-    return {
-        "vgpr": vgpr,  # accumulation registers included
-        "agpr": agpr,
-        "vgpr_spills": vgpr_spills,
-        "sgpr_spills": sgpr_spills,
-        "stack": stack,
-        "mfma": len(re.findall(r"\bv_mfma", assembly)),
-        "loads_16": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", assembly)),
-    }
-
-
-def faults(name: str, arch: str, figures: dict[str, int]) -> list[str]:
-    """What a shipped configuration may not do."""
-    if "error" in figures:
-        return [figures["error"]]
-    found = []
-    if figures["shared"] > SHARED_LIMIT[arch]:
-        found.append(f"{figures['shared']} bytes of shared memory, {SHARED_LIMIT[arch]} usable")
-    if figures["stack"]:
-        found.append(f"{figures['stack']} bytes of stack: registers are spilled")
-    if figures["narrow_offsets"]:
-        found.append(f"{figures['narrow_offsets']} offsets are products of 32 bits")
-    half = name.split()[1] in ("float16", "bfloat16")
-    if figures["products"] and not figures["loads_16"]:
-        found.append("no load of 16 bytes")
-    if figures["products"] and half:
-        if arch == "90" and (figures["wgmma"] == 0 or figures["mma"] > 0):
-            found.append(f"{figures['wgmma']} wgmma and {figures['mma']} mma instructions")
-        if arch == "80" and figures["mma"] == 0:
-            found.append("no mma instruction")
-        if arch == "gfx942" and figures["mfma"] == 0:
-            found.append("no mfma instruction")
-    return found
-
-
-def shipped(arch: str) -> dict[str, str]:
-    """Every launch on `arch` by name, with a hash of the kernel's source and all it calls; nothing is compiled."""
+def shipped(arch: str, only: Callable[[str], bool] = lambda case: True, **choice: tuple) -> dict[str, Launch]:
+    """Every launch on `arch` by name, or those of the chosen cases; nothing is compiled."""
     with Recorder(arch, compile=False) as recorder:
-        for _, call in cases(**CHOICE.get(arch, {})):
-            call()
+        for case, call in cases(**CHOICE.get(arch, {}) | choice):
+            if only(case):
+                call()
     return recorder.launches
 
 
-def compiled(arch: str, only: Callable[[str], bool] = lambda case: True, **choice: tuple) -> dict[str, dict]:
-    """Figures of every launch of the chosen cases, by launch name."""
-    with Recorder(arch, compile=True) as recorder:
-        for case, call in cases(**choice):
-            if only(case):
-                call()
-    return {name: {**resources(kernel), "source": recorder.launches[name]} for name, kernel in recorder.kernels.items()}
+def version() -> str:
+    """Of this Triton, as the table names its parts."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def recorded() -> dict[str, dict]:
+    """{version of Triton: its part of the table}."""
+    return json.loads(RESULTS.read_text()).get("tritons", {}) if RESULTS.exists() else {}
 
 
 def check() -> list[str]:
     """What is wrong with the committed table: faults, and configurations that it lacks or has of an older source."""
-    table = json.loads(RESULTS.read_text())["kernels"]
-    wrong = []
-    for arch in TARGETS:
-        for name, figures in table[arch].items():
-            wrong += [f"{arch} {name}: {fault}" for fault in faults(name, arch, figures)]
-        launches = shipped(arch)
-        for name, source in launches.items():
-            if table[arch].get(name, {}).get("source") != source:
-                wrong.append(f"{arch} {name}: changed or new; run `python -m tests.triton_kernels.aot`")
-        wrong += [f"{arch} {name}: no longer shipped" for name in table[arch].keys() - launches.keys()]
+    parts, launches = recorded(), {arch: shipped(arch) for arch in TARGETS}
+    wrong = [f"Triton {missing}: no part of the table" for missing in sorted(set(TRITONS) - parts.keys())]
+    for (of, part), (arch, now) in itertools.product(parts.items(), launches.items()):
+        kernels, where = part["kernels"][arch], f"Triton {of}, {arch}"
+        wrong += [
+            f"{where} {name}: {fault}" for name, figures in kernels.items() for fault in faults(name, arch, figures)
+        ]
+        stale = [name for name, launch in now.items() if kernels.get(name, {}).get("source") != launch.source]
+        wrong += [f"{where} {name}: changed or new; run `python -m tests.triton_kernels.aot`" for name in stale]
+        wrong += [f"{where} {name}: no longer shipped" for name in kernels.keys() - now.keys()]
     return wrong
 
 
-def compile_all(jobs: int, match: str, widths: list[int], archs: list[str]) -> dict[str, dict]:
-    """Figures by target and launch name."""
-    work = []
-    for arch in archs:
-        choice = CHOICE.get(arch, dict(dtypes=DTYPES, widths=WIDTHS))
-        chosen = (width for width in choice["widths"] if width in widths)
-        work += [(arch, dtype, width, match) for width in chosen for dtype in choice["dtypes"]]
-    rows: dict[str, dict] = {arch: {} for arch in archs}
-    with ProcessPoolExecutor(jobs) as pool:
-        for (arch, *_), part in zip(work, pool.map(_job, work), strict=True):
-            rows[arch].update(part)
+def compile_all(jobs: int) -> dict[str, dict]:
+    """Figures by target and launch name; what this Triton's part has of the same source is not compiled again."""
+    known = recorded().get(version(), {}).get("kernels", {})
+    wanted, rows = {}, {}
+    for arch in TARGETS:
+        launches, old = shipped(arch), known.get(arch, {})
+        kept = {name for name, row in old.items() if name in launches and row.get("source") == launches[name].source}
+        rows[arch] = {name: old[name] for name in kept if "error" not in old[name]}
+        wanted[arch] = {name: launch for name, launch in launches.items() if name not in rows[arch]}
+    for arch, found in compile_launches(wanted, jobs).items():
+        rows[arch] |= found
     return rows
 
 
-def _job(job: tuple[str, torch.dtype, int, str]) -> dict[str, dict]:
-    arch, dtype, width, match = job
-    torch.set_num_threads(1)
-    return compiled(arch, lambda case: match in case, dtypes=(dtype,), widths=(width,))
+def compile_launches(wanted: dict[str, dict[str, Launch]], jobs: int) -> dict[str, dict]:
+    """Figures by target and launch name. The processes are forks, as launches cannot be sent to others."""
+    _wanted.update(wanted)
+    work = []
+    for arch, launches in wanted.items():
+        names = sorted(launches)
+        work += [(arch, names[first : first + SHARE]) for first in range(0, len(names), SHARE)]
+    rows: dict[str, dict] = {arch: {} for arch in wanted}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        for (arch, _), found in zip(work, pool.map(_share, work), strict=True):
+            rows[arch] |= found
+    return rows
+
+
+def _share(job: tuple[str, list[str]]) -> dict[str, dict]:
+    arch, names = job
+    launches = [_wanted[arch][name] for name in names]
+    kernels = compile_for(arch, launches)
+    return {
+        name: resources(kernel) | {"source": launch.source}
+        for name, launch, kernel in zip(names, launches, kernels, strict=True)
+    }
+
+
+def write(rows: dict[str, dict]) -> None:
+    """This Triton's part in the place of its last; one line a kernel."""
+    part = {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "kernels": rows,
+    }
+    head = {
+        "command": "python -m tests.triton_kernels.aot",
+        "note": "compiled ahead of time; nothing here ran on a GPU",
+        "tritons": recorded() | {version(): part},
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(_lines(head) + "\n")
+
+
+def _lines(value: dict, depth: int = 0) -> str:
+    """JSON with a line for each dict that holds no other."""
+    if not any(isinstance(inner, dict) for inner in value.values()):
+        return json.dumps(value, sort_keys=True)
+    pad = " " * (depth + 1)
+    rows = (
+        f"{pad}{json.dumps(key)}: {_lines(inner, depth + 1) if isinstance(inner, dict) else json.dumps(inner)}"
+        for key, inner in sorted(value.items())
+    )
+    return "{\n" + ",\n".join(rows) + "\n" + " " * depth + "}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare aot.json with the kernels; compile nothing")
     parser.add_argument("--match", help="compile the cases whose name contains this and print; write nothing")
+    parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS), help="with --match")
+    parser.add_argument("--archs", nargs="*", choices=TARGETS, default=list(TARGETS), help="with --match")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS))
-    parser.add_argument("--archs", nargs="*", choices=TARGETS, default=list(TARGETS))
     arguments = parser.parse_args()
     if arguments.check:
         wrong = check()
         print(*wrong, sep="\n")
         return int(bool(wrong))
-    rows = compile_all(arguments.jobs, arguments.match or "", arguments.widths, arguments.archs)
+    began = time.monotonic()
+    if arguments.match is None:
+        rows = compile_all(arguments.jobs)
+        write(rows)
+    else:
+        wanted = {}
+        for arch in arguments.archs:
+            widths = [width for width in CHOICE.get(arch, {}).get("widths", WIDTHS) if width in arguments.widths]
+            wanted[arch] = shipped(arch, lambda case: arguments.match in case, widths=widths)
+        rows = compile_launches(wanted, arguments.jobs)
     wrong = []
     for arch, kernels in rows.items():
         for name, figures in sorted(kernels.items()):
             print(f"{arch} {name}: " + ", ".join(f"{k} {v}" for k, v in figures.items() if k != "source"))
             wrong += [f"{arch} {name}: {fault}" for fault in faults(name, arch, figures)]
-    if arguments.match is None:
-        head = {
-            "command": "python -m tests.triton_kernels.aot",
-            "date": datetime.date.today().isoformat(),
-            "triton": triton.__version__,
-            "torch": torch.__version__,
-            "note": "compiled ahead of time; nothing here ran on a GPU",
-        }
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        others = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # what else was compiled keeps its place
-        RESULTS.write_text(json.dumps({**others, **head, "kernels": rows}, indent=1, sort_keys=True) + "\n")
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(use.ru_utime + use.ru_stime for use in used)
+    number = sum(map(len, rows.values()))
+    print(
+        f"Triton {triton.__version__}: {number} kernels, {time.monotonic() - began:.0f} s, {seconds:.0f} of processors"
+    )
     print(*wrong, sep="\n")
     return int(bool(wrong))
 
