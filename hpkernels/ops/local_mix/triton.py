@@ -17,15 +17,13 @@ _ROW_NUMBERS, _WARP_NUMBERS = 4096, 1024  # logits that a program, and a warp, h
 _LONGEST_ROW = 32 * _WARP_NUMBERS  # of as many warps as a program can have
 _MIX_TOKENS, _MIX_CHANNELS, _MIX_WARPS = 32, 64, 4
 
-# From queries and keys: a program holds all logits of up to _PANEL_ROWS rows, _PANEL_NUMBERS of them.
-_PANEL_ROWS, _PANEL_COLUMNS, _PANEL_NUMBERS = 32, 1024, 16384
-_PANEL_STEPS = {"half": 32, "single": 16}  # halved for the longest rows: 64 KiB of shared memory are enough
-# Longer rows: tiles of logits into a workspace of at most _WORKSPACE_BYTES.
+# From queries and keys: tiles of logits into a workspace of at most _WORKSPACE_BYTES, or of one row.
 _LOGIT_TILES = {
     "half": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
     "single": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
 }
-_WORKSPACE_BYTES = 256 << 20
+_WORKSPACE_BYTES = 64 << 20
+_LARGEST_GRID = 65535  # programs along an axis that is not the first
 
 
 @triton.jit
@@ -139,38 +137,11 @@ def _neighbor_weights_kernel(
 
 
 @triton.jit
-def _neighbor_weights_panel_kernel(
-    q_ptr, k_ptr, out_ptr, T, C, height, width, stride_q_image, stride_q, stride_k_image, stride_k,
-    scale, sigma, low_rank, low_fraction, high_rank, high_fraction, log_tokens,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Nine weights of BLOCK_R tokens of one image from the queries and keys of all heads; T <= BLOCK_T.
-
-    The product is made with keys as rows: as many as the matrix units want, where queries are too few.
-    """
-    panels = tl.cdiv(T, BLOCK_R)
-    image = (tl.program_id(0) // panels).to(tl.int64)
-    token = tl.program_id(0) % panels * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid_token = tl.minimum(token, T - 1)
-    j = tl.arange(0, BLOCK_T)
-    products = tile_product(
-        k_ptr + image * stride_k_image, q_ptr + image * stride_q_image, tl.minimum(j, T - 1), valid_token, C,
-        stride_k, stride_q, BLOCK_T, BLOCK_R, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    a = tl.trans(products) * scale
-    valid = (j < T)[None, :] & (token >= 0)[:, None]
-    _store_weights(
-        out_ptr, image * T + valid_token, a, valid, token < T, valid_token, T, height, width,
-        sigma, low_rank, low_fraction, high_rank, high_fraction, log_tokens, BLOCK_R, BLOCK_T,
-    )  # fmt: skip
-
-
-@triton.jit
 def _neighbor_weights_logits_kernel(
-    q_ptr, k_ptr, out_ptr, rows, T, C, stride_q_image, stride_q, stride_k_image, stride_k, scale,
+    q_ptr, k_ptr, out_ptr, rows, T, C, stride_q_image, stride_q, stride_k_image, stride_k, stride_out, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[image, i, j] = scale <q_i, k_j> for `rows` queries of each image and all its T keys."""
+    """out[image, i, j] = scale <q_i, k_j>: `rows` queries of each image, all its T keys, rows of stride_out numbers."""
     image = tl.program_id(2).to(tl.int64)
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -178,7 +149,7 @@ def _neighbor_weights_logits_kernel(
         q_ptr + image * stride_q_image, k_ptr + image * stride_k_image, tl.minimum(i, rows - 1), tl.minimum(j, T - 1),
         C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
-    out_at = (image * rows + i)[:, None] * T + j[None, :]
+    out_at = (image * rows + i)[:, None] * stride_out + j[None, :]
     tl.store(out_ptr + out_at, products * scale, mask=(i < rows)[:, None] & (j < T)[None, :])
 
 
@@ -191,8 +162,9 @@ def _row_numbers(tokens: int, sigma: float, low_quantile: float, high_quantile: 
 def _launch_rows(
     logits: Tensor, out: Tensor, first_token: int, height: int, width: int, numbers: tuple[float, ...]
 ) -> None:
-    """Weights of the tokens whose logits (images, heads, rows, T) are given, into out (images, T, 9)."""
-    images, heads, rows, tokens = logits.shape
+    """Weights of the tokens whose logits (images, heads, rows, T or more) are given, into out (images, T, 9)."""
+    images, heads, rows, _ = logits.shape
+    tokens = height * width
     block_t = triton.next_power_of_2(max(tokens, 32))
     block_r = max(1, min(4, _ROW_NUMBERS // block_t))
     _neighbor_weights_kernel[(triton.cdiv(images * rows, block_r),)](
@@ -235,18 +207,7 @@ def neighbor_weights_qk(queries: Tensor, keys: Tensor, scale: float, how: Weight
     queries, keys = _all_heads(queries, keys)
     numbers = _row_numbers(tokens, how.sigma, how.low_quantile, how.high_quantile)
     with on_device(queries):
-        if tokens <= _PANEL_COLUMNS:
-            block_t = max(64, triton.next_power_of_2(tokens))
-            block_r = min(_PANEL_ROWS, _PANEL_NUMBERS // block_t)
-            step = _PANEL_STEPS[dtype_class(queries.dtype)] // (2 if block_t == _PANEL_COLUMNS else 1)
-            _neighbor_weights_panel_kernel[(batch * triton.cdiv(tokens, block_r),)](
-                queries, keys, out, tokens, queries.shape[2], how.height, how.width,
-                *queries.stride()[:2], *keys.stride()[:2], scale / heads, *numbers,
-                BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_K=step, PRECISION=precision(queries.dtype),
-                num_warps=4 if block_t <= 256 else 8, num_stages=2,
-            )  # fmt: skip
-        else:
-            _through_workspace(queries, keys, out, scale / heads, how.height, how.width, numbers)
+        _through_workspace(queries, keys, out, scale / heads, how.height, how.width, numbers)
     return out
 
 
@@ -256,8 +217,7 @@ def _all_heads(*operands: Tensor) -> list[Tensor]:
     if len({x.dtype for x in rows}) > 1:
         rows = same_dtype(*rows)
     rows = [x if x.stride(2) == 1 else x.contiguous() for x in rows]
-    kind = dtype_class(rows[0].dtype)
-    step = max(_LOGIT_TILES[kind]["BLOCK_K"], _PANEL_STEPS[kind])
+    step = _LOGIT_TILES[dtype_class(rows[0].dtype)]["BLOCK_K"]
     return [padded_rows(x, step) for x in rows]
 
 
@@ -267,19 +227,20 @@ def _through_workspace(
     """Logits of some images, or of some rows of one, at a time: no more than _WORKSPACE_BYTES of them."""
     batch, tokens, depth = queries.shape
     config = _LOGIT_TILES[dtype_class(queries.dtype)]
-    rows = min(tokens, max(1, _WORKSPACE_BYTES // (4 * tokens)))
-    images = min(batch, max(1, _WORKSPACE_BYTES // (4 * tokens * rows)))
-    workspace = torch.empty(images * rows * tokens, dtype=torch.float32, device=queries.device)
+    stride = triton.cdiv(tokens, 16) * 16  # every row of the workspace can be read 16 bytes at a time
+    rows = min(tokens, max(1, _WORKSPACE_BYTES // (4 * stride)))
+    images = min(batch, _LARGEST_GRID, max(1, _WORKSPACE_BYTES // (4 * stride * rows)))
+    workspace = torch.empty(images * rows * stride, dtype=torch.float32, device=queries.device)
     for first_image in range(0, batch, images):
         some = slice(first_image, first_image + images)
         q, k, weights = queries[some], keys[some], out[some]
         for first in range(0, tokens, rows):
             q_rows = q[:, first : first + rows]
             count = q_rows.shape[1]
-            logits = workspace[: len(q) * count * tokens].view(len(q), 1, count, tokens)
+            logits = workspace[: len(q) * count * stride].view(len(q), 1, count, stride)
             grid = (triton.cdiv(tokens, config["BLOCK_N"]), triton.cdiv(count, config["BLOCK_M"]), len(q))
             _neighbor_weights_logits_kernel[grid](
-                q_rows, k, logits, count, tokens, depth, *q_rows.stride()[:2], *k.stride()[:2], scale,
+                q_rows, k, logits, count, tokens, depth, *q_rows.stride()[:2], *k.stride()[:2], stride, scale,
                 PRECISION=precision(q.dtype), **config,
             )  # fmt: skip
             _launch_rows(logits, weights, first, height, width, numbers)
