@@ -162,7 +162,7 @@ def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:
     from hpkernels.ops.local_mix.weighting import Weighting
 
     for side in (7, 11, 14, 22, 28, 40, 64):  # each power of two that holds a row
-        attention = torch.zeros(1, 1, side * side, side * side, dtype=dtype)
+        attention = torch.zeros(1, 2, side * side, side * side, dtype=dtype)  # one head would be a kernel of its own
         yield (
             f"neighbor_weights {side}",
             lambda a=attention, n=side: local_mix.neighbor_weights(a, Weighting(n, n, 28.0, 0.1, 0.9)),

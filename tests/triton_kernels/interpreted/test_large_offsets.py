@@ -173,11 +173,10 @@ def test_neighbor_weights_of_far_rows_heads_and_images():
             for row in range(4):
                 at = image * strides[0] + head * strides[1] + row * strides[2]
                 far.at(at, 4).copy_(attention[image, head, row])
-    out, numbers = torch.empty(2, 4, 9), local_mix._row_numbers(4, 28.0, 0.1, 0.9)
-    local_mix._neighbor_weights_kernel[(2,)](
-        far.start, out, 8, 4, 0, 3, 4, 2, 2, *strides, *numbers, BLOCK_R=4, BLOCK_T=32
-    )
-    assert torch.equal(out, local_mix.neighbor_weights(attention, Weighting(2, 2, 28.0, 0.1, 0.9)))
+    out, how = torch.empty(2, 4, 9), Weighting(2, 2, 28.0, 0.1, 0.9)
+    numbers = local_mix._row_numbers(3, how)
+    local_mix._neighbor_weights_kernel[(8,)](far.start, out, 4, 0, 3, 4, 2, 2, *strides, *numbers, BLOCK_T=32)
+    assert torch.equal(out, local_mix.neighbor_weights(attention, how))
 
 
 def test_logits_of_far_queries_and_keys(pair):
