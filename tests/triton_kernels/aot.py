@@ -133,7 +133,7 @@ def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:
 
     for side in (7, 11, 14, 16, 22, 23, 28, 40, 64):  # each power of two that holds a row, and what training has
         images = 1 if side == 64 else 64
-        attention = torch.empty(images, 1, side * side, side * side, dtype=dtype)
+        attention = torch.empty(images, 2, side * side, side * side, dtype=dtype)  # one head would be its own kernel
         yield (
             f"neighbor_weights {side}",
             lambda a=attention, n=side: local_mix.neighbor_weights(a, Weighting(n, n, 28.0, 0.1, 0.9)),

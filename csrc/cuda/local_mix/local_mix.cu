@@ -29,10 +29,10 @@ MixJob<T> mix_job(uintptr_t code, uintptr_t weights, int64_t images, int height,
 template <class T>
 void LocalMixLaunches<T>::neighbor_weights(uintptr_t attention, int64_t images, int heads, int height, int width,
                                            int64_t image_stride, int64_t head_stride, int64_t row_stride, int access,
-                                           float sigma, float log_tokens, int low_rank, float low_fraction,
-                                           int high_rank, float high_fraction, uintptr_t out, uintptr_t stream) {
+                                           float sigma, int low_rank, float low_fraction, int high_rank,
+                                           float high_fraction, uintptr_t out, uintptr_t stream) {
   const LogitRows<T> rows{pointer<const T>(attention), images, image_stride, head_stride, row_stride, heads};
-  const WeightOptions options{{height, width}, {low_rank, low_fraction}, {high_rank, high_fraction}, sigma, log_tokens};
+  const WeightOptions options{{height, width}, {low_rank, low_fraction}, {high_rank, high_fraction}, sigma};
   if (access == 16)
     launch_weights<T, int(16 / sizeof(T))>(rows, options, pointer<float>(out), stream);
   else if (access == 8)

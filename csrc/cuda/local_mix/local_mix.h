@@ -10,8 +10,8 @@ struct LocalMixLaunches {
   // access: the bytes that divide all addresses of rows, 16, 8 or those of one element.
   static void neighbor_weights(uintptr_t attention, int64_t images, int heads, int height, int width,
                                int64_t image_stride, int64_t head_stride, int64_t row_stride, int access, float sigma,
-                               float log_tokens, int low_rank, float low_fraction, int high_rank, float high_fraction,
-                               uintptr_t out, uintptr_t stream);
+                               int low_rank, float low_fraction, int high_rank, float high_fraction, uintptr_t out,
+                               uintptr_t stream);
   // out (images, tokens, stride): factor times the products of queries and keys (images, tokens, depth).
   static void mean_logits(uintptr_t queries, uintptr_t keys, int images, int tokens, int64_t depth, int64_t stride,
                           float factor, uintptr_t out, uintptr_t stream);

@@ -24,7 +24,7 @@ struct Quantile {
 struct WeightOptions {
   Grid grid;
   Quantile low, high;
-  float sigma, log_tokens;
+  float sigma;
 };
 
 // Words of shared memory that a warp takes: its row, the histogram, the candidates of a rank.
@@ -146,28 +146,27 @@ class Row {
   bool has_buckets_;
 };
 
-// The nine weights of `token` from its row of logits (see ops/local_mix/README.md). Comparisons are relative to the
-// upper quantile, so that a constant row keeps all its taps instead of leaving them to rounding.
+// The nine weights of `token` from its row of logits (see ops/local_mix/README.md).
 __device__ inline void write_weights(const float* values, int token, bool number, const WeightOptions& options,
                                      int* histogram, float* candidates, float* out) {
   const Grid grid = options.grid;
   const int lane = threadIdx.x % 32, tokens = grid.tokens();
-  float low = 0.0f, high = 0.0f, lse = NAN;
+  float low = 0.0f, high = 0.0f, total = NAN;
   if (number) {  // the same for the whole warp
     Row row(values, tokens, histogram, candidates, lane);
     low = row.quantile(options.low), high = row.quantile(options.high);
-    float total = 0.0f;
+    float part = 0.0f;
     for (int j = lane; j < tokens; j += 32)
-      total += expf(fminf(fmaxf(values[j], low), high) - high);
-    lse = logf(warp_sum(total));
+      part += expf(fminf(fmaxf(values[j], low), high) - high);
+    total = warp_sum(part);
   }
   if (lane >= kTaps) return;
   const int y = token / grid.width, x = token % grid.width;
   const int rows = 1 + grid.has(y - 1, x) + grid.has(y + 1, x), columns = 1 + grid.has(y, x - 1) + grid.has(y, x + 1);
   float weight = 0.0f;
   if (grid.has_tap(y, x, lane)) {
-    const float tap = fminf(fmaxf(values[token + grid.step_to(lane)], low), high) - high;
-    if (!(tap < lse - options.log_tokens)) weight = options.sigma * expf(tap - lse) / (rows * columns);
+    const float tap = expf(fminf(fmaxf(values[token + grid.step_to(lane)], low), high) - high);
+    if (!(tap * tokens < total)) weight = options.sigma * tap / (total * (rows * columns));
   }
   out[lane] = weight;
 }

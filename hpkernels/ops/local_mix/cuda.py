@@ -57,9 +57,8 @@ def _weights(attention: Tensor, how: Weighting, out: Tensor) -> None:
     places = [attention.data_ptr(), *(stride * attention.element_size() for stride in attention.stride()[:3])]
     access = next((size for size in (16, 8) if all(place % size == 0 for place in places)), attention.element_size())
     ranks = (value for quantile in (how.low_quantile, how.high_quantile) for value in _rank(quantile, tokens))
-    log_tokens = torch.log(torch.tensor(float(tokens), dtype=torch.float32)).item()  # as the reference compares
     launch(getattr(_cuda, f"neighbor_weights_{SUFFIX[attention.dtype]}"), attention.device, attention.data_ptr(),
-           *attention.shape[:2], how.height, how.width, *attention.stride()[:3], access, how.sigma, log_tokens, *ranks,
+           *attention.shape[:2], how.height, how.width, *attention.stride()[:3], access, how.sigma, *ranks,
            out.data_ptr())  # fmt: skip
 
 

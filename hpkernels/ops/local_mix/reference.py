@@ -41,7 +41,8 @@ def neighbor_weights(attention: Tensor, how: Weighting) -> Tensor:
     """w (B, T, 9): softmax of the clamped mean-head logits times sigma, kept where not below the row mean, over |N(i)|.
 
     c_ij = clamp(a_ij, q_low(a_i), q_high(a_i)); p = softmax(c); the row mean of p is 1/T, so tap j is kept iff
-    c_ij >= logsumexp(c_i) - log T (Hidden Positives, CVPR 2023, section 3.3).
+    T e_ij >= sum_j' e_ij', e_ij = exp(c_ij - q_high(a_i)) (Hidden Positives, CVPR 2023, section 3.3). No logarithm of
+    either side is taken: where all c_ij are equal both sides are T, and every tap is kept.
     """
     a = (attention if attention.dtype == torch.float64 else attention.float()).clamp_min(_LOWEST)
     if a.ndim == 4:
@@ -49,13 +50,11 @@ def neighbor_weights(attention: Tensor, how: Weighting) -> Tensor:
     a = _whole_rows(a)
     index, inside = neighbor_table(how.height, how.width, a.device)
     low, high = _quantile(a, how.low_quantile)[..., None], _quantile(a, how.high_quantile)[..., None]
-    c = torch.minimum(torch.maximum(a, low), high)
-    lse = c.logsumexp(-1, keepdim=True)
-    taps = c.gather(2, index.expand(a.shape[0], -1, -1))
-    keep = inside & ~(
-        taps < lse - torch.log(torch.tensor(float(how.height * how.width), dtype=a.dtype, device=a.device))
-    )
-    return torch.where(keep, how.sigma * torch.exp(taps - lse), 0.0) / inside.sum(1, keepdim=True)
+    e = torch.exp(torch.minimum(torch.maximum(a, low), high) - high)
+    total = e.sum(-1, keepdim=True)
+    taps = e.gather(2, index.expand(a.shape[0], -1, -1))
+    keep = inside & ~(taps * (how.height * how.width) < total)
+    return torch.where(keep, how.sigma * taps / total, 0.0) / inside.sum(1, keepdim=True)
 
 
 def neighbor_weights_qk(queries: Tensor, keys: Tensor, scale: float, how: Weighting) -> Tensor:

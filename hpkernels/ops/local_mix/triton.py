@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -13,164 +15,147 @@ from hpkernels.ops.local_mix.weighting import Weighting
 from hpkernels.tuning import dtype_class
 
 _LOWEST = tl.constexpr(-1e30)  # stands for logits of -inf, so that quantiles stay numbers
-_ROW_NUMBERS, _WARP_NUMBERS = 4096, 1024  # logits that a program, and a warp, holds
+_INFINITY = tl.constexpr(float("inf"))
+_WARP_NUMBERS = 1024  # logits that a warp holds
 _LONGEST_ROW = 32 * _WARP_NUMBERS  # of as many warps as a program can have
+_PIVOTS = tl.constexpr(12)  # that are tried before looking at what an interval holds: mostly enough, see README.md
 _MIX_TOKENS, _MIX_CHANNELS, _MIX_WARPS = 32, 64, 4
 
-# From queries and keys: a program holds all logits of up to _PANEL_ROWS rows, _PANEL_NUMBERS of them.
-_PANEL_ROWS, _PANEL_COLUMNS, _PANEL_NUMBERS = 32, 1024, 16384
-_PANEL_STEPS = {"half": 32, "single": 16}  # halved for the longest rows: 64 KiB of shared memory are enough
-# Longer rows: tiles of logits into a workspace of at most _WORKSPACE_BYTES.
+# From queries and keys: tiles of logits into a workspace of at most _WORKSPACE_BYTES, or of one row.
 _LOGIT_TILES = {
     "half": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
     "single": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=2),
 }
-_WORKSPACE_BYTES = 256 << 20
+_WORKSPACE_BYTES = 64 << 20
+_LARGEST_GRID = 65535  # programs along an axis that is not the first
 
 
 @triton.jit
-def _head_mean(base_ptr, offsets, mask, heads, stride_head):
-    """Mean over the heads of logits at `offsets`, in fp32, always in the order of the heads."""
+def _head_sum(base_ptr, offsets, mask, heads, stride_head):
+    """Sum over the heads of logits at `offsets`, in fp32, always in the order of the heads."""
     total = tl.zeros(offsets.shape, tl.float32)
     for _ in range(heads):
         logits = tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         total += tl.maximum(logits, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
         base_ptr += stride_head  # added head by head: head * stride_head may leave int32
-    return total / heads
+    return total
 
 
 @triton.jit
-def _ordered(values):
-    """uint32 whose order is that of the fp32 values."""
-    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
-    flipped = bits ^ ((bits >> 31) | -2147483648)
-    return flipped.to(tl.uint32, bitcast=True)
+def _pivot(rank, low, high, before, reached):
+    """Within an interval that holds the values of ranks before to reached - 1: half-way between its middle and where
+    `rank` would lie if they were spread evenly. Above `low` where the ends differ, not above `high`."""
+    share = 0.25 + 0.5 * (rank + 1 - before) / tl.maximum(reached - before, 1.0)
+    pivot = tl.minimum(tl.maximum((1.0 - share) * low + share * high, low), high)
+    return tl.where(pivot > low, pivot, high)
 
 
 @triton.jit
-def _unordered(keys):
-    """The fp32 values of ordered keys."""
-    bits = keys.to(tl.int32, bitcast=True)
-    flipped = tl.where(bits < 0, bits ^ -2147483648, ~bits)
-    return flipped.to(tl.float32, bitcast=True)
+def _narrowed(pivot, below, rank, low, high, end, before, reached):
+    """The interval of ranks `rank` and rank + 1, once `below` values are known to lie below a pivot in it.
 
-
-@triton.jit
-def _quantile(keys, statistic, rank, fraction, T):
-    """Linear interpolation between order statistics rank and rank + 1, given the key of the first.
-
-    keys past the row's end are the largest there is, so they are neither counted nor the least above.
+    With rank + 1 values below it the pivot lies between the two, and becomes both ends.
     """
-    count = tl.sum((keys <= statistic[:, None]).to(tl.int32), 1)
-    # The minimum is taken over signed numbers of the same order.
-    above = tl.where(keys > statistic[:, None], keys, 0xFFFFFFFF) ^ 0x80000000
-    least_above = tl.min(above.to(tl.int32, bitcast=True), 1).to(tl.uint32, bitcast=True) ^ 0x80000000
-    following = tl.where((count > rank + 1) | (rank + 1 >= T), statistic, least_above)
-    a, b = _unordered(statistic), _unordered(following)
-    return tl.where(fraction < 0.5, a + fraction * (b - a), b - (b - a) * (1.0 - fraction))
-
-
-@triton.jit
-def _store_weights(
-    out_ptr, out_row, a, valid, stored, token, T, height, width,
-    sigma, low_rank, low_fraction, high_rank, high_fraction, log_tokens,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Nine weights of each of BLOCK_R tokens, from all their logits a [BLOCK_R, BLOCK_T], to rows out_row of out.
-
-    The two quantiles come from exact order statistics, found bit by bit: the largest key v with at most `rank` keys
-    below it is the statistic of that rank. Both counts of a step share one sum, 16 bits each: rows are short enough.
-    From here on a row is its keys, from which its logits come back bit by bit: two copies of it would not fit.
-    """
-    keys = tl.where(valid, _ordered(a), 0xFFFFFFFF)
-    low_key = tl.zeros([BLOCK_R], tl.uint32)
-    high_key = tl.zeros([BLOCK_R], tl.uint32)
-    for step in range(32):
-        bit = (tl.full([BLOCK_R], 1, tl.uint32) << (31 - step)).to(tl.uint32)
-        low_try, high_try = low_key | bit, high_key | bit
-        below = (keys < low_try[:, None]).to(tl.uint32) + ((keys < high_try[:, None]).to(tl.uint32) << 16)
-        counts = tl.sum(below, 1)
-        low_key = tl.where((counts & 0xFFFF).to(tl.int32) <= low_rank, low_try, low_key)
-        high_key = tl.where((counts >> 16).to(tl.int32) <= high_rank, high_try, high_key)
-    low = _quantile(keys, low_key, low_rank, low_fraction, T)
-    high = _quantile(keys, high_key, high_rank, high_fraction, T)
-    a = tl.where(valid, _unordered(keys), 0.0)
-    c = tl.minimum(tl.maximum(a, low[:, None]), high[:, None])
-    total = tl.sum(tl.where(valid, tl.exp(c - high[:, None]), 0.0), 1)
-    # A NaN logit must not end as a finite weight, and the comparisons above would let it.
-    poison = tl.sum(a * 0.0, 1)
-    lse = high + tl.log(total) + poison
-
-    y, x = token // width, token % width
-    neighbors = (tl.minimum(y + 1, height - 1) - tl.maximum(y - 1, 0) + 1) * (
-        tl.minimum(x + 1, width - 1) - tl.maximum(x - 1, 0) + 1
+    above, beneath = below <= rank + 1, below > rank
+    low, before = tl.where(above, pivot, low), tl.where(above, below, before)
+    high, end, reached = (
+        tl.where(beneath, pivot, high),
+        tl.where(beneath, pivot, end),
+        tl.where(beneath, below, reached),
     )
-    j = tl.arange(0, BLOCK_T)
-    for n in range(9):
-        tap_y, tap_x = y + n // 3 - 1, x + n % 3 - 1
-        inside = (tap_y >= 0) & (tap_y < height) & (tap_x >= 0) & (tap_x < width)
-        at = tap_y * width + tap_x
-        tap = tl.sum(tl.where(j[None, :] == at[:, None], a, 0.0), 1)  # one term: exact
-        tap = tl.minimum(tl.maximum(tap, low), high)
-        keep = inside & ((tap >= lse - log_tokens) | (lse != lse))
-        weight = tl.where(keep, sigma * tl.exp(tap - lse) / neighbors.to(tl.float32), 0.0)
-        tl.store(out_ptr + out_row * 9 + n, weight, mask=stored)
+    return low, high, end, before, reached
+
+
+@triton.jit
+def _ends(a, low, end):
+    """The least value from `low` on and the largest below `end`; and low and high, moved there if they lie outside."""
+    first, last = tl.min(tl.where(a >= low, a, _INFINITY)), tl.max(tl.where(a < end, a, -_INFINITY))
+    return first, last, tl.minimum(first, end), tl.maximum(last, low)
+
+
+@triton.jit
+def _quantile(first, last, fraction):
+    """torch.quantile's linear interpolation between two order statistics, whichever comes first."""
+    low, high = tl.minimum(first, last), tl.maximum(first, last)
+    return tl.where(fraction < 0.5, low + fraction * (high - low), high - (high - low) * (1.0 - fraction))
+
+
+@triton.jit
+def _quantiles(a, count, smallest, largest, low_rank, low_fraction, high_rank, high_fraction):
+    """Two quantiles of `count` finite values, which lie from smallest to largest; what else is in `a` is infinite.
+
+    Each is interpolated between the order statistics of its rank and the next. The range of the row is narrowed down
+    for both quantiles at a time, until a pivot lies between the two statistics or they are alone in their interval.
+    Neither comes where many values are equal: then the interval shrinks to the values that it holds, and is left if
+    these are one. Counts are fp32, and exact.
+    """
+    low_rank, high_rank = low_rank.to(tl.float32), high_rank.to(tl.float32)
+    low_l, high_l, end_l, before_l, reached_l = smallest, largest, _INFINITY, 0.0, count
+    low_h, high_h, end_h, before_h, reached_h = smallest, largest, _INFINITY, 0.0, count
+    first_l, last_l, first_h, last_h = smallest, smallest, smallest, smallest
+    searching = True
+    while searching:
+        step = 0
+        while (step < _PIVOTS) & ((reached_l - before_l > 2) | (reached_h - before_h > 2)):
+            pivot_l = _pivot(low_rank, low_l, high_l, before_l, reached_l)
+            pivot_h = _pivot(high_rank, low_h, high_h, before_h, reached_h)
+            below_l, below_h = tl.sum(tl.where(a < pivot_l, 1.0, 0.0)), tl.sum(tl.where(a < pivot_h, 1.0, 0.0))
+            low_l, high_l, end_l, before_l, reached_l = _narrowed(
+                pivot_l, below_l, low_rank, low_l, high_l, end_l, before_l, reached_l
+            )
+            low_h, high_h, end_h, before_h, reached_h = _narrowed(
+                pivot_h, below_h, high_rank, low_h, high_h, end_h, before_h, reached_h
+            )
+            step += 1
+        first_l, last_l, low_l, high_l = _ends(a, low_l, end_l)
+        first_h, last_h, low_h, high_h = _ends(a, low_h, end_h)
+        searching = ((reached_l - before_l > 2) & (low_l < high_l)) | ((reached_h - before_h > 2) & (low_h < high_h))
+    return _quantile(first_l, last_l, low_fraction), _quantile(first_h, last_h, high_fraction)
 
 
 @triton.jit
 def _neighbor_weights_kernel(
-    attention_ptr, out_ptr, rows_total, rows_per_image, first_token, heads, T, height, width,
-    stride_image, stride_head, stride_row, sigma, low_rank, low_fraction, high_rank, high_fraction, log_tokens,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    attention_ptr, out_ptr, rows, first_token, heads, T, height, width, stride_image, stride_head, stride_row,
+    exponent_scale, sigma, low_rank, low_fraction, high_rank, high_fraction, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Nine weights of BLOCK_R tokens from their attention rows: rows_per_image of each image, from first_token on."""
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid_row = tl.minimum(row, rows_total - 1)
-    image, local = (valid_row // rows_per_image).to(tl.int64), valid_row % rows_per_image
-    row_at = image * stride_image + local.to(tl.int64) * stride_row
-    j = tl.arange(0, BLOCK_T)
-    valid = (j < T)[None, :] & (row >= 0)[:, None]
-    a = _head_mean(attention_ptr, row_at[:, None] + j[None, :], valid, heads, stride_head)
-    token = first_token + local
-    _store_weights(
-        out_ptr, image * T + token, a, valid, row < rows_total, token, T, height, width,
-        sigma, low_rank, low_fraction, high_rank, high_fraction, log_tokens, BLOCK_R, BLOCK_T,
-    )  # fmt: skip
+    """Nine weights of one token from its row of logits: `rows` tokens of each image, from first_token on.
 
-
-@triton.jit
-def _neighbor_weights_panel_kernel(
-    q_ptr, k_ptr, out_ptr, T, C, height, width, stride_q_image, stride_q, stride_k_image, stride_k,
-    scale, sigma, low_rank, low_fraction, high_rank, high_fraction, log_tokens,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Nine weights of BLOCK_R tokens of one image from the queries and keys of all heads; T <= BLOCK_T.
-
-    The product is made with keys as rows: as many as the matrix units want, where queries are too few.
+    The row is the sum over the heads; `exponent_scale`, log2(e) / heads, makes its mean's exponentials. Up to
+    stride_row numbers of a row are read, all of which it has to have.
     """
-    panels = tl.cdiv(T, BLOCK_R)
-    image = (tl.program_id(0) // panels).to(tl.int64)
-    token = tl.program_id(0) % panels * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid_token = tl.minimum(token, T - 1)
+    image, local = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
+    row_ptr = attention_ptr + image * stride_image + local.to(tl.int64) * stride_row
+    token = first_token + local
+    y, x = token // width, token % width
+    n = tl.arange(0, 16)
+    tap_y, tap_x = y + n // 3 - 1, x + n % 3 - 1
+    inside = (n < 9) & (tap_y >= 0) & (tap_y < height) & (tap_x >= 0) & (tap_x < width)
+    taps = _head_sum(row_ptr, tl.minimum(tap_y * width + tap_x, T - 1), inside, heads, stride_head)
+
     j = tl.arange(0, BLOCK_T)
-    products = tile_product(
-        k_ptr + image * stride_k_image, q_ptr + image * stride_q_image, tl.minimum(j, T - 1), valid_token, C,
-        stride_k, stride_q, BLOCK_T, BLOCK_R, BLOCK_K, PRECISION,
+    logits = _head_sum(row_ptr, j, j < stride_row, heads, stride_head)
+    a = tl.where(j < T, logits, _INFINITY)  # below no pivot
+    logits = tl.where(j < T, logits, 0.0)
+    poison = tl.sum(logits * 0.0)  # NaN where a logit is NaN or infinite
+    low, high = _quantiles(
+        a, tl.where(poison == 0.0, T, 0).to(tl.float32), tl.min(logits), tl.max(logits),
+        low_rank, low_fraction, high_rank, high_fraction,
     )  # fmt: skip
-    a = tl.trans(products) * scale
-    valid = (j < T)[None, :] & (token >= 0)[:, None]
-    _store_weights(
-        out_ptr, image * T + valid_token, a, valid, token < T, valid_token, T, height, width,
-        sigma, low_rank, low_fraction, high_rank, high_fraction, log_tokens, BLOCK_R, BLOCK_T,
-    )  # fmt: skip
+    clamped = tl.where(a < _INFINITY, tl.minimum(tl.maximum(a, low), high), -_INFINITY)
+    total = tl.sum(tl.exp2((clamped - high) * exponent_scale)) + poison
+    weights = tl.exp2((tl.minimum(tl.maximum(taps, low), high) - high) * exponent_scale)
+    neighbors = tl.sum(inside.to(tl.int32))
+    dropped = weights * T < total
+    weights = tl.where(inside & ~dropped, sigma * weights / (total * neighbors), 0.0)
+    tl.store(out_ptr + (image * T + token) * 9 + n, weights, mask=n < 9)
 
 
 @triton.jit
 def _neighbor_weights_logits_kernel(
-    q_ptr, k_ptr, out_ptr, rows, T, C, stride_q_image, stride_q, stride_k_image, stride_k, scale,
+    q_ptr, k_ptr, out_ptr, rows, T, C, stride_q_image, stride_q, stride_k_image, stride_k, stride_out, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[image, i, j] = scale <q_i, k_j> for `rows` queries of each image and all its T keys."""
+    """out[image, i, j] = scale <q_i, k_j>: `rows` queries of each image, all its T keys, rows of stride_out numbers."""
     image = tl.program_id(2).to(tl.int64)
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -178,27 +163,30 @@ def _neighbor_weights_logits_kernel(
         q_ptr + image * stride_q_image, k_ptr + image * stride_k_image, tl.minimum(i, rows - 1), tl.minimum(j, T - 1),
         C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
-    out_at = (image * rows + i)[:, None] * T + j[None, :]
+    out_at = (image * rows + i)[:, None] * stride_out + j[None, :]
     tl.store(out_ptr + out_at, products * scale, mask=(i < rows)[:, None] & (j < T)[None, :])
 
 
-def _row_numbers(tokens: int, sigma: float, low_quantile: float, high_quantile: float) -> tuple[float, ...]:
-    """What the kernels want to know of the options: sigma, rank and fraction of both quantiles, log T."""
-    low, high = low_quantile * (tokens - 1), high_quantile * (tokens - 1)
-    return sigma, int(low), low - int(low), int(high), high - int(high), _natural_log(tokens)
+def _row_numbers(heads: int, how: Weighting) -> tuple[float, ...]:
+    """What the row kernel wants to know of the options: scale of the exponents, sigma, rank and fraction of both
+    quantiles; the rank has one above it."""
+    tokens = how.height * how.width
+    numbers = [1 / (heads * math.log(2)), how.sigma]
+    for quantile in (how.low_quantile, how.high_quantile):
+        position = quantile * (tokens - 1)
+        rank = max(0, min(int(position), tokens - 2))
+        numbers += [rank, position - rank]
+    return tuple(numbers)
 
 
-def _launch_rows(
-    logits: Tensor, out: Tensor, first_token: int, height: int, width: int, numbers: tuple[float, ...]
-) -> None:
-    """Weights of the tokens whose logits (images, heads, rows, T) are given, into out (images, T, 9)."""
-    images, heads, rows, tokens = logits.shape
+def _launch_rows(logits: Tensor, out: Tensor, first_token: int, how: Weighting) -> None:
+    """Weights of the tokens whose logits (images, heads, rows, T or more) are given, into out (images, T, 9)."""
+    images, heads, rows, _ = logits.shape
+    tokens = how.height * how.width
     block_t = triton.next_power_of_2(max(tokens, 32))
-    block_r = max(1, min(4, _ROW_NUMBERS // block_t))
-    _neighbor_weights_kernel[(triton.cdiv(images * rows, block_r),)](
-        logits, out, images * rows, rows, first_token, heads, tokens, height, width,
-        logits.stride(0), logits.stride(1), logits.stride(2), *numbers,
-        BLOCK_R=block_r, BLOCK_T=block_t, num_warps=max(4, block_r * block_t // _WARP_NUMBERS),
+    _neighbor_weights_kernel[(images * rows,)](
+        logits, out, rows, first_token, heads, tokens, how.height, how.width, *logits.stride()[:3],
+        *_row_numbers(heads, how), BLOCK_T=block_t, num_warps=max(1, block_t // _WARP_NUMBERS),
     )  # fmt: skip
 
 
@@ -218,9 +206,8 @@ def neighbor_weights(attention: Tensor, how: Weighting) -> Tensor:
     _require_short_rows("attention", tokens)
     out = torch.empty((batch, tokens, 9), dtype=torch.float32, device=attention.device)
     if batch:
-        numbers = _row_numbers(tokens, how.sigma, how.low_quantile, how.high_quantile)
         with on_device(attention):
-            _launch_rows(attention, out, 0, how.height, how.width, numbers)
+            _launch_rows(attention, out, 0, how)
     return out
 
 
@@ -233,20 +220,8 @@ def neighbor_weights_qk(queries: Tensor, keys: Tensor, scale: float, how: Weight
     if not batch:
         return out
     queries, keys = _all_heads(queries, keys)
-    numbers = _row_numbers(tokens, how.sigma, how.low_quantile, how.high_quantile)
     with on_device(queries):
-        if tokens <= _PANEL_COLUMNS:
-            block_t = max(64, triton.next_power_of_2(tokens))
-            block_r = min(_PANEL_ROWS, _PANEL_NUMBERS // block_t)
-            step = _PANEL_STEPS[dtype_class(queries.dtype)] // (2 if block_t == _PANEL_COLUMNS else 1)
-            _neighbor_weights_panel_kernel[(batch * triton.cdiv(tokens, block_r),)](
-                queries, keys, out, tokens, queries.shape[2], how.height, how.width,
-                *queries.stride()[:2], *keys.stride()[:2], scale / heads, *numbers,
-                BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_K=step, PRECISION=precision(queries.dtype),
-                num_warps=4 if block_t <= 256 else 8, num_stages=2,
-            )  # fmt: skip
-        else:
-            _through_workspace(queries, keys, out, scale / heads, how.height, how.width, numbers)
+        _through_workspace(queries, keys, out, scale / heads, how)
     return out
 
 
@@ -256,38 +231,31 @@ def _all_heads(*operands: Tensor) -> list[Tensor]:
     if len({x.dtype for x in rows}) > 1:
         rows = same_dtype(*rows)
     rows = [x if x.stride(2) == 1 else x.contiguous() for x in rows]
-    kind = dtype_class(rows[0].dtype)
-    step = max(_LOGIT_TILES[kind]["BLOCK_K"], _PANEL_STEPS[kind])
+    step = _LOGIT_TILES[dtype_class(rows[0].dtype)]["BLOCK_K"]
     return [padded_rows(x, step) for x in rows]
 
 
-def _through_workspace(
-    queries: Tensor, keys: Tensor, out: Tensor, scale: float, height: int, width: int, numbers: tuple[float, ...]
-) -> None:
+def _through_workspace(queries: Tensor, keys: Tensor, out: Tensor, scale: float, how: Weighting) -> None:
     """Logits of some images, or of some rows of one, at a time: no more than _WORKSPACE_BYTES of them."""
     batch, tokens, depth = queries.shape
     config = _LOGIT_TILES[dtype_class(queries.dtype)]
-    rows = min(tokens, max(1, _WORKSPACE_BYTES // (4 * tokens)))
-    images = min(batch, max(1, _WORKSPACE_BYTES // (4 * tokens * rows)))
-    workspace = torch.empty(images * rows * tokens, dtype=torch.float32, device=queries.device)
+    stride = triton.cdiv(tokens, 16) * 16  # every row of the workspace can be read 16 bytes at a time
+    rows = min(tokens, max(1, _WORKSPACE_BYTES // (4 * stride)))
+    images = min(batch, _LARGEST_GRID, max(1, _WORKSPACE_BYTES // (4 * stride * rows)))
+    workspace = torch.empty(images * rows * stride, dtype=torch.float32, device=queries.device)
     for first_image in range(0, batch, images):
         some = slice(first_image, first_image + images)
         q, k, weights = queries[some], keys[some], out[some]
         for first in range(0, tokens, rows):
             q_rows = q[:, first : first + rows]
             count = q_rows.shape[1]
-            logits = workspace[: len(q) * count * tokens].view(len(q), 1, count, tokens)
+            logits = workspace[: len(q) * count * stride].view(len(q), 1, count, stride)
             grid = (triton.cdiv(tokens, config["BLOCK_N"]), triton.cdiv(count, config["BLOCK_M"]), len(q))
             _neighbor_weights_logits_kernel[grid](
-                q_rows, k, logits, count, tokens, depth, *q_rows.stride()[:2], *k.stride()[:2], scale,
+                q_rows, k, logits, count, tokens, depth, *q_rows.stride()[:2], *k.stride()[:2], stride, scale,
                 PRECISION=precision(q.dtype), **config,
             )  # fmt: skip
-            _launch_rows(logits, weights, first, height, width, numbers)
-
-
-def _natural_log(tokens: int) -> float:
-    """log T as the fp32 number that the reference compares with."""
-    return torch.log(torch.tensor(float(tokens), dtype=torch.float32)).item()
+            _launch_rows(logits, weights, first, how)
 
 
 @triton.jit

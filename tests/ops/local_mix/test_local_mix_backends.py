@@ -52,12 +52,10 @@ def test_a_workspace_for_one_image(kernels, monkeypatch, grid, heads, depth, dty
 
 @pytest.mark.only("interpreter")
 @pytest.mark.parametrize("grid", [(1, 2), (5, 13), *SLOW], ids=str)
-@pytest.mark.parametrize("route", ["panel", "workspace", "rows of the workspace"])
-def test_routes_from_queries_and_keys(kernels, grid, route, dtype, monkeypatch):
+@pytest.mark.parametrize("workspace", ["images", "rows"])
+def test_workspace_of_images_or_of_rows_of_one(kernels, grid, workspace, dtype, monkeypatch):
     tokens = grid[0] * grid[1]
-    if route != "panel":
-        monkeypatch.setattr(kernels, "_PANEL_COLUMNS", 0)
-    if route == "rows of the workspace":
+    if workspace == "rows":
         monkeypatch.setattr(kernels, "_WORKSPACE_BYTES", 4 * tokens * max(1, tokens * 2 // 5))
     queries, keys, _ = torch.randn(2, tokens + 1, 3, 3, 20).to(dtype).permute(2, 0, 3, 1, 4)[:, :, :, 1:]
     ours = kernels.neighbor_weights_qk(queries, keys, 0.25, Weighting(*grid, 28.0, 0.1, 0.9))
@@ -65,9 +63,23 @@ def test_routes_from_queries_and_keys(kernels, grid, route, dtype, monkeypatch):
 
 
 @pytest.mark.only("interpreter")
-@pytest.mark.parametrize("columns", [0, 1024])
-def test_not_a_number_in_queries_or_keys_stays(kernels, columns, monkeypatch):
-    monkeypatch.setattr(kernels, "_PANEL_COLUMNS", columns)
+def test_a_launch_has_no_more_images_than_a_grid(kernels, monkeypatch):
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(kernels, "_neighbor_weights_logits_kernel", Recorded())
+    monkeypatch.setattr(kernels, "_neighbor_weights_kernel", Recorded())
+    queries = torch.zeros(65537, 1, 1, 1)
+    kernels.neighbor_weights_qk(queries, queries, 1.0, Weighting(1, 1, 28.0, 0.1, 0.9))
+    assert [grid[-1] for grid in grids if len(grid) == 3] == [65535, 2]
+
+
+@pytest.mark.only("interpreter")
+def test_not_a_number_in_queries_or_keys_stays(kernels):
     queries, keys = torch.randn(2, 1, 2, 12, 16)
     queries[0, 1, 7, 3] = torch.inf
     ours = kernels.neighbor_weights_qk(queries, keys, 0.25, Weighting(3, 4, 28.0, 0.1, 0.9))
