@@ -265,7 +265,9 @@ def _on_route(route: str, call: Callable[[], object]) -> object:
 # ------------------------------------------------------------------ what the compiler says
 
 
-_LOAD_16 = r"cp\.async\.c\S+ .*?, 0x10\b|ld\.global\S*\.v4\.[bfsu]32|ld\.global\S*\.v2\.[bfsu]64"
+_LOAD_16 = (
+    r"cp\.async\.bulk\.tensor|cp\.async\.c\S+ .*?, 0x10\b|ld\.global\S*\.v4\.[bfsu]32|ld\.global\S*\.v2\.[bfsu]64"
+)
 
 
 def resources(kernel: object) -> dict[str, int]:
