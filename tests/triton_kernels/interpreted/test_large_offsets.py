@@ -130,11 +130,11 @@ def test_pairs_above(triangle):
     for start, stride, bits, width in ((x, 16, near, 4), (far_x.start, far_x.stride, far.start, far.stride)):
         if triangle:
             search_pairs._pairs_above_triangle_kernel[(4,)](
-                start, None, None, theta, bits, 32, 16, stride, width, 1, **options
+                start, None, None, theta, bits, 32, 16, stride, width, 4, **options
             )
         else:
             search_pairs._pairs_above_tile_kernel[(1,)](
-                start, None, None, theta, start, theta, bits, 32, 32, 16, stride, stride, width, 1, 1,
+                start, None, None, theta, start, theta, bits, 32, 32, 16, stride, stride, width, 1,
                 HAS_KEY_THRESHOLDS=True, **options,
             )  # fmt: skip
     assert near.any() and torch.equal(near, far.read(4))

@@ -140,7 +140,7 @@ def _tile_words(
 
 @triton.jit
 def _pairs_above_triangle_kernel(
-    x_ptr, x_tiles, k_tiles, threshold_ptr, bits_ptr, N, C, stride_x, stride_bits, squares,
+    x_ptr, x_tiles, k_tiles, threshold_ptr, bits_ptr, N, C, stride_x, stride_bits, count,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -153,10 +153,9 @@ def _pairs_above_triangle_kernel(
     RATIO: tl.constexpr = BLOCK_N // BLOCK_M
     WORDS: tl.constexpr = BLOCK_N // 32
     HALVES: tl.constexpr = BLOCK_M // 16
-    count = squares * (squares + 1) // 2 * RATIO
     for p in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=x_tiles is not None):
         square = tl.cast(p // RATIO, tl.int32)  # the interpreter counts in Python's numbers
-        r, c = triangle_tile(square, GROUP, squares)
+        r, c = triangle_tile(square, GROUP, tl.cdiv(N, BLOCK_N))
         r = r * RATIO + p % RATIO
         found = _tile_words(
             x_ptr, x_ptr, x_tiles, k_tiles, threshold_ptr, threshold_ptr, r * BLOCK_M, c * BLOCK_N, N, N, C,
@@ -188,13 +187,14 @@ def _pairs_above_triangle_kernel(
 @triton.jit
 def _pairs_above_tile_kernel(
     x_ptr, x_tiles, k_tiles, threshold_ptr, k_ptr, key_threshold_ptr, bits_ptr, N, M, C,
-    stride_x, stride_k, stride_bits, row_tiles, column_tiles, HAS_KEY_THRESHOLDS: tl.constexpr,
+    stride_x, stride_k, stride_bits, count, HAS_KEY_THRESHOLDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """Bits of tiles of x against keys."""
     tl.assume(C > 0)
-    for p in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=x_tiles is not None):
+    row_tiles, column_tiles = tl.cdiv(N, BLOCK_M), tl.cdiv(M, BLOCK_N)
+    for p in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=x_tiles is not None):
         r, c = tl.swizzle2d(p // column_tiles, p % column_tiles, row_tiles, column_tiles, GROUP)
         found = _tile_words(
             x_ptr, k_ptr, x_tiles, k_tiles, threshold_ptr, key_threshold_ptr, r * BLOCK_M, c * BLOCK_N, N, M, C,
@@ -219,23 +219,22 @@ def pairs_above(x: Tensor, thresholds: Tensor, keys: Tensor | None, key_threshol
         return bits
     config = tuning.lookup("pairs_above", x.dtype, c, n, x.device)
     block_m, block_n, block_k = (config[side] for side in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    row_tiles, column_tiles = triton.cdiv(n, block_m), triton.cdiv(m, block_n)
-    programs, tiles = row_tiles * column_tiles, (None, None)
-    if symmetric:
-        programs = column_tiles * (column_tiles + 1) // 2 * (block_n // block_m)
+    squares = triton.cdiv(m, block_n)
+    count = squares * (squares + 1) // 2 * (block_n // block_m) if symmetric else triton.cdiv(n, block_m) * squares
+    programs, tiles = count, (None, None)
     if config.pop("descriptors"):
-        programs = min(programs, gpu.processor_count(x.device))
+        programs = min(count, gpu.processor_count(x.device))
         tiles = [TensorDescriptor.from_tensor(rows, [side, block_k]) for rows, side in ((x, block_m), (keys, block_n))]
     options = dict(PRECISION=precision(x.dtype), GROUP=_GROUP, **config)
     with on_device(x):
         if symmetric:
             _pairs_above_triangle_kernel[(programs,)](
-                x, *tiles, thresholds, bits, n, c, x.stride(0), bits.stride(0), column_tiles, **options
+                x, *tiles, thresholds, bits, n, c, x.stride(0), bits.stride(0), count, **options
             )
         else:
             key_theta = thresholds if key_thresholds is None else key_thresholds.float().contiguous()
             _pairs_above_tile_kernel[(programs,)](
                 x, *tiles, thresholds, keys, key_theta, bits, n, m, c, x.stride(0), keys.stride(0), bits.stride(0),
-                row_tiles, column_tiles, HAS_KEY_THRESHOLDS=key_thresholds is not None, **options,
+                count, HAS_KEY_THRESHOLDS=key_thresholds is not None, **options,
             )  # fmt: skip
     return bits
