@@ -175,25 +175,27 @@ def _triangle_start(column_group, GROUP: tl.constexpr):
 
 
 @triton.jit
-def triangle_tile(p, GROUP: tl.constexpr):
+def triangle_tile(p, GROUP: tl.constexpr, tiles=None):
     """Program p -> tile (r, c), r <= c, of the upper triangle.
 
     Columns go in groups of GROUP; within a group row tiles are walked top down, so that GROUP column tiles stay in
     cache while row tiles stream by. The square root is fp32: one integer correction each way makes it exact.
+    With the number of tiles the last group is only as wide as they are: the first tiles (tiles + 1) / 2 programs do.
     """
     root = tl.sqrt(2.0 * p.to(tl.float32)) / GROUP
     g = tl.maximum(root.to(tl.int32), 0)
     g = tl.where(_triangle_start(g, GROUP) > p, g - 1, g)
     g = tl.where(_triangle_start(g + 1, GROUP) <= p, g + 1, g)
     q = p - _triangle_start(g, GROUP)
-    above = g * GROUP * GROUP  # tiles of the group's full rows; the group's own small triangle comes last
+    width = GROUP if tiles is None else tl.minimum(GROUP, tiles - g * GROUP)
+    above = g * GROUP * width  # tiles of the group's full rows; the group's own small triangle comes last
     t = tl.maximum(q - above, 0)
     c = 0
     for step in tl.static_range(1, GROUP):
         c = tl.where(t >= step * (step + 1) // 2, step, c)
     r_corner = g * GROUP + t - c * (c + 1) // 2
-    r = tl.where(q < above, q // GROUP, r_corner)
-    c = g * GROUP + tl.where(q < above, q % GROUP, c)
+    r = tl.where(q < above, q // width, r_corner)
+    c = g * GROUP + tl.where(q < above, q % width, c)
     return r, c
 
 

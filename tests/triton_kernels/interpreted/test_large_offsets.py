@@ -21,7 +21,8 @@ from hpkernels.ops.local_mix import triton as local_mix
 from hpkernels.ops.local_mix.weighting import Weighting
 from hpkernels.ops.normalize import triton as normalize
 from hpkernels.ops.pair_bits import triton as pair_bits
-from hpkernels.ops.similarity_search import triton as search
+from hpkernels.ops.similarity_search.triton import pairs as search_pairs
+from hpkernels.ops.similarity_search.triton import rows as search_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps memory without reserving it, as Linux does")
 _NO_RESERVE = 0x4000  # MAP_NORESERVE
@@ -89,8 +90,8 @@ def pair():
 def test_max_similarity(pair):
     (q, k), (far_q, far_k) = pair
     near, far = torch.empty(2, 1, 8)
-    search._max_similarity_panel_kernel[(1, 1)](q, k, near, 8, 8, 16, 16, 16, 1, **SMALL)
-    search._max_similarity_panel_kernel[(1, 1)](
+    search_rows._max_similarity_panel_kernel[(1, 1)](q, k, near, 8, 8, 16, 16, 16, 1, **SMALL)
+    search_rows._max_similarity_panel_kernel[(1, 1)](
         far_q.start, far_k.start, far, 8, 8, 16, far_q.stride, far_k.stride, 1, **SMALL
     )
     assert torch.equal(near, far)
@@ -100,7 +101,7 @@ def test_max_similarity(pair):
 def test_topk_similarity(pair, k):
     (q, keys), (far_q, far_k) = pair
     near, far = torch.empty(2, 8, k, dtype=torch.int64)
-    kernel = search._topk_similarity_best_kernel if k == 1 else search._topk_similarity_panel_kernel
+    kernel = search_rows._topk_similarity_best_kernel if k == 1 else search_rows._topk_similarity_panel_kernel
     tail, options = ((), {}) if k == 1 else ((k,), {"SLOTS": 16})
     options |= dict(HAS_GROUPS=False, EXCLUDE_SELF=True, **SMALL)
     kernel[(1, 1)](q, keys, q, keys, near, 8, 8, 16, 16, 16, 1, *tail, **options)
@@ -114,8 +115,8 @@ def test_topk_keys_of_many_columns(pair):
     keys = torch.randn(32, 16).half()
     near, far = torch.empty(8, 32, dtype=torch.int64), empty(8, torch.int64)
     options = dict(HAS_GROUPS=False, EXCLUDE_SELF=False, **SMALL)
-    search._topk_similarity_keys_kernel[(1, 1)](q, keys, q, keys, near, 0, 8, 32, 16, 16, 16, **options)
-    search._topk_similarity_keys_kernel[(1, 1)](
+    search_rows._topk_similarity_keys_kernel[(1, 1)](q, keys, q, keys, near, 0, 8, 32, 16, 16, 16, **options)
+    search_rows._topk_similarity_keys_kernel[(1, 1)](
         far_q.start, keys, far_q.start, keys, far.start, 0, 8, far.stride, 16, far_q.stride, 16, **options
     )
     assert torch.equal(near, far.read(32))
@@ -124,17 +125,19 @@ def test_topk_keys_of_many_columns(pair):
 @pytest.mark.parametrize("triangle", [True, False])
 def test_pairs_above(triangle):
     x, theta = torch.randn(32, 16).half(), torch.randn(32)
-    far_x = spread(x)
-    near, far = torch.empty(32, 1, dtype=torch.int32), empty(32, torch.int32)
-    for start, stride, bits, width in ((x, 16, near, 1), (far_x.start, far_x.stride, far.start, far.stride)):
+    far_x, options = spread(x), {**SMALL, "BLOCK_N": 128, "GROUP": 8}
+    near, far = torch.empty(32, 4, dtype=torch.int32), empty(32, torch.int32)
+    for start, stride, bits, width in ((x, 16, near, 4), (far_x.start, far_x.stride, far.start, far.stride)):
         if triangle:
-            search._pairs_above_triangle_kernel[(1,)](start, theta, bits, 32, 16, stride, width, 1, GROUP=8, **SMALL)
+            search_pairs._pairs_above_triangle_kernel[(4,)](
+                start, None, None, theta, bits, 32, 16, stride, width, 4, **options
+            )
         else:
-            search._pairs_above_tile_kernel[(1,)](
-                start, theta, start, theta, bits, 32, 32, 16, stride, stride, width, 1,
-                HAS_KEY_THRESHOLDS=True, GROUP=8, **SMALL,
+            search_pairs._pairs_above_tile_kernel[(1,)](
+                start, None, None, theta, start, theta, bits, 32, 32, 16, stride, stride, width, 1,
+                HAS_KEY_THRESHOLDS=True, **options,
             )  # fmt: skip
-    assert near.any() and torch.equal(near, far.read(1))
+    assert near.any() and torch.equal(near, far.read(4))
 
 
 def test_transpose_bits():

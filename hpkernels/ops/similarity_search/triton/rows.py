@@ -1,4 +1,4 @@
-"""Inner-product search in Triton: row panels of queries against tiles of keys; no N x M numbers are stored."""
+"""The largest products of each row: panels of queries against tiles of keys."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels import tuning
-from hpkernels.common.bits import words
-from hpkernels.ops.common.gpu import decode_keys, padded_rows
+from hpkernels.ops.common.gpu import decode_keys
 from hpkernels.ops.common.triton import (
     key_value,
     on_device,
     ordered_key,
-    pack_columns,
-    pack_rows,
     precision,
     require_supported,
-    same_dtype,
     split_tiles,
     tile_product,
-    triangle_programs,
-    triangle_tile,
 )
+from hpkernels.ops.similarity_search.triton.operands import operands
 from hpkernels.tuning import dtype_class
 
 # BLOCK_M x BLOCK_N pairs a tile, products in steps of BLOCK_K.
@@ -42,7 +37,6 @@ _TOPK_TILES = {
 }
 _SMALLEST_LIST = 16  # places of a list of the k best; the tuning tables say how many it may have
 _KEY_BYTES = 256 << 20  # bound of the int64 keys alive at a time when k is longer than a list
-_GROUP = 8
 
 
 @triton.jit
@@ -66,16 +60,10 @@ def _max_similarity_panel_kernel(
     tl.store(out_ptr + split.to(tl.int64) * N + rows, tl.where(poisoned, float("nan"), value), mask=rows < N)
 
 
-def _operands(*rows: Tensor) -> list[Tensor]:
-    """Operands of one dtype, contiguous, with rows of whole steps of the product."""
-    rows = same_dtype(*rows)
-    return [padded_rows(x, _TILES[dtype_class(x.dtype)]["BLOCK_K"]) for x in rows]
-
-
 def max_similarity(queries: Tensor, keys: Tensor) -> Tensor:
     """max_k <q_i, key_k>, (N,) fp32."""
     require_supported(queries=queries, keys=keys)
-    queries, keys = _operands(queries, keys)
+    queries, keys = operands(queries, keys)
     (n, c), m = queries.shape, keys.shape[0]
     config = _TILES[dtype_class(queries.dtype)]
     panels = triton.cdiv(n, config["BLOCK_M"])
@@ -203,7 +191,7 @@ def topk_similarity(
 ) -> tuple[Tensor, Tensor]:
     """The k largest products of each row, descending, exact ties to the lower index; missing places -inf and -1."""
     require_supported(queries=queries, keys=keys)
-    queries, keys = _operands(queries, keys)
+    queries, keys = operands(queries, keys)
     (n, c), m = queries.shape, keys.shape[0]
     if n == 0 or k == 0:
         return queries.new_empty((n, k), dtype=torch.float32), queries.new_empty((n, k), dtype=torch.int64)
@@ -251,92 +239,3 @@ def _topk_unfused(
             )  # fmt: skip
         best[first : first + rows] = scratch[:rows].topk(k, dim=1).values
     return decode_keys(best)
-
-
-@triton.jit
-def _pairs_above_triangle_kernel(
-    x_ptr, threshold_ptr, bits_ptr, N, C, stride_x, stride_bits, tiles,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
-    """Bits of one tile of the upper triangle and, from the same numbers, of its mirror image."""
-    tl.static_assert(BLOCK_M == BLOCK_N)
-    WORDS: tl.constexpr = BLOCK_M // 32
-    r, c = triangle_tile(tl.program_id(0), GROUP)
-    if c < tiles:
-        rows = r * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = c * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid_rows, valid_cols = tl.minimum(rows, N - 1), tl.minimum(cols, N - 1)
-        s = tile_product(
-            x_ptr, x_ptr, valid_rows, valid_cols, C, stride_x, stride_x, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )
-        theta = tl.minimum(
-            tl.load(threshold_ptr + valid_rows)[:, None],
-            tl.load(threshold_ptr + valid_cols)[None, :],
-            propagate_nan=tl.PropagateNan.ALL,
-        )
-        hit = (s > theta) & (rows[:, None] < cols[None, :]) & (cols < N)[None, :]
-        direct = pack_columns(hit, BLOCK_M, BLOCK_N)
-        mirror = pack_rows(hit, BLOCK_M, BLOCK_N)
-        word = tl.arange(0, WORDS)
-        direct_at = rows.to(tl.int64)[:, None] * stride_bits + (c * WORDS + word)[None, :]
-        if r == c:
-            tl.store(bits_ptr + direct_at, direct | tl.trans(mirror), mask=(rows < N)[:, None])
-        else:
-            tl.store(bits_ptr + direct_at, direct, mask=(rows < N)[:, None])
-            mirror_at = cols.to(tl.int64)[None, :] * stride_bits + (r * WORDS + word)[:, None]
-            tl.store(bits_ptr + mirror_at, mirror, mask=(cols < N)[None, :])
-
-
-@triton.jit
-def _pairs_above_tile_kernel(
-    x_ptr, threshold_ptr, k_ptr, key_threshold_ptr, bits_ptr, N, M, C, stride_x, stride_k, stride_bits, row_tiles,
-    HAS_KEY_THRESHOLDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
-    """Bits of one tile of x against keys."""
-    WORDS: tl.constexpr = BLOCK_N // 32
-    column_tiles = tl.num_programs(0) // row_tiles
-    p = tl.program_id(0)
-    r, c = tl.swizzle2d(p // column_tiles, p % column_tiles, row_tiles, column_tiles, GROUP)
-    rows = r * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = c * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid_rows, valid_cols = tl.minimum(rows, N - 1), tl.minimum(cols, M - 1)
-    s = tile_product(x_ptr, k_ptr, valid_rows, valid_cols, C, stride_x, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    theta = tl.load(threshold_ptr + valid_rows)[:, None]
-    if HAS_KEY_THRESHOLDS:
-        key_theta = tl.load(key_threshold_ptr + valid_cols)[None, :]
-        theta = tl.minimum(theta, key_theta, propagate_nan=tl.PropagateNan.ALL)
-    hit = (s > theta) & (cols < M)[None, :]
-    words_at = rows.to(tl.int64)[:, None] * stride_bits + (c * WORDS + tl.arange(0, WORDS))[None, :]
-    tl.store(bits_ptr + words_at, pack_columns(hit, BLOCK_M, BLOCK_N), mask=(rows < N)[:, None])
-
-
-def pairs_above(x: Tensor, thresholds: Tensor, keys: Tensor | None, key_thresholds: Tensor | None) -> Tensor:
-    """Bits of s_ij > min(t_i, t_j), i != j, from the upper triangle (keys None), or of s_ij > min(t_i, kt_j)."""
-    require_supported(x=x, keys=keys)
-    x, keys = (*_operands(x), None) if keys is None else _operands(x, keys)
-    thresholds = thresholds.float().contiguous()
-    n, c = x.shape
-    config = _TILES[dtype_class(x.dtype)]
-    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    width = words(n if keys is None else keys.shape[0])
-    bits = torch.empty((n, width), dtype=torch.int32, device=x.device)
-    column_tiles = width * 32 // block_n  # up to the end of the words: padding bits are written, as zeros
-    if bits.numel() == 0:
-        return bits
-    options = dict(PRECISION=precision(x.dtype), GROUP=_GROUP, **config)
-    with on_device(x):
-        if keys is None:
-            _pairs_above_triangle_kernel[(triangle_programs(column_tiles, _GROUP),)](
-                x, thresholds, bits, n, c, x.stride(0), bits.stride(0), column_tiles, **options
-            )
-        else:
-            row_tiles = triton.cdiv(n, block_m)
-            key_theta = thresholds if key_thresholds is None else key_thresholds.float().contiguous()
-            _pairs_above_tile_kernel[(row_tiles * column_tiles,)](
-                x, thresholds, keys, key_theta, bits, n, keys.shape[0], c, x.stride(0), keys.stride(0), bits.stride(0),
-                row_tiles, HAS_KEY_THRESHOLDS=key_thresholds is not None, **options,
-            )  # fmt: skip
-    return bits
