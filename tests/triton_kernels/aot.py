@@ -29,13 +29,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
 
 from hpkernels import tuning
 from hpkernels.common.bits import words
-from hpkernels.ops.common.triton import precision
+from hpkernels.ops.common import triton as common
 from tests.triton_kernels.figures import faults, resources
 from tests.triton_kernels.recorder import TARGETS, Launch, Recorder, compile_for
 
@@ -101,7 +102,10 @@ def _cases(x: torch.Tensor) -> Iterator[Case]:
 def _as_asked(call: Callable[[], object]) -> object:
     """With the form of fp32 products that is not the default: IEEE, or three TF32 products where that is."""
     matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if precision(torch.float32) == "ieee" else "ieee"
+    before, matmul.fp32_precision = (
+        matmul.fp32_precision,
+        "tf32" if common.precision(torch.float32) == "ieee" else "ieee",
+    )
     try:
         return call()
     finally:
@@ -244,9 +248,13 @@ SHARE = 8  # kernels a process takes at a time
 _wanted: dict[str, dict[str, Launch]] = {}  # what the processes, forks of this one, are to compile
 
 
-def shipped(arch: str, only: Callable[[str], bool] = lambda case: True, **choice: tuple) -> dict[str, Launch]:
-    """Every launch on `arch` by name, or those of the chosen cases; nothing is compiled."""
-    with Recorder(arch, compile=False) as recorder:
+def shipped(
+    arch: str, only: Callable[[str], bool] = lambda case: True, of: str = "", **choice: tuple
+) -> dict[str, Launch]:
+    """Every launch on `arch` by name, or those of the chosen cases, as under Triton `of` (by default this one); nothing
+    is compiled."""
+    as_of = mock.patch.object(common, "HAS_BF16X6", common.knows_bf16x6(of or triton.__version__))
+    with as_of, Recorder(arch, compile=False) as recorder:
         for case, call in cases(**CHOICE.get(arch, {}) | choice):
             if only(case):
                 call()
@@ -265,10 +273,10 @@ def recorded() -> dict[str, dict]:
 
 def check() -> list[str]:
     """What is wrong with the committed table: faults, and configurations that it lacks or has of an older source."""
-    parts, launches = recorded(), {arch: shipped(arch) for arch in TARGETS}
+    parts = recorded()
     wrong = [f"Triton {missing}: no part of the table" for missing in sorted(set(TRITONS) - parts.keys())]
-    for (of, part), (arch, now) in itertools.product(parts.items(), launches.items()):
-        kernels, where = part["kernels"][arch], f"Triton {of}, {arch}"
+    for (of, part), arch in itertools.product(parts.items(), TARGETS):
+        now, kernels, where = shipped(arch, of=of), part["kernels"][arch], f"Triton {of}, {arch}"
         wrong += [
             f"{where} {name}: {fault}" for name, figures in kernels.items() for fault in faults(name, arch, figures)
         ]

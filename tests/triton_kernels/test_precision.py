@@ -127,7 +127,7 @@ def test_fp32_products_run_on_the_matrix_units_unless_ieee_is_asked_for(monkeypa
     }
     try:
         for has, by_request in expected.items():
-            monkeypatch.setattr(common, "_HAS_BF16X6", has)
+            monkeypatch.setattr(common, "HAS_BF16X6", has)
             for request, name in by_request.items():
                 matmul.fp32_precision = request
                 assert common.precision(torch.float32) == name

@@ -20,8 +20,6 @@ from hpkernels.ops.common import gpu
 
 LN2 = tl.constexpr(0.6931471805599453)
 _TRANSPOSE_ROWS, _TRANSPOSE_WORDS = 128, 4
-# The interpreter does not know it either.
-_HAS_BF16X6 = torch.torch_version.TorchVersion(triton.__version__) >= (3, 6) and not triton.knobs.runtime.interpret
 _MERGE_ROWS = 512
 
 
@@ -37,6 +35,14 @@ def same_dtype(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(dtype).contiguous() for tensor in tensors]
 
 
+def knows_bf16x6(version: str) -> bool:
+    """Whether this Triton multiplies fp32 as six bf16 products; the interpreter does not."""
+    return torch.torch_version.TorchVersion(version) >= (3, 6) and not triton.knobs.runtime.interpret
+
+
+HAS_BF16X6 = knows_bf16x6(triton.__version__)
+
+
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot for fp32 operands; 16-bit ones ignore it.
 
@@ -48,7 +54,7 @@ def precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32 or torch.version.hip or gpu.ieee_requested():
         return "ieee"
-    if _HAS_BF16X6:
+    if HAS_BF16X6:
         return "bf16x6"
     return "tf32x3" if gpu.tf32_accepted() else "ieee"
 
