@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from hpkernels import tuning
+from hpkernels.ops.contrastive import workspace
 from hpkernels.ops.contrastive.triton import columns, lists
 from tests.ops.contrastive.problems import check, problem_of
 
