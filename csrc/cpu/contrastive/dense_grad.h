@@ -37,9 +37,9 @@ class DenseGrad {
     std::fill(denominator_, denominator_ + 4 * stride, T(0));
     for (int64_t i = 0; i < args_.rows; ++i) {
       const RowFactors<T> f = row_factors(args_, grads, at + i);
-      denominator_[i] = f.denominator;
-      positive_[i] = f.positive;
-      extra_[i] = f.extra;
+      denominator_[i] = f.denominator * scale_;
+      positive_[i] = f.positive * scale_;
+      extra_[i] = f.extra * scale_;
       lse_[i] = f.lse;
     }
     parallel_for(args_.threads, panels_, [&](int64_t panel, int) {
@@ -113,35 +113,37 @@ class DenseGrad {
                  row_extra = splat(extra_[i]);
     RowMasks m;
     masks_.row(i, j0 / kWord, words, m);
-    // `pairs` of a vector of columns, and what its coefficients have from P and Q
-    const auto replace = [&](int64_t v, auto&& in_e, auto&& in_e_t, auto&& of_pairs) {
+    const auto replace = [&](int64_t v, auto&& in_e, auto&& in_e_t) {
+      T* value = values + v * kLanes<T>;
       const int64_t j = j0 + v * kLanes<T>;
-      const Vec<T> logit = load(values + v * kLanes<T>) * scale, e = exp<T>(logit - row_shift);
+      const Vec<T> logit = load(value) * scale, e = exp<T>(logit - row_shift);
       const Vec<T> e_t = kFixed ? e : exp<T>(logit - load(lse_ + j));
-      const Vec<T> total = in_e(e * row_denominator) + in_e_t(e_t * load(denominator_ + j));
-      store(values + v * kLanes<T>, of_pairs(total, j) * scale);
+      store(value, in_e(e * row_denominator) + in_e_t(e_t * load(denominator_ + j)));
     };
-    const auto all = [](Vec<T> e) { return e; };
-    const auto none = [](Vec<T> total, int64_t) { return total; };
-    if (m.full && !m.pairs) {
+    if (m.full) {
+      const auto all = [](Vec<T> e) { return e; };
       for (int64_t v = 0; v < words * kPieces; ++v)
-        replace(v, all, all, none);
-      return;
+        replace(v, all, all);
+    } else {
+      for (int64_t v = 0; v < words * kPieces; ++v) {
+        const WordMasks& word = m.words[v / kPieces];
+        const int64_t lane = v % kPieces * kLanes<T>;
+        replace(
+            v, [&](Vec<T> e) { return keep(lanes_of<T>(word.e, lane), e); },
+            [&](Vec<T> e) { return keep(lanes_of<T>(word.e_t, lane), e); });
+      }
     }
-    for (int64_t v = 0; v < words * kPieces; ++v) {
-      const WordMasks& word = m.words[v / kPieces];
-      const int64_t lane = v % kPieces * kLanes<T>;
-      const bool pairs = m.pairs_at(v / kPieces);
-      replace(
-          v, [&](Vec<T> e) { return keep(lanes_of<T>(word.e, lane), e); },
-          [&](Vec<T> e) { return keep(lanes_of<T>(word.e_t, lane), e); },
-          [&](Vec<T> total, int64_t j) {
-            if (!pairs) return total;
-            total += keep(lanes_of<T>(word.p, lane), row_positive) +
-                     keep(lanes_of<T>(word.p_t, lane), load(positive_ + j));
-            return total + keep(lanes_of<T>(word.q, lane), row_extra) +
-                   keep(lanes_of<T>(word.q_t, lane), load(extra_ + j));
-          });
+    for (int64_t w = 0; m.pairs && w < words; ++w) {
+      if (!m.pairs_at(w)) continue;
+      const WordMasks& word = m.words[w];
+      for (int64_t lane = 0; lane < kWord; lane += kLanes<T>) {
+        T* value = values + w * kWord + lane;
+        const int64_t j = j0 + w * kWord + lane;
+        Vec<T> total = load(value);
+        total += keep(lanes_of<T>(word.p, lane), row_positive) + keep(lanes_of<T>(word.p_t, lane), load(positive_ + j));
+        total += keep(lanes_of<T>(word.q, lane), row_extra) + keep(lanes_of<T>(word.q_t, lane), load(extra_ + j));
+        store(value, total);
+      }
     }
   }
 

@@ -12,9 +12,9 @@ namespace {
 
 constexpr int64_t kTeam = 4;  // panels: two teams of 192 rows of 512 floats, with their sums, take 13 MB
 
-// In round r of n everybody a meets opponent(r, a, n): nobody twice, and in n rounds everybody, once himself. It is
-// how teams meet, and how the members of two teams do.
-int64_t opponent(int64_t round, int64_t a, int64_t n) { return (round - a % n + n) % n; }
+// Who meets a in round r of n: in each round one, in n rounds everybody, once a itself. So teams meet, and so do the
+// members of two teams.
+int64_t opponent(int64_t round, int64_t a, int64_t n) { return (round - a + n) % n; }
 
 // The a that meet somebody a' >= a in round r of n: the first ones up to r / 2, then those from r + 1 on.
 int64_t pair_count(int64_t round, int64_t n) { return round / 2 + 1 + (n + round) / 2 - round; }
@@ -25,14 +25,15 @@ class Tournament {
   Tournament(int64_t panels, int threads)
       : panels_(panels),
         teams_((panels + kTeam - 1) / kTeam),
-        at_a_time_(std::min<int64_t>(teams_ / 2 + 1, (2 * threads + kTeam - 1) / kTeam)),
+        at_a_time_(std::min<int64_t>(teams_ / 2 + 1, std::max(threads, 1))),
         blocks_((teams_ / 2 + at_a_time_) / at_a_time_),
         turns_(static_cast<size_t>(panels)) {}
 
   int64_t tasks() const { return teams_ * blocks_ * kTeam * at_a_time_ * kTeam; }
 
   // Tasks are handed out in ascending order, and each waits for earlier ones alone: the earliest that is not done
-  // never waits. Enough pairs of teams play at a time to keep all threads busy.
+  // never waits. As many pairs of teams as there are threads play at a time, so that there is seldom need to wait. That
+  // changes no panel's order: in a round a team has one other.
   template <class Meet>
   void play(int64_t task, Meet&& meet) {
     const int64_t a = take(task, kTeam), pair = take(task, at_a_time_), k = take(task, kTeam);

@@ -169,7 +169,7 @@ void multiply_panel(int64_t vectors, int64_t rows, int64_t depth, Left<T> a, Ste
     if (vectors < V) return multiply_panel<E, V - 1>(vectors, rows, depth, a, step, b, c, ld, accumulate);
   for (int64_t i = 0; i < rows; i += E::MR) {
     const T* row[E::MR];  // past the end the last one again
-    if (accumulate)  // C may lie far away: fetch what the block adds to while it multiplies
+    if (accumulate)       // C may lie far away: fetch what the block adds to while it multiplies
       for (int r = 0; r < E::MR; ++r)
         for (int v = 0; v < V; ++v)
           __builtin_prefetch(c + (i + r) * ld + v * kLanes<T>, 1);
