@@ -1,11 +1,12 @@
 // The contrastive gradient for a dense denominator: tiles of coefficients G_ij + G_ji times rows of x.
 //
-// With all rows as anchors a tile of coefficients is computed once and serves its rows and its columns: tiles are
-// scheduled so that no two of them write one panel at a time, and every panel is written in a fixed order. A range of
-// anchors owns its panels, which pass all columns in order.
+// With all rows as anchors a tile of coefficients is computed once and serves its rows and its columns: panels of rows
+// meet as in a tournament (tournament.h), so no two tiles write one panel at a time, and every panel is written in a
+// fixed order. A range of anchors owns its panels, which pass all columns in order.
 #pragma once
 
 #include "cpu/contrastive/dense_masks.h"
+#include "cpu/contrastive/tournament.h"
 
 namespace hpk::HPK_ISA {
 namespace {
@@ -36,9 +37,9 @@ class DenseGrad {
     std::fill(denominator_, denominator_ + 4 * stride, T(0));
     for (int64_t i = 0; i < args_.rows; ++i) {
       const RowFactors<T> f = row_factors(args_, grads, at + i);
-      denominator_[i] = f.denominator;
-      positive_[i] = f.positive;
-      extra_[i] = f.extra;
+      denominator_[i] = f.denominator * scale_;
+      positive_[i] = f.positive * scale_;
+      extra_[i] = f.extra * scale_;
       lse_[i] = f.lse;
     }
     parallel_for(args_.threads, panels_, [&](int64_t panel, int) {
@@ -53,7 +54,10 @@ class DenseGrad {
     std::fill(sums_.get(), sums_.get() + own_panels_ * block_, T(0));
     const auto tile_of = [&](int worker) { return scratch.get() + worker * kTile * kTile; };
     if (args_.all_anchors()) {
-      meet_as_in_a_tournament(x, tile_of);
+      tournament(static_cast<int>(workers), panels_, [&](int64_t first, int64_t second, int worker) {
+        add_to_rows(x, first, second, tile_of(worker));
+        if (first != second) add_to_columns(first, second, tile_of(worker));
+      });
     } else {
       parallel_for(args_.threads, own_panels_, [&](int64_t panel, int worker) {
         for (int64_t other = 0; other < panels_; ++other)
@@ -78,30 +82,18 @@ class DenseGrad {
 
   T* sum_of(int64_t panel) const { return sums_.get() + panel * block_; }
 
-  // Every two panels meet once: in a round no panel plays twice, so a tile may add to both of its panels, and each
-  // panel meets the others in a fixed order.
-  template <class F>
-  void meet_as_in_a_tournament(const T* x, F&& tile_of) const {
-    parallel_for(args_.threads, panels_,
-                 [&](int64_t panel, int worker) { add_to_rows(x, panel, panel, tile_of(worker)); });
-    const int64_t players = panels_ + panels_ % 2;
-    for (int64_t round = 0; round < players - 1; ++round)
-      parallel_for(args_.threads, players / 2, [&](int64_t game, int worker) {
-        const int64_t first = game == 0 ? players - 1 : (round + game) % (players - 1);
-        const int64_t second = (round + players - 1 - game) % (players - 1);
-        if (std::max(first, second) >= panels_) return;  // the odd panel out
-        add_to_rows(x, first, second, tile_of(worker));
-        add_to_columns(first, second, tile_of(worker));
-      });
-  }
-
   // Computes the coefficients of a panel of anchors and a panel of columns, and adds them times X to the anchors' sums.
   void add_to_rows(const T* x, int64_t panel, int64_t other, T* tile) const {
     const int64_t i0 = args_.first + panel * kTile, rows = own_height(panel), columns = height(other);
     multiply<E>(rows, columns, args_.depth, rows_of(x + i0 * args_.depth, args_.depth),
                 packed_.get() + other * kTile * args_.depth, tile, kTile);
-    for (int64_t r = 0; r < rows; ++r)
-      coefficients(i0 + r, other * kTile, columns, tile + r * kTile);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (fixed_) {
+        coefficients<true>(i0 + r, other * kTile, columns, tile + r * kTile);
+      } else {
+        coefficients<false>(i0 + r, other * kTile, columns, tile + r * kTile);
+      }
+    }
     multiply<E>(rows, args_.depth, columns, rows_of<T>(tile, kTile), packed_columns_.get() + other * block_,
                 sum_of(panel), sum_stride(), true);
   }
@@ -113,24 +105,44 @@ class DenseGrad {
   }
 
   // Replaces the dot products of row i with columns j0 .. by (G_ij + G_ji) / temperature.
+  template <bool kFixed>
   void coefficients(int64_t i, int64_t j0, int64_t columns, T* values) const {
-    const Vec<T> scale = splat(scale_), row_shift = splat(fixed_ ? scale_ : lse_[i]),
-                 row_denominator = splat(denominator_[i]);
-    const Vec<T> row_positive = splat(positive_[i]), row_extra = splat(extra_[i]);
-    for (int64_t w = 0; w * kWord < columns; ++w) {
-      const WordMasks m = masks_.at(i, j0 / kWord + w);
-      const bool pairs = m.p | m.q | m.p_t | m.q_t;
-      for (int piece = 0; piece < kPieces; ++piece) {
-        const int64_t lane = piece * kLanes<T>, c = w * kWord + lane, j = j0 + c;
-        const Vec<T> logit = load(values + c) * scale;
-        const Vec<T> e = exp<T>(logit - row_shift), e_t = fixed_ ? e : exp<T>(logit - load(lse_ + j));
-        Vec<T> total = keep(lanes_of<T>(m.e, lane), e * row_denominator) +
-                       keep(lanes_of<T>(m.e_t, lane), e_t * load(denominator_ + j));
-        if (pairs) {
-          total += keep(lanes_of<T>(m.p, lane), row_positive) + keep(lanes_of<T>(m.p_t, lane), load(positive_ + j));
-          total += keep(lanes_of<T>(m.q, lane), row_extra) + keep(lanes_of<T>(m.q_t, lane), load(extra_ + j));
-        }
-        store(values + c, total * scale);
+    const int64_t words = (columns + kWord - 1) / kWord;
+    const Vec<T> scale = splat(scale_), row_shift = splat(kFixed ? scale_ : lse_[i]);
+    const Vec<T> row_denominator = splat(denominator_[i]), row_positive = splat(positive_[i]),
+                 row_extra = splat(extra_[i]);
+    RowMasks m;
+    masks_.row(i, j0 / kWord, words, m);
+    const auto replace = [&](int64_t v, auto&& in_e, auto&& in_e_t) {
+      T* value = values + v * kLanes<T>;
+      const int64_t j = j0 + v * kLanes<T>;
+      const Vec<T> logit = load(value) * scale, e = exp<T>(logit - row_shift);
+      const Vec<T> e_t = kFixed ? e : exp<T>(logit - load(lse_ + j));
+      store(value, in_e(e * row_denominator) + in_e_t(e_t * load(denominator_ + j)));
+    };
+    if (m.full) {
+      const auto all = [](Vec<T> e) { return e; };
+      for (int64_t v = 0; v < words * kPieces; ++v)
+        replace(v, all, all);
+    } else {
+      for (int64_t v = 0; v < words * kPieces; ++v) {
+        const WordMasks& word = m.words[v / kPieces];
+        const int64_t lane = v % kPieces * kLanes<T>;
+        replace(
+            v, [&](Vec<T> e) { return keep(lanes_of<T>(word.e, lane), e); },
+            [&](Vec<T> e) { return keep(lanes_of<T>(word.e_t, lane), e); });
+      }
+    }
+    for (int64_t w = 0; m.pairs && w < words; ++w) {
+      if (!m.pairs_at(w)) continue;
+      const WordMasks& word = m.words[w];
+      for (int64_t lane = 0; lane < kWord; lane += kLanes<T>) {
+        T* value = values + w * kWord + lane;
+        const int64_t j = j0 + w * kWord + lane;
+        Vec<T> total = load(value);
+        total += keep(lanes_of<T>(word.p, lane), row_positive) + keep(lanes_of<T>(word.p_t, lane), load(positive_ + j));
+        total += keep(lanes_of<T>(word.q, lane), row_extra) + keep(lanes_of<T>(word.q_t, lane), load(extra_ + j));
+        store(value, total);
       }
     }
   }

@@ -22,6 +22,28 @@ struct WordMasks {
   uint32_t e, p, q, e_t, p_t, q_t;
 };
 
+// The words of a row of a tile. Where they have no news the kernels need not look at them: `full` says that E and E_t
+// are all ones, `pairs` that there is a bit in P, Q or their transposes. A full row without pairs has no words.
+struct RowMasks {
+  bool full, pairs;
+  WordMasks words[kTile / kWord];
+
+  bool pairs_at(int64_t w) const { return words[w].p | words[w].q | words[w].p_t | words[w].q_t; }
+};
+
+// The words first .. first + count - 1 of row i.
+template <class Masks>
+void read_row(const Masks& masks, int64_t i, int64_t first, int64_t count, RowMasks& row) {
+  row.full = row.pairs = false;
+  uint32_t everywhere = ~0u;
+  for (int64_t w = 0; w < count; ++w) {
+    row.words[w] = masks.at(i, first + w);
+    everywhere &= row.words[w].e & row.words[w].e_t;
+    row.pairs |= row.pairs_at(w);
+  }
+  row.full = everywhere == ~0u;
+}
+
 // 32 bits from position `start` on of a row of `period` bits that repeats for ever.
 uint32_t repeated_word(const uint32_t* row, int64_t period, int64_t start) {
   uint32_t out = 0;
@@ -75,10 +97,32 @@ class DenseMasks {
     return m;
   }
 
+  // The words first .. first + count - 1 of row i.
+  void row(int64_t i, int64_t first, int64_t count, RowMasks& out) const {
+    const bool inside = (first + count) * kWord <= rows_ && (i >> 5 < first || i >> 5 >= first + count);
+    if (all_ && inside && !any_pair(i, first, count)) {
+      out.full = true;
+      out.pairs = false;
+    } else {
+      read_row(*this, i, first, count, out);
+    }
+  }
+
   // Whether any anchor has a pair with one of the kTile columns from j0 on: here nobody looks, and all are visited.
   bool any_in_columns(int64_t) const { return true; }
 
  private:
+  bool any_pair(int64_t i, int64_t first, int64_t count) const {
+    const int64_t k = (i - first_) * masks_.words + first;
+    uint32_t bits = 0;
+    for (int64_t w = k; w < k + count; ++w)
+      bits |= masks_.positives[w] | masks_.positives_t[w];
+    if (masks_.extra)
+      for (int64_t w = k; w < k + count; ++w)
+        bits |= masks_.extra[w] | masks_.extra_t[w];
+    return bits;
+  }
+
   uint32_t valid_bits(int64_t i, int64_t w) const {
     const int64_t left = rows_ - w * kWord;
     const uint32_t inside = left >= kWord ? ~0u : (1u << left) - 1;

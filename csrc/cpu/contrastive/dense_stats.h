@@ -140,41 +140,72 @@ class DenseStats {
   void absorb(int64_t i0, int64_t height, int64_t j0, int64_t width, const T* dots, int64_t row_tile,
               int64_t tile) const {
     if (!fixed_) raise_shifts(i0, height, j0, width, dots, row_tile, tile);
-    const Partials<T> rows = partials(tile), columns = partials(row_tile);
     if (tile == row_tile) {  // tiles of the diagonal are computed in full: rows only
+      const Partials<T> rows = partials(tile);
       for (int64_t r = 0; r < height; ++r)
         rows.add(i0 + r, sums_of_row<T>(masks_, i0 + r, j0, width, dots + r * kTile, scale_, rows.shift[i0 + r]));
-      return;
+    } else if (fixed_) {
+      add_both<true>(i0, height, j0, width, dots, row_tile, tile);
+    } else {
+      add_both<false>(i0, height, j0, width, dots, row_tile, tile);
     }
+  }
+
+  // Adds a tile to its rows and to its columns. kFixed: one exponential serves both directions.
+  template <bool kFixed>
+  void add_both(int64_t i0, int64_t height, int64_t j0, int64_t width, const T* dots, int64_t row_tile,
+                int64_t tile) const {
+    constexpr int kVectors = kTile / kLanes<T>;
+    const Partials<T> rows = partials(tile), columns = partials(row_tile);
     const int64_t words = (width + kWord - 1) / kWord;
     const Vec<T> scale = splat(scale_);
-    Vec<T> column_shift[kTile / kLanes<T>], column_sum[kTile / kLanes<T>] = {}, column_pos[kTile / kLanes<T>] = {},
-                                                               column_ext[kTile / kLanes<T>] = {};
+    Vec<T> column_shift[kVectors], column_sum[kVectors] = {}, column_pos[kVectors] = {}, column_ext[kVectors] = {};
     for (int64_t v = 0; v < words * kPieces; ++v) {
       const int64_t j = v * kLanes<T>, left = std::clamp<int64_t>(width - j, 0, kLanes<T>);
-      column_shift[v] = fixed_ ? scale : load_part(columns.shift + j0 + j, left);
+      column_shift[v] = kFixed ? scale : load_part(columns.shift + j0 + j, left);
     }
-    for (int64_t r = 0; r < height; ++r) {
-      const int64_t i = i0 + r;
-      const Vec<T> row_shift = splat(rows.shift[i]);
-      Vec<T> row_sum{}, row_pos{}, row_ext{};
-      for (int64_t w = 0; w < words; ++w) {
-        const WordMasks m = masks_.at(i, j0 / kWord + w);
-        const bool pairs = m.p | m.q | m.p_t | m.q_t;
-        for (int piece = 0; piece < kPieces; ++piece) {
-          const int64_t v = w * kPieces + piece, lane = piece * kLanes<T>;
-          const Vec<T> logit = load(dots + r * kTile + v * kLanes<T>) * scale;
-          const Vec<T> e = exp<T>(logit - row_shift);
-          row_sum += keep(lanes_of<T>(m.e, lane), e);
-          column_sum[v] += keep(lanes_of<T>(m.e_t, lane), fixed_ ? e : exp<T>(logit - column_shift[v]));
-          if (!pairs) continue;
-          row_pos += keep(lanes_of<T>(m.p, lane), logit);
-          row_ext += keep(lanes_of<T>(m.q, lane), logit);
-          column_pos[v] += keep(lanes_of<T>(m.p_t, lane), logit);
-          column_ext[v] += keep(lanes_of<T>(m.q_t, lane), logit);
+    RowMasks m;
+    for (int64_t r = 0; r < height; ++r, dots += kTile) {
+      masks_.row(i0 + r, j0 / kWord, words, m);
+      const Vec<T> row_shift = splat(rows.shift[i0 + r]);
+      Vec<T> row_sum{};
+      const auto exponentials = [&](int64_t v, auto&& in_e, auto&& in_e_t) {
+        const Vec<T> logit = load(dots + v * kLanes<T>) * scale, e = exp<T>(logit - row_shift);
+        row_sum += in_e(e);
+        column_sum[v] += in_e_t(kFixed ? e : exp<T>(logit - column_shift[v]));
+      };
+      if (m.full) {
+        const auto all = [](Vec<T> e) { return e; };
+        for (int64_t v = 0; v < words * kPieces; ++v)
+          exponentials(v, all, all);
+      } else {
+        for (int64_t v = 0; v < words * kPieces; ++v) {
+          const WordMasks& word = m.words[v / kPieces];
+          const int64_t lane = v % kPieces * kLanes<T>;
+          exponentials(
+              v, [&](Vec<T> e) { return keep(lanes_of<T>(word.e, lane), e); },
+              [&](Vec<T> e) { return keep(lanes_of<T>(word.e_t, lane), e); });
         }
       }
-      rows.add(i, {sum<T>(row_sum), sum<T>(row_pos), sum<T>(row_ext)});
+      TileSums<T> part{sum<T>(row_sum), 0, 0};
+      if (m.pairs) {
+        Vec<T> row_pos{}, row_ext{};
+        for (int64_t w = 0; w < words; ++w) {
+          if (!m.pairs_at(w)) continue;
+          for (int64_t v = w * kPieces; v < (w + 1) * kPieces; ++v) {
+            const WordMasks& word = m.words[w];
+            const int64_t lane = v % kPieces * kLanes<T>;
+            const Vec<T> logit = load(dots + v * kLanes<T>) * scale;
+            row_pos += keep(lanes_of<T>(word.p, lane), logit);
+            row_ext += keep(lanes_of<T>(word.q, lane), logit);
+            column_pos[v] += keep(lanes_of<T>(word.p_t, lane), logit);
+            column_ext[v] += keep(lanes_of<T>(word.q_t, lane), logit);
+          }
+        }
+        part.pos = sum<T>(row_pos);
+        part.ext = sum<T>(row_ext);
+      }
+      rows.add(i0 + r, part);
     }
     for (int64_t c = 0; c < width; ++c) {
       const int64_t v = c / kLanes<T>, lane = c % kLanes<T>;

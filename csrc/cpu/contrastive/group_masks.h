@@ -47,6 +47,8 @@ class GroupMasks {
     return m;
   }
 
+  void row(int64_t i, int64_t first, int64_t count, RowMasks& out) const { read_row(*this, i, first, count, out); }
+
   // Whether any anchor can have a pair with one of the kTile columns from j0 on, in either direction.
   bool any_in_columns(int64_t j0) const {
     return (query_.in_anchors && keys().any(j0)) || (keys().in_anchors && query_.any(j0));

@@ -69,13 +69,22 @@ inline Vec<T> load_part(const T* p, int64_t count) {  // the first `count` lanes
   return v;
 }
 
+// b where either is NaN. GCC makes a comparison and a blend of the conditional with AVX-512.
 template <class V>
 inline V max(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same<V, Vec<float>>::value) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same<V, Vec<double>>::value) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#endif
   return a > b ? a : b;
 }
 
 template <class V>
 inline V min(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same<V, Vec<float>>::value) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same<V, Vec<double>>::value) return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
+#endif
   return a < b ? a : b;
 }
 

@@ -35,6 +35,7 @@ template <class T>
 struct Engine {
   using Scalar = T;
   static constexpr int MR = kTileRows, NV = kTileVectors, NR = NV * kLanes<T>;
+  static constexpr int64_t kAhead = 32;  // columns of the factors between a product and what is fetched for later ones
 
   static int64_t round_rows(int64_t rows) { return (rows + MR - 1) / MR * MR; }
   static int64_t round_cols(int64_t cols) { return (cols + NR - 1) / NR * NR; }
@@ -62,8 +63,10 @@ struct Engine {
     for (int64_t d = 0; d < depth; ++d, b += NR) {
       Vec<T> col[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
+      for (int v = 0; v < V; ++v) {
         col[v] = load(b + v * kLanes<T>);
+        __builtin_prefetch(b + kAhead * NR + v * kLanes<T>);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         const Vec<T> row = splat(rows[r][d * step]);
@@ -166,6 +169,10 @@ void multiply_panel(int64_t vectors, int64_t rows, int64_t depth, Left<T> a, Ste
     if (vectors < V) return multiply_panel<E, V - 1>(vectors, rows, depth, a, step, b, c, ld, accumulate);
   for (int64_t i = 0; i < rows; i += E::MR) {
     const T* row[E::MR];  // past the end the last one again
+    if (accumulate)       // C may lie far away: fetch what the block adds to while it multiplies
+      for (int r = 0; r < E::MR; ++r)
+        for (int v = 0; v < V; ++v)
+          __builtin_prefetch(c + (i + r) * ld + v * kLanes<T>, 1);
     for (int64_t r = 0; r < E::MR; ++r)
       row[r] = a.data + (i + r < rows ? i + r : rows - 1) * a.row;
     E::template block<V>(depth, row, step, b, c + i * ld, ld, accumulate);
