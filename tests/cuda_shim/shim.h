@@ -270,6 +270,13 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
   shim::wait_warp();
 }
 
+inline float least(float a, float b) { return a < b || a != a ? a : b; }
+
+inline uint32_t difference_bits(float a, float b) {
+  const float difference = a - b;
+  return difference != difference ? 0x7fffffffu : __float_as_uint(difference);
+}
+
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;

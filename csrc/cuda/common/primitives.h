@@ -68,6 +68,17 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+// The smaller, NaN if either is.
+__device__ inline float least(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// The bits of a - b. A difference is 0 of equal numbers only, and NaN has no sign: the top bit is [a < b], but for
+// zeros of two signs.
+__device__ inline uint32_t difference_bits(float a, float b) { return __float_as_uint(a - b); }
+
 __device__ inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 __device__ inline float to_float(fp16 x) {
   float value;

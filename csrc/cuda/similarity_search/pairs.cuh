@@ -1,5 +1,9 @@
 // pairs_above: the bits of s_ij > theta_ij, and of their transpose from the same products.
+//
+// The sign of theta_ij - s_ij is the bit; a thread shifts 32 of them into a word, and only words change lanes.
 #pragma once
+
+#include <cmath>
 
 #include "cuda/common/tile.cuh"
 #include "shared/tile_order.h"
@@ -17,48 +21,44 @@ struct PairSearch {
   bool symmetric;  // keys is x: [i != j][s_ij > min(t_i, t_j)], decided for i < j
 };
 
-// The smaller, NaN if either is: a NaN threshold selects nothing.
-__device__ inline float least(float a, float b) { return a < b || a != a ? a : b; }
+// A threshold as the comparison takes it: with one zero, 0.0, because -0.0 - 0.0 has a sign.
+__device__ inline float limit(float threshold) { return threshold + 0.0f; }
 
-__device__ inline uint32_t or_over_lanes(uint32_t word, int first_mask, int last_mask) {
-  for (int mask = first_mask; mask <= last_mask; mask *= 2)
-    word |= __shfl_xor_sync(0xffffffffu, word, mask);
-  return word;
+// Ones from bit `first` on.
+__device__ inline uint32_t ones_from(int64_t first) {
+  return first <= 0 ? 0xffffffffu : first < 32 ? 0xffffffffu << first : 0u;
 }
 
-// words[row][word] = the tile's bits by rows; turned[column][word] = by columns. `hits` has bit (m * 4 + n) * 4 + e
-// for the thread's accumulator [m][n][e].
-__device__ inline void pack_tile(uint64_t hits, const Places& at, uint32_t (*words)[kTileWords],
-                                 uint32_t (*turned)[kTileWords]) {
+// One bit of the position within a word, that of value Shift, trades places with one bit of the lane.
+template <int Shift>
+__device__ inline uint32_t swap_bits(uint32_t word, int lane, int lane_bit) {
+  constexpr uint32_t kLow = 0xffffffffu / ((1u << Shift) + 1);  // the positions without that bit
+  const int shift = lane & lane_bit ? 0 : Shift;
+  const uint32_t coming = __shfl_xor_sync(0xffffffffu, (word >> shift) & kLow, lane_bit);
+  return (word & (kLow << (Shift - shift))) | (coming << shift);
+}
+
+// 32 x 32 pairs of the warp, of which the thread holds m = 2 block, 2 block + 1: the lane's row of them, as a word.
+// The row is 8 (lane % 4) + lane / 4.
+__device__ inline uint32_t pack_rows(const Accumulators& acc, int block, const float (&row_limits)[4][2],
+                                     const float (&column_limits)[4][2], int lane) {
+  uint32_t word = 0;
 #pragma unroll
-  for (int m = 0; m < 4; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {  // the 4 lanes of a row hold the 32 columns of the warp
-      uint32_t word = 0;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const uint32_t two = static_cast<uint32_t>(hits >> ((m * 4 + n) * 4 + 2 * h)) & 3u;
-        word |= two << (n * 8 + at.lane % 4 * 2);
-      }
-      word = or_over_lanes(word, 1, 2);
-      if (at.lane % 4 == 0) words[at.row(m, h)][at.warp_column] = word;
-    }
-  if (turned == nullptr) return;
-#pragma unroll
-  for (int n = 0; n < 4; ++n)
-#pragma unroll
-    for (int b = 0; b < 2; ++b)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // the 8 lanes of a column hold 32 of the warp's 64 rows
-        uint32_t word = 0;
-#pragma unroll
-        for (int part = 0; part < 4; ++part) {
-          const int m = 2 * half + part / 2, h = part % 2;
-          word |= (static_cast<uint32_t>(hits >> ((m * 4 + n) * 4 + 2 * h + b)) & 1u) << (part * 8 + at.lane / 4);
-        }
-        word = or_over_lanes(word, 4, 16);
-        if (at.lane / 4 == 0) turned[at.column(n, b)][at.warp_row * 2 + half] = word;
-      }
+  for (int position = 31; position >= 0; --position) {  // bits: 2 of n, m, h, b
+    const int n = position >> 3, m = 2 * block + (position >> 2 & 1), h = position >> 1 & 1, b = position & 1;
+    const float theta = least(row_limits[m][h], column_limits[n][b]);
+    word = word << 1 | difference_bits(theta, acc[m][n][2 * h + b]) >> 31;  // theta < s
+  }
+  return swap_bits<2>(swap_bits<4>(word, lane, 2), lane, 1);  // m and h go, the lane's columns come
+}
+
+// The same pairs by columns: the lane's column, of the same number, from all rows.
+__device__ inline uint32_t turn(uint32_t word, int lane) {
+  word = swap_bits<1>(word, lane, 4);
+  word = swap_bits<2>(word, lane, 8);
+  word = swap_bits<4>(word, lane, 16);
+  word = swap_bits<8>(word, lane, 1);
+  return swap_bits<16>(word, lane, 2);
 }
 
 // Words [row][0..3] of a tile to row first_row + row of the mask, 16 bytes a thread.
@@ -85,37 +85,37 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<T>) pai
                                       job.depth, dynamic_shared());
   products.next(acc, at);
 
-  float column_theta[4][2];
+  float row_limits[4][2], column_limits[4][2];
 #pragma unroll
   for (int n = 0; n < 4; ++n)
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       const int64_t j = first_column + at.column(n, b);
-      column_theta[n][b] = job.key_thresholds && j < job.columns ? job.key_thresholds[j] : 0.0f;
+      column_limits[n][b] = job.key_thresholds && j < job.columns ? limit(job.key_thresholds[j]) : INFINITY;
     }
-  uint64_t hits = 0;
 #pragma unroll
   for (int m = 0; m < 4; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t i = first_row + at.row(m, h);
-      const float row_theta = job.thresholds[i < job.rows ? i : job.rows - 1];
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int64_t j = first_column + at.column(n, b);
-          const float theta = job.key_thresholds ? least(row_theta, column_theta[n][b]) : row_theta;
-          const bool inside = i < job.rows && j < job.columns && (!job.symmetric || i < j);
-          const bool hit = inside && acc[m][n][2 * h + b] > theta;
-          hits |= static_cast<uint64_t>(hit) << ((m * 4 + n) * 4 + 2 * h + b);
-        }
+      row_limits[m][h] = limit(job.thresholds[i < job.rows ? i : job.rows - 1]);
     }
 
   __syncthreads();  // the products are done in all warps: their buffers become those of the words
   auto words = reinterpret_cast<uint32_t (*)[kTileWords]>(dynamic_shared());
-  auto turned = job.symmetric ? words + kTile : nullptr;
-  pack_tile(hits, at, words, turned);
+  auto turned = words + kTile;
+#pragma unroll
+  for (int block = 0; block < 2; ++block) {
+    const int place = at.lane % 4 * 8 + at.lane / 4;
+    const int row = (at.warp_row * 2 + block) * 32 + place, column = at.warp_column * 32;
+    uint32_t word = pack_rows(acc, block, row_limits, column_limits, at.lane);
+    word &= ~ones_from(job.columns - first_column - column);
+    if (job.symmetric) {
+      word &= ones_from(first_row + row + 1 - first_column - column);
+      turned[column + place][at.warp_row * 2 + block] = turn(word, at.lane);
+    }
+    words[row][at.warp_column] = word;
+  }
   __syncthreads();
   const int64_t stride = words_per_row(job.columns);
   const bool diagonal = job.symmetric && tile.row == tile.column;

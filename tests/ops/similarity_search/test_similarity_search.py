@@ -132,7 +132,8 @@ def test_pairs(kernels, way, n, m, d, dtype):
 def test_pairs_of_whole_numbers(kernels, n, m, d, dtype):
     x, keys = whole(n, d, dtype), whole(m, d, dtype)
     thresholds, key_thresholds = torch.randint(-3, 9, (n,)).float(), torch.randint(-3, 9, (m,)).float()
-    thresholds[0] = torch.nan  # selects nothing
+    special = torch.tensor([torch.nan, -0.0, torch.inf, -torch.inf])[:n]  # NaN selects nothing, -0.0 is 0.0
+    thresholds[: len(special)] = special
     for others, theirs in ((keys, None), (keys, key_thresholds), (None, None)):
         s = x.double() @ (x if others is None else others).double().T
         expected = s > limits(s, thresholds, thresholds if others is None else theirs)

@@ -36,17 +36,30 @@ def test_topk_groups_may_be_smaller_than_k(kernels, k, unfused):
     assert same(found, topk(queries @ keys.T, k, k == 5, *groups))
 
 
-@pytest.mark.parametrize("subtracts", [False, True])
+@pytest.mark.parametrize("keys", [100, 128, 300])
 @pytest.mark.parametrize("descriptors", [False, True])
+def test_max_in_any_tiles(kernels, processors, dtype, keys, descriptors):
+    """Of negative products: what stands for missing keys may not be 0. Some splits are of one tile, some of two."""
+    processors(3)
+    queries, keys = whole(70, 20, dtype), whole(keys, 20, dtype)
+    queries[:, 0], keys[:, 0] = 10, -50
+    tile = dict(BLOCK_M=32, BLOCK_N=128, BLOCK_K=16, descriptors=descriptors)
+    with tuning.forced("max_similarity", tile):
+        found = kernels.max_similarity(queries, keys)
+    assert torch.equal(found.double(), (queries.double() @ keys.double().T).amax(1))
+
+
+@pytest.mark.parametrize("subtracts", [False, True])
+@pytest.mark.parametrize("persistent", [0, 1])
 @pytest.mark.parametrize("block_m, block_n", [(32, 128), (128, 128), (128, 256)])
-def test_pairs_in_any_tiles(kernels, monkeypatch, processors, dtype, block_m, block_n, descriptors, subtracts):
+def test_pairs_in_any_tiles(kernels, monkeypatch, processors, dtype, block_m, block_n, persistent, subtracts):
     """Squares of four, one and two tiles; one or many a program; signs by comparing, or as NVIDIA's by subtracting."""
     processors(3)
     monkeypatch.setattr(pairs.target_info, "is_cuda", lambda: subtracts)
     x, keys = whole(300, 20, dtype), whole(290, 20, dtype)
     thresholds, key_thresholds = torch.randint(-3, 9, (300,)).float(), torch.randint(-3, 9, (290,)).float()
     thresholds[:5] = torch.tensor([torch.nan, -0.0, 0.0, torch.inf, -torch.inf])
-    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=16, descriptors=descriptors)
+    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=16, persistent=persistent)
     with tuning.forced("pairs_above", tile):
         found = [kernels.pairs_above(x, thresholds, *keyed) for keyed in ((None, None), (keys, key_thresholds))]
     s = x.double() @ x.double().T

@@ -90,9 +90,9 @@ def pair():
 def test_max_similarity(pair):
     (q, k), (far_q, far_k) = pair
     near, far = torch.empty(2, 1, 8)
-    search_rows._max_similarity_panel_kernel[(1, 1)](q, k, near, 8, 8, 16, 16, 16, 1, **SMALL)
+    search_rows._max_similarity_panel_kernel[(1, 1)](q, k, None, None, near, 8, 8, 16, 16, 16, 1, **SMALL)
     search_rows._max_similarity_panel_kernel[(1, 1)](
-        far_q.start, far_k.start, far, 8, 8, 16, far_q.stride, far_k.stride, 1, **SMALL
+        far_q.start, far_k.start, None, None, far, 8, 8, 16, far_q.stride, far_k.stride, 1, **SMALL
     )
     assert torch.equal(near, far)
 

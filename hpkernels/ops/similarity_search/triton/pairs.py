@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import target_info
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hpkernels import tuning
 from hpkernels.common.bits import words
 from hpkernels.ops.common import gpu
 from hpkernels.ops.common.triton import on_device, precision, require_supported, triangle_tile
-from hpkernels.ops.similarity_search.triton.operands import operands
+from hpkernels.ops.similarity_search.triton.operands import descriptors, operands, products
 
 _GROUP = 8
 
@@ -119,16 +118,10 @@ def _tile_words(
     """The words of a tile, bits of columns j < M only: [s_ij > min(t_i, kt_j)] or [s_ij > t_i]."""
     rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), N - 1)
     cols = tl.minimum(first_col + tl.arange(0, BLOCK_N), M - 1)
-    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, C, BLOCK_K):
-        if x_tiles is None:
-            d = start + tl.arange(0, BLOCK_K)
-            a = tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_x + d[None, :])
-            b = tl.load(k_ptr + cols.to(tl.int64)[None, :] * stride_k + d[:, None])
-        else:  # zeros past the last row
-            a = x_tiles.load([first_row, start])
-            b = tl.trans(k_tiles.load([first_col, start]))
-        s = tl.dot(a, b, s, input_precision=PRECISION)
+    s = products(
+        x_ptr, k_ptr, x_tiles, k_tiles, first_row, first_col, rows, cols, C, stride_x, stride_k,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
     theta = _limits(threshold_ptr, rows)[:, None]
     if HAS_KEY_THRESHOLDS:
         key_theta = _limits(key_threshold_ptr, cols)[None, :]
@@ -218,13 +211,13 @@ def pairs_above(x: Tensor, thresholds: Tensor, keys: Tensor | None, key_threshol
     if bits.numel() == 0:
         return bits
     config = tuning.lookup("pairs_above", x.dtype, c, n, x.device)
-    block_m, block_n, block_k = (config[side] for side in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     squares = triton.cdiv(m, block_n)
     count = squares * (squares + 1) // 2 * (block_n // block_m) if symmetric else triton.cdiv(n, block_m) * squares
     programs, tiles = count, (None, None)
-    if config.pop("descriptors"):
-        programs = min(count, gpu.processor_count(x.device))
-        tiles = [TensorDescriptor.from_tensor(rows, [side, block_k]) for rows, side in ((x, block_m), (keys, block_n))]
+    if persistent := config.pop("persistent"):  # programs a multiprocessor
+        programs = min(count, persistent * gpu.processor_count(x.device))
+        tiles = descriptors(x, keys, config)
     options = dict(PRECISION=precision(x.dtype), GROUP=_GROUP, **config)
     with on_device(x):
         if symmetric:

@@ -18,7 +18,7 @@ from hpkernels.ops.common.triton import (
     split_tiles,
     tile_product,
 )
-from hpkernels.ops.similarity_search.triton.operands import operands
+from hpkernels.ops.similarity_search.triton.operands import descriptors, operands, products
 from hpkernels.tuning import dtype_class
 
 # BLOCK_M x BLOCK_N pairs a tile, products in steps of BLOCK_K.
@@ -41,23 +41,38 @@ _KEY_BYTES = 256 << 20  # bound of the int64 keys alive at a time when k is long
 
 @triton.jit
 def _max_similarity_panel_kernel(
-    q_ptr, k_ptr, out_ptr, N, M, C, stride_q, stride_k, tiles_per_split,
+    q_ptr, k_ptr, q_tiles, k_tiles, out_ptr, N, M, C, stride_q, stride_k, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[split, i] = max over the split's keys of <q_i, key>; NaN if any product is."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.assume(C > 0)
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
-    valid_rows = tl.minimum(rows, N - 1)
-    # The running maximum is kept per tile position: one instruction a pair, and one reduction at the end.
-    best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    # The running maxima of a quarter of a tile's columns: one instruction a pair, one reduction at the end, and
+    # registers left for large tiles.
+    best = tl.full([BLOCK_M, BLOCK_N // 4], float("-inf"), tl.float32)
     last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(M, BLOCK_N))
-    for tile in range(split * tiles_per_split, last):
-        cols = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), M - 1)  # the last key again: no new maximum
-        s = tile_product(q_ptr, k_ptr, valid_rows, cols, C, stride_q, stride_k, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        best = tl.maximum(best, s, propagate_nan=tl.PropagateNan.ALL)
+    for tile in tl.range(split * tiles_per_split, last, flatten=q_tiles is not None):
+        first_col = tl.maximum(tl.minimum(tile * BLOCK_N, M - BLOCK_N), 0)  # some keys again: no new maximum
+        cols = tl.minimum(first_col + tl.arange(0, BLOCK_N), M - 1)
+        s = products(
+            q_ptr, k_ptr, q_tiles, k_tiles, first_row, first_col, tl.minimum(rows, N - 1), cols, C, stride_q, stride_k,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        quarters = tl.permute(tl.reshape(s, [BLOCK_M, 2, 2, BLOCK_N // 4]), [0, 3, 1, 2])
+        even, odd = tl.split(quarters)
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        best = _larger(_larger(_larger(_larger(best, first), second), third), fourth)
     value = tl.max(best, 1)
     poisoned = tl.max((best != best).to(tl.int32), 1) > 0
     tl.store(out_ptr + split.to(tl.int64) * N + rows, tl.where(poisoned, float("nan"), value), mask=rows < N)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 def max_similarity(queries: Tensor, keys: Tensor) -> Tensor:
@@ -65,14 +80,16 @@ def max_similarity(queries: Tensor, keys: Tensor) -> Tensor:
     require_supported(queries=queries, keys=keys)
     queries, keys = operands(queries, keys)
     (n, c), m = queries.shape, keys.shape[0]
-    config = _TILES[dtype_class(queries.dtype)]
+    config = tuning.lookup("max_similarity", queries.dtype, c, n, queries.device)
     panels = triton.cdiv(n, config["BLOCK_M"])
     splits, tiles_per_split = split_tiles(panels, triton.cdiv(m, config["BLOCK_N"]), queries.device)
     out = torch.empty((splits, n), dtype=torch.float32, device=queries.device)
     if n:
+        copies = config.pop("descriptors") and m >= config["BLOCK_N"]  # which give zeros for keys that are missing
+        tiles = descriptors(queries, keys, config) if copies else (None, None)
         with on_device(queries):
             _max_similarity_panel_kernel[(panels, splits)](
-                queries, keys, out, n, m, c, queries.stride(0), keys.stride(0), tiles_per_split,
+                queries, keys, *tiles, out, n, m, c, queries.stride(0), keys.stride(0), tiles_per_split,
                 PRECISION=precision(queries.dtype), **config,
             )  # fmt: skip
     return out[0] if splits == 1 else out.amax(0)
