@@ -3,6 +3,7 @@
 python -m benchmarks                        everything of this device, then plots and README.md (figures to commit)
 python -m benchmarks --quick                toy shapes, to see that it runs: nothing outside ./benchmark-quick changes
 python -m benchmarks --case topk --case stages_rho_1 --peers hpkernels,torch.topk
+python -m benchmarks --marks --device cuda  what the table of marks needs, and the table
 python -m benchmarks --list
 python -m benchmarks --case kmeans --merge  those rows into the results of the full run, then plots and README.md
 python -m benchmarks --readme               plots and README.md's tables from benchmarks/results, measuring nothing
@@ -37,9 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     began = time.monotonic()
     setting = runner.Setting(options.device, options.dtype, options.threads, options.seconds)
-    races = build_plan(
-        device=options.device, quick=options.quick, cases=options.case, peers=options.peers, images=options.images
-    )
+    wanted = [(options.case, options.peers)]
+    if options.marks:
+        wanted = [([case], peers) for case, peers in marks.contest().items()]
+    races = [
+        race
+        for cases, peers in wanted
+        for race in build_plan(
+            device=options.device, quick=options.quick, cases=cases, peers=peers, images=options.images
+        )
+    ]
     if not races:
         sys.exit(f"--peers: none of {', '.join(options.peers or ())} is measured in these cases; --list names them")
     earlier = results.load(options.out / f"{options.device}.json") if options.merge else None
@@ -91,6 +99,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the cases and the peers and end")
     parser.add_argument("--case", action="append", choices=names(), help="only this one (repeatable)")
     parser.add_argument("--peers", type=lambda text: text.split(","), help="only these, by commas")
+    parser.add_argument("--marks", action="store_true", help="only what benchmarks.marks needs, in its order")
     parser.add_argument("--quick", action="store_true", help="toy shapes, few repetitions: no figures to quote")
     parser.add_argument(
         "--merge", action="store_true", help="put the cases measured in the place of theirs in the results of --out"
@@ -109,11 +118,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = set(options.peers or ()) - set(PEERS)
     if unknown:
         parser.error(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
-    if options.merge and (options.quick or options.peers or options.images):
-        parser.error("--merge: expected whole cases, not --quick, --peers or --images")
+    if options.merge and (options.quick or options.peers or options.images or options.marks):
+        parser.error("--merge: expected whole cases, not --quick, --peers, --images or --marks")
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.out is None:
-        partial = (options.case and not options.merge) or options.peers or options.images
+        partial = (options.case and not options.merge) or options.peers or options.images or options.marks
         options.out = (
             Path("benchmark-quick" if options.quick else "benchmark-partial") if options.quick or partial else RESULTS
         )

@@ -19,28 +19,34 @@ ROWS = 50176
 GIB = 2**30
 
 
+Row = Callable[[str], "dict | None"]  # of a case at the size of the marks, by peer
+
+
 @dataclass(frozen=True)
 class Mark:
     title: str
     required: str
-    measured: Callable[[dict, str], float | None]
+    case: str
+    measured: Callable[[Row, str], float | None]  # of a contender
     met: Callable[[float], bool]
     shown: str = "{:.1f}"
+    stage: str | None = None
+    against: str | None = None  # the peer that it compares with
 
 
-def _value(case: str, column: str, stage: str | None = None, scale: float = 1.0) -> Callable[[dict, str], float | None]:
-    def read(run: dict, peer: str) -> float | None:
-        row = _row(run, case, peer, stage)
-        return row[column] * scale if row and column in row else None
+def _value(column: str, scale: float = 1.0) -> Callable[[Row, str], float | None]:
+    def read(row: Row, peer: str) -> float | None:
+        found = row(peer)
+        return found[column] * scale if found and column in found else None
 
     return read
 
 
-def _times(case: str, other: str, inverse: bool = False) -> Callable[[dict, str], float | None]:
+def _times(other: str, inverse: bool = False) -> Callable[[Row, str], float | None]:
     """Time of another peer over ours in the same run, or ours over the other's."""
 
-    def read(run: dict, peer: str) -> float | None:
-        ours, theirs = _row(run, case, peer), _row(run, case, other)
+    def read(row: Row, peer: str) -> float | None:
+        ours, theirs = row(peer), row(other)
         if not ours or not theirs:
             return None
         ratio = theirs["p50_ms"] / ours["p50_ms"]
@@ -49,60 +55,73 @@ def _times(case: str, other: str, inverse: bool = False) -> Callable[[dict, str]
     return read
 
 
+def _against(case: str, other: str, inverse: bool = False) -> dict:
+    return dict(case=case, measured=_times(other, inverse), against=other)
+
+
+RATE = _value("percent_of_ceiling")
+MARKS = (
+    Mark("step, rho 0.02", "18 ms or less (aim 12)", "step_rho_0.02", _value("p50_ms"), lambda v: v <= 18, "{:.1f} ms"),
+    Mark(
+        "the same against published", "12x or more (aim 20x)", met=lambda v: v >= 12, shown="{:.1f}x",
+        **_against("step_rho_0.02", "published"),
+    ),
+    Mark("step, rho 1", "50 ms or less (aim 40)", "step_rho_1", _value("p50_ms"), lambda v: v <= 50, "{:.1f} ms"),
+    Mark(
+        "dense statistics", "55 % or more of torch.mm's rate", "stages_rho_1", RATE, lambda v: v >= 55, "{:.0f} %",
+        stage="statistics",
+    ),
+    Mark(
+        "dense gradient", "50 % or more of torch.mm's rate", "stages_rho_1", RATE, lambda v: v >= 50, "{:.0f} %",
+        stage="gradient",
+    ),
+    Mark(
+        "peak extra memory, rho 0.02", "1.0 GiB or less", "step_rho_0.02", _value("peak_bytes", 1 / GIB),
+        lambda v: v <= 1.0, "{:.2f} GiB",
+    ),
+    Mark(
+        "search, upper triangles", "60 % or more of torch.mm's rate", "search", RATE, lambda v: v >= 60, "{:.0f} %",
+    ),
+    Mark(
+        "top-16 against q @ k.T alone", "2x its time or less", met=lambda v: v <= 2, shown="{:.2f}x",
+        **_against("topk", "torch.mm", inverse=True),
+    ),
+    Mark(
+        "top-16 against torch.topk", "4x faster or more", met=lambda v: v >= 4, shown="{:.1f}x",
+        **_against("topk", "torch.topk"),
+    ),
+    Mark("local_mix", "60 % or more of the copy rate", "local_mix", RATE, lambda v: v >= 60, "{:.0f} %"),
+)  # fmt: skip
+
+
+def contest() -> dict[str, list[str]]:
+    """{case: peers} that the marks need, and no more: each backend by name, and whom a mark compares with."""
+    cases = {mark.case: list(BACKENDS) for mark in MARKS}
+    for mark in MARKS:
+        cases[mark.case] += [mark.against] if mark.against else []
+    return cases
+
+
 def _row(run: dict, case: str, peer: str, stage: str | None = None) -> dict | None:
     row = tidy.find(run, case, peer, stage)
     return row if row and row["N"] == ROWS else None
 
 
-MARKS = (
-    Mark("step, rho 0.02", "18 ms or less (aim 12)", _value("step_rho_0.02", "p50_ms"), lambda v: v <= 18, "{:.1f} ms"),
-    Mark(
-        "the same against published", "12x or more (aim 20x)",
-        _times("step_rho_0.02", "published"), lambda v: v >= 12, "{:.1f}x",
-    ),
-    Mark("step, rho 1", "50 ms or less (aim 40)", _value("step_rho_1", "p50_ms"), lambda v: v <= 50, "{:.1f} ms"),
-    Mark(
-        "dense statistics", "55 % or more of torch.mm's rate",
-        _value("stages_rho_1", "percent_of_ceiling", "statistics"), lambda v: v >= 55, "{:.0f} %",
-    ),
-    Mark(
-        "dense gradient", "50 % or more of torch.mm's rate",
-        _value("stages_rho_1", "percent_of_ceiling", "gradient"), lambda v: v >= 50, "{:.0f} %",
-    ),
-    Mark(
-        "peak extra memory, rho 0.02", "1.0 GiB or less",
-        _value("step_rho_0.02", "peak_bytes", scale=1 / GIB), lambda v: v <= 1.0, "{:.2f} GiB",
-    ),
-    Mark(
-        "search, upper triangles", "60 % or more of torch.mm's rate",
-        _value("search", "percent_of_ceiling"), lambda v: v >= 60, "{:.0f} %",
-    ),
-    Mark(
-        "top-16 against q @ k.T alone", "2x its time or less",
-        _times("topk", "torch.mm", inverse=True), lambda v: v <= 2, "{:.2f}x",
-    ),
-    Mark("top-16 against torch.topk", "4x faster or more", _times("topk", "torch.topk"), lambda v: v >= 4, "{:.1f}x"),
-    Mark(
-        "local_mix", "60 % or more of the copy rate",
-        _value("local_mix", "percent_of_ceiling"), lambda v: v >= 60, "{:.0f} %",
-    ),
-)  # fmt: skip
-
-
 def table(run: dict) -> list[list[str]]:
-    """Rows of: mark, required, by, measured, met. A backend without figures in the run has no rows."""
+    """Rows of: mark, required, by, measured, met. Contenders without figures in the run have no rows."""
+    shown = {row["peer"] for row in run["rows"] if row["status"] == tidy.OK} & {*OURS, *BACKENDS} or set(OURS)
     rows = []
     for mark in MARKS:
         for peer in (*OURS, *BACKENDS):
-            if peer not in OURS and not any(r["peer"] == peer and r["status"] == tidy.OK for r in run["rows"]):
+            if peer not in shown:
                 continue
-            value = mark.measured(run, peer)
-            shown = (
+            value = mark.measured(lambda peer, mark=mark: _row(run, mark.case, peer, mark.stage), peer)
+            found = (
                 ("not measured yet", "")
                 if value is None
                 else (mark.shown.format(value), "yes" if mark.met(value) else "no")
             )
-            rows.append([mark.title, mark.required, peer, *shown])
+            rows.append([mark.title, mark.required, peer, *found])
     return rows
 
 

@@ -470,6 +470,17 @@ def test_marks() -> None:
     )
 
 
+def test_a_run_of_the_marks_has_what_they_need_and_no_more() -> None:
+    contest = marks.contest()
+    assert next(iter(contest)) == "step_rho_0.02" and set(contest) == {mark.case for mark in marks.MARKS}
+    races = [race for case, peers in contest.items() for race in build_plan(device="cuda", cases=[case], peers=peers)]
+    assert {race.shape.rows for race in races} == {marks.ROWS}
+    assert [race.case for race in races if "published" in race.peers] == ["step_rho_0.02"]
+    assert all(set(BACKENDS) <= set(race.peers) for race in races)
+    widths = {race.shape.channels for race in ceilings(races, quick=False) if race.case == "product"}
+    assert widths == {384, 512}  # each ceiling costs time
+
+
 def test_plots_take_only_what_differs_in_n(tmp_path: Path) -> None:
     run = _gpu_run()
     assert plots.series(run, "p50_ms") == {"hpkernels": [(50176, 16.0), (100352, 64.0)]}
