@@ -14,6 +14,7 @@ from hpkernels.ops.common.gpu import LOG2E
 
 _SMALLEST_FIXED_SHIFT = 0.025  # below this temperature exp(-2 / temperature) leaves fp32: the row maximum is the shift
 _SHARED_EXPONENTIAL = 0.05  # from this temperature on exp2(2 c) times a row gradient is an ordinary fp32 number
+_LOWEST_SHIFT = -1e30  # finite, and below every logit: a part without exponentials has the shift -inf
 _HALF_GRADIENT_LARGEST = 16.0  # row gradients are scaled to this for fp16 weights
 
 
@@ -29,10 +30,9 @@ def merged(totals: Tensor, shifts: Tensor, pos: Tensor, ext: Tensor) -> tuple[Te
 
 def merged_lse(totals: Tensor, shifts: Tensor) -> Tensor:
     """log of the sum over parts (the first dimension) of totals * 2^shifts; 0 without any exponential."""
-    shift = shifts.amax(0)
-    base = torch.where(shift == -torch.inf, 0.0, shift)
+    base = shifts.amax(0).clamp(min=_LOWEST_SHIFT)
     total = (totals * torch.exp2(shifts - base)).sum(0)
-    return torch.where(total == 0, 0.0, torch.log(torch.where(total == 0, 1.0, total)) + base / LOG2E)
+    return torch.where(total == 0, 0.0, torch.add(torch.log(total), base, alpha=1 / LOG2E))
 
 
 def scaled_gradients(
