@@ -23,7 +23,7 @@ constexpr size_t kStep = 64;
 constexpr size_t kSmall = 64 << 10;  // below this the system's allocator keeps pages itself
 #endif
 constexpr size_t kKept = 8 << 20;  // more would stand beside the loss's own peak
-constexpr size_t kHuge = 2 << 20;  // a huge page; blocks of two or more are made of them where the system has any
+constexpr size_t kHuge = 2 << 20;  // a huge page
 
 struct Block {
   void* address;
@@ -82,7 +82,7 @@ void* take_cached(size_t capacity) {
 void* fresh(size_t capacity) {
   void* block = nullptr;
 #if defined(__linux__)
-  if (capacity >= 2 * kHuge && kStep > 1) {
+  if (capacity >= 2 * kHuge && kStep > 1) {  // not where the end of a block is watched to the byte
     if (posix_memalign(&block, kHuge, capacity)) return nullptr;
     madvise(block, capacity / kHuge * kHuge, MADV_HUGEPAGE);  // one fault instead of 512, fewer misses of the TLB
     return block;

@@ -1,6 +1,7 @@
 // Scratch memory that survives from call to call. Fresh pages from the system cost about a microsecond per 4 KiB, which
 // for the packed operands of a search is as long as packing itself; so up to 8 MiB of freed blocks are kept for reuse,
-// until the system has no more to give.
+// until the system has no more to give. Blocks of 4 MiB and more are made of huge pages where the system has any: 40
+// MiB are there in 2 instead of 16 ms.
 #pragma once
 
 #include <cstddef>
