@@ -31,194 +31,197 @@ Neighbors neighbors_of(int64_t token, int64_t height, int64_t width) {
   return found;
 }
 
-// ---- two neighbouring order statistics of a row: histogram, then sort the few values of the bucket that holds them
-
-constexpr int kBuckets = 256;
+// ---- rows of logits: whole vectors, infinite behind their last value
 
 template <class T>
-struct OrderPair {
-  T low, high;  // the k-th and (k+1)-th smallest
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+template <class T>
+using Mask = decltype(Vec<T>{} < Vec<T>{});
+
+template <class T>
+int64_t count_of(Mask<T> counts) {
+  return static_cast<int64_t>(sum<T>(__builtin_convertvector(counts, Vec<T>)));
+}
+
+template <class T>
+T least(Vec<T> v) {
+  return -largest<T>(-v);
+}
+
+template <class T>
+int64_t whole_vectors(int64_t count) {
+  return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+template <class T>
+struct Row {
+  T* values;
+  int64_t count;
+  T low, high;  // no value is below, none above
+  bool finite;
+
+  int64_t end() const { return whole_vectors<T>(count); }
+};
+
+// Row of vectors values_at(j, loader), which reads what it needs with loader(address).
+template <class T, class F>
+Row<T> make_row(T* values, int64_t count, F&& values_at) {
+  Vec<T> low = splat(kInfinity<T>), high = -low, zero{};  // zero: NaN once a value is not finite
+  const auto take = [&](int64_t j, Vec<T> v) {
+    low = min(v, low), high = max(v, high);
+    zero += v * splat(T(0));
+    store(values + j, v);
+  };
+  int64_t j = 0;
+  for (; j + kLanes<T> <= count; j += kLanes<T>)
+    take(j, values_at(j, [](const T* at) { return load(at); }));
+  if (j < count) {
+    take(j, values_at(j, [&](const T* at) { return load_part(at, count - j); }));  // zeros in the other lanes
+    std::fill(values + count, values + j + kLanes<T>, kInfinity<T>);
+  }
+  return {values, count, least<T>(low), largest<T>(high), sum<T>(zero) == 0};
+}
+
+// Where the order statistics of ranks `rank` and rank + 1 are: values from `low` on and below `end`, of ranks `before`
+// to reached - 1. None that lies there is above `high`.
+template <class T>
+struct Interval {
+  int64_t rank, before, reached;
+  T low, high, end;
+
+  Interval(const Row<T>& row, int64_t rank)
+      : rank(rank), before(0), reached(row.count), low(row.low), high(row.high), end(kInfinity<T>) {}
+
+  bool narrow_enough() const { return reached - before <= 2; }
+
+  // Half-way between the middle and where `rank` would lie if the values were spread evenly; above `low` where the ends
+  // differ, not above `high`.
+  T pivot() const {
+    const T even = static_cast<T>(rank + 1 - before) / static_cast<T>(std::max<int64_t>(1, reached - before));
+    const T share = T(0.25) + T(0.5) * even;
+    const T value = std::min(std::max((1 - share) * low + share * high, low), high);
+    return value > low ? value : high;
+  }
+
+  // A pivot with rank + 1 values below it lies between the two, and becomes both ends.
+  void narrow(T pivot, int64_t below) {
+    if (below <= rank + 1) low = pivot, before = below;
+    if (below > rank) high = end = pivot, reached = below;
+  }
 };
 
 template <class T>
-OrderPair<T> sort_and_pick(T* values, int64_t count, int64_t k) {
-  for (int64_t i = 1; i < count; ++i) {
-    const T value = values[i];
-    int64_t j = i;
-    for (; j > 0 && values[j - 1] > value; --j)
-      values[j] = values[j - 1];
-    values[j] = value;
+struct Ends {
+  T first, last;
+};
+
+// The least value from `low` on and the largest below `end`; the interval's ends move there if they lie outside.
+template <class T>
+Ends<T> ends_of(const Row<T>& row, Interval<T>& at) {
+  const Vec<T> low = splat(at.low), end = splat(at.end), infinite = splat(kInfinity<T>);
+  Vec<T> first = infinite, last = -infinite;
+  for (int64_t j = 0; j < row.end(); j += kLanes<T>) {
+    const Vec<T> v = load(row.values + j);
+    first = min(v >= low ? v : infinite, first);
+    last = max(v < end ? v : -infinite, last);
   }
-  return {values[k], values[std::min(k + 1, count - 1)]};
+  const Ends<T> found{least<T>(first), largest<T>(last)};
+  at.low = std::min(found.first, at.end), at.high = std::max(found.last, at.low);
+  return found;
 }
 
-// Histogram of `values` over kBuckets equal intervals of [smallest, largest]; false if they cannot be told apart.
+// torch.quantile's linear interpolation between two order statistics, whichever comes first
 template <class T>
-bool bucket_values(const T* values, int64_t count, T smallest, T largest, uint8_t* bucket,
-                   int32_t (&histogram)[kBuckets]) {
-  const T scale = T(kBuckets - 1) / (largest - smallest);
-  if (!(scale > 0 && scale <= std::numeric_limits<T>::max())) return false;
-  for (int64_t i = 0; i < count; ++i)
-    bucket[i] = static_cast<uint8_t>(static_cast<int32_t>((values[i] - smallest) * scale));
-  std::fill(histogram, histogram + kBuckets, 0);
-  for (int64_t i = 0; i < count; ++i)
-    ++histogram[bucket[i]];
-  return true;
+T interpolate(Ends<T> ends, T weight) {
+  const T low = std::min(ends.first, ends.last), high = std::max(ends.first, ends.last), step = high - low;
+  return weight < T(0.5) ? low + weight * step : high - (T(1) - weight) * step;
 }
 
-// The k-th and (k+1)-th smallest of values, whose buckets are given; `work` holds `count` values, `spare` `count`
-// bytes.
 template <class T>
-OrderPair<T> pick(const T* values, int64_t count, int64_t k, const uint8_t* bucket,
-                  const int32_t (&histogram)[kBuckets], T* work, uint8_t* spare) {
-  int first = 0;
-  int64_t before = 0;
-  for (; before + histogram[first] <= k; ++first)
-    before += histogram[first];
-  int last = first;
-  if (k + 1 < count)
-    for (int64_t reached = before + histogram[first]; reached <= k + 1; reached += histogram[last])
-      ++last;
-  if (last != first) {  // the k-th is the largest of its bucket, the next one the smallest of the other
-    OrderPair<T> pair{std::numeric_limits<T>::lowest(), std::numeric_limits<T>::max()};
-    for (int64_t i = 0; i < count; ++i) {
-      if (bucket[i] == first) pair.low = std::max(pair.low, values[i]);
-      if (bucket[i] == last) pair.high = std::min(pair.high, values[i]);
+struct Quantiles {
+  T low, high;
+};
+
+// Two quantiles of a finite row, by the algorithm of ops/local_mix/README.md.
+template <class T>
+Quantiles<T> quantiles_of(const Row<T>& row, double low, double high) {
+  constexpr int kPivots = 12;  // that are tried before looking at what an interval holds
+  const double last = static_cast<double>(row.count - 1);
+  const auto rank = [&](double q) { return std::max<int64_t>(0, std::min<int64_t>(q * last, row.count - 2)); };
+  Interval<T> a(row, rank(low)), b(row, rank(high));
+  Ends<T> of_a, of_b;
+  do {
+    for (int step = 0; step < kPivots && !(a.narrow_enough() && b.narrow_enough()); ++step) {
+      const T pivot_a = a.pivot(), pivot_b = b.pivot();
+      const Vec<T> at_a = splat(pivot_a), at_b = splat(pivot_b);
+      Mask<T> below_a{}, below_b{};
+      for (int64_t j = 0; j < row.end(); j += kLanes<T>) {
+        const Vec<T> v = load(row.values + j);
+        below_a -= v < at_a, below_b -= v < at_b;
+      }
+      a.narrow(pivot_a, count_of<T>(below_a)), b.narrow(pivot_b, count_of<T>(below_b));
     }
-    return pair;
-  }
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    work[kept] = values[i];
-    kept += bucket[i] == first;
-  }
-  k -= before;
-  constexpr int64_t kSortable = 48;
-  if (kept <= kSortable) return sort_and_pick(work, kept, k);
-  const auto ends = std::minmax_element(work, work + kept);
-  const T smallest = *ends.first, largest = *ends.second;
-  if (smallest == largest) return {smallest, largest};
-  int32_t finer[kBuckets];
-  // The extremes fall into different buckets, so the recursion ends; 256-fold narrowing makes it a level or two deep.
-  if (!bucket_values(work, kept, smallest, largest, spare, finer)) return sort_and_pick(work, kept, k);
-  Scratch<T> deeper_work(kept);
-  Scratch<uint8_t> deeper_spare(kept);
-  return pick(work, kept, k, spare, finer, deeper_work.get(), deeper_spare.get());
-}
-
-// torch.quantile's linear interpolation between order statistics
-template <class T>
-T interpolate(OrderPair<T> pair, T weight) {
-  const T step = pair.high - pair.low;
-  return weight < T(0.5) ? pair.low + weight * step : pair.high - (T(1) - weight) * step;
+    of_a = ends_of(row, a), of_b = ends_of(row, b);
+  } while ((!a.narrow_enough() && a.low < a.high) || (!b.narrow_enough() && b.low < b.high));
+  return {interpolate(of_a, static_cast<T>(low * last - a.rank)),
+          interpolate(of_b, static_cast<T>(high * last - b.rank))};
 }
 
 // ---- weights
 
-template <class T>
-struct RowScratch {
-  T* work;
-  uint8_t *bucket, *spare;
-};
-
-// Scratch for a row of `tokens` logits, one for each worker.
-template <class T>
-class RowScratches {
- public:
-  RowScratches(int64_t tokens, int64_t workers)
-      : padded_((tokens + 63) / 64 * 64), values_(padded_ * workers), bytes_(2 * padded_ * workers) {}
-  RowScratch<T> of(int worker) const {
-    uint8_t* bytes = bytes_.get() + 2 * padded_ * worker;
-    return {values_.get() + padded_ * worker, bytes, bytes + padded_};
-  }
-
- private:
-  int64_t padded_;
-  Scratch<T> values_;
-  Scratch<uint8_t> bytes_;
-};
-
 int64_t worker_count(int threads, int64_t tasks) { return std::max<int64_t>(1, std::min<int64_t>(threads, tasks)); }
 
-template <class T>
-void mean_over_heads(const T* attention, int64_t heads, int64_t head_stride, int64_t tokens, T* row) {
-  constexpr T kLowest =
-      T(-1e30);  // stands for -inf, the log of a softmax that underflowed, so that quantiles stay numbers
-  for (int64_t j = 0; j < tokens; ++j)
-    row[j] = std::max(attention[j], kLowest);
-  for (int64_t h = 1; h < heads; ++h)
-    for (int64_t j = 0; j < tokens; ++j)
-      row[j] += std::max(attention[h * head_stride + j], kLowest);
-  const T count = static_cast<T>(heads);
-  for (int64_t j = 0; j < tokens; ++j)
-    row[j] /= count;
-}
-
-// log sum_j exp(clamp(row_j, low, high) - high)
-template <class T>
-T clamped_log_sum_exp(const T* row, int64_t tokens, T low, T high) {
-  Vec<T> part{};
-  int64_t j = 0;
-  for (; j + kLanes<T> <= tokens; j += kLanes<T>)
-    part += exp<T>(min(max(load(row + j), splat(low)), splat(high)) - splat(high));
-  T total = sum<T>(part);
-  for (; j < tokens; ++j)
-    total += std::exp(std::min(std::max(row[j], low), high) - high);
-  return std::log(total);
-}
-
-// args: WeightsArgs or WeightsQkArgs; row: the token's mean logits
+// args: WeightsArgs or WeightsQkArgs; row: the token's logits, times 1 / scale
 template <class T, class Args>
-void token_weights(const Args& args, int64_t token, const T* row, const RowScratch<T>& s, T* weights) {
-  const int64_t tokens = args.height * args.width;
-  T smallest = row[0], largest_value = row[0], zero = 0;  // zero: NaN as soon as a logit is not finite
-  for (int64_t j = 0; j < tokens; ++j) {
-    smallest = std::min(smallest, row[j]);
-    largest_value = std::max(largest_value, row[j]);
-    zero += row[j] * 0;
-  }
+void token_weights(const Args& args, int64_t token, const Row<T>& row, T scale, T* weights) {
   const Neighbors near = neighbors_of(token, args.height, args.width);
   std::fill(weights, weights + kTaps, T(0));
-  if (zero != 0) {
+  if (!row.finite) {
     for (int n = 0; n < near.count; ++n)
-      weights[near.slot[n]] = zero;
+      weights[near.slot[n]] = std::numeric_limits<T>::quiet_NaN();
     return;
   }
-  T low = smallest, high = largest_value;
-  int32_t histogram[kBuckets];
-  if (bucket_values(row, tokens, smallest, largest_value, s.bucket, histogram)) {
-    const auto quantile = [&](double q) {
-      const double position = q * static_cast<double>(tokens - 1);
-      const int64_t k = static_cast<int64_t>(position);
-      return interpolate(pick(row, tokens, k, s.bucket, histogram, s.work, s.spare), static_cast<T>(position - k));
-    };
-    low = quantile(args.low_quantile);
-    high = quantile(args.high_quantile);
+  const Quantiles<T> bounds = quantiles_of(row, args.low_quantile, args.high_quantile);
+  const auto exponentials = [&](Vec<T> v) {
+    return exp<T>((min(max(v, splat(bounds.low)), splat(bounds.high)) - splat(bounds.high)) * splat(scale));
+  };
+  Vec<T> part{};
+  for (int64_t j = 0; j < row.end(); j += kLanes<T>) {
+    const Vec<T> v = load(row.values + j);
+    part += v < splat(kInfinity<T>) ? exponentials(v) : Vec<T>{};
   }
-  const T lse = clamped_log_sum_exp(row, tokens, low, high);
-  const T threshold = lse - std::log(static_cast<T>(tokens));  // relative to `high`, so that a constant row keeps all
-  for (int n = 0; n < near.count; ++n) {
-    const T c = std::min(std::max(row[near.token[n]], low), high) - high;
-    if (c >= threshold)
-      weights[near.slot[n]] = static_cast<T>(args.sigma) * std::exp(c - lse) / static_cast<T>(near.count);
-  }
+  const T total = sum<T>(part);
+  T taps[16] = {};
+  for (int n = 0; n < near.count; ++n)
+    taps[n] = row.values[near.token[n]];
+  for (int n = 0; n < kTaps; n += kLanes<T>)
+    store(taps + n, exponentials(load(taps + n)));
+  const T factor = static_cast<T>(args.sigma) / (total * static_cast<T>(near.count));
+  for (int n = 0; n < near.count; ++n)
+    if (taps[n] * static_cast<T>(row.count) >= total) weights[near.slot[n]] = taps[n] * factor;
 }
 
 template <class T>
 void weights_of(const WeightsArgs<T>& args) {
-  constexpr int64_t kRows = 16;  // per task
-  const int64_t tokens = args.height * args.width, padded = (tokens + 63) / 64 * 64;
+  constexpr int64_t kRows = 16;    // per task
+  constexpr T kLowest = T(-1e30);  // stands for -inf, the log of a softmax that underflowed
+  const int64_t tokens = args.height * args.width, padded = (tokens + 63) / 64 * 64, head_stride = tokens * tokens;
   const int64_t tasks = (args.batch * tokens + kRows - 1) / kRows;
-  const int64_t workers = worker_count(args.threads, tasks);
-  Scratch<T> rows(padded * workers);
-  const RowScratches<T> scratch(tokens, workers);
+  Scratch<T> rows(padded * worker_count(args.threads, tasks));
+  const T scale = T(1) / static_cast<T>(args.heads);  // rows are sums over the heads
   parallel_for(args.threads, tasks, [&](int64_t task, int worker) {
-    T* row = rows.get() + padded * worker;
     for (int64_t i = task * kRows; i < std::min(args.batch * tokens, (task + 1) * kRows); ++i) {
       const int64_t image = i / tokens, token = i % tokens;
       const T* logits = args.attention + (image * args.heads * tokens + token) * tokens;
-      mean_over_heads(logits, args.heads, tokens * tokens, tokens, row);
-      token_weights(args, token, row, scratch.of(worker), args.weights + i * kTaps);
+      const auto sum_of_heads = [&](int64_t j, auto&& loader) {
+        Vec<T> total{};
+        for (int64_t h = 0; h < args.heads; ++h)
+          total += max(splat(kLowest), loader(logits + h * head_stride + j));  // in this order NaN stays
+        return total;
+      };
+      token_weights(args, token, make_row(rows.get() + padded * worker, tokens, sum_of_heads), scale,
+                    args.weights + i * kTaps);
     }
   });
 }
@@ -237,8 +240,7 @@ void weights_of(const WeightsQkArgs<T>& args) {
   const int64_t workers = worker_count(args.threads, group * panels);
   Scratch<T> packed_keys(group * image_size);
   Scratch<T> logits(workers * kRows * ld);
-  const RowScratches<T> scratch(tokens, workers);
-  const T scale = static_cast<T>(args.scale);
+  const Vec<T> scale = splat(static_cast<T>(args.scale));
   for (int64_t first = 0; first < args.batch; first += group) {
     const int64_t images = std::min(group, args.batch - first);
     parallel_for(args.threads, images * blocks, [&](int64_t task, int) {
@@ -254,10 +256,9 @@ void weights_of(const WeightsQkArgs<T>& args) {
       multiply<E>(rows, tokens, depth, rows_of(queries, args.queries.stride), packed_keys.get() + image * image_size,
                   panel, ld);
       for (int64_t r = 0; r < rows; ++r) {
-        T* row = panel + r * ld;
-        for (int64_t j = 0; j < tokens; ++j)
-          row[j] *= scale;
-        token_weights(args, i0 + r, row, scratch.of(worker),
+        T* logits_of_row = panel + r * ld;
+        const auto scaled = [&](int64_t j, auto&& loader) { return loader(logits_of_row + j) * scale; };
+        token_weights(args, i0 + r, make_row(logits_of_row, tokens, scaled), T(1),
                       args.weights + ((first + image) * tokens + i0 + r) * kTaps);
       }
     });

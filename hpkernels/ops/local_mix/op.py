@@ -13,21 +13,9 @@ from hpkernels.ops.local_mix import reference
 from hpkernels.ops.local_mix.weighting import Weighting
 
 
-def _check_attention_numbers(attention: Tensor) -> None:
-    """NaN and +inf are errors on the CPU; -inf is an attention of zero."""
-    if attention.device.type == "cpu" and attention.numel():
-        largest = attention.amax()
-        if not largest < torch.inf:
-            raise ValueError(f"attention: expected logits without NaN or +inf, got {describe(attention)}")
-
-
-def _checked(weights: Tensor, expected: str) -> Tensor:
-    """NaN stands for logits that overflowed: an error on the CPU."""
-    if weights.device.type == "cpu":
-        tokens = int(weights.isnan().any(-1).sum())
-        if tokens:
-            raise ValueError(f"{expected} in {weights.dtype}, got NaN or infinity for {tokens} tokens")
-    return weights
+def _tokens_without_numbers(weights: Tensor) -> int:
+    """Where logits that are not numbers, or overflow, are an error: on the CPU. Elsewhere NaN stands for them."""
+    return int(weights.isnan().any(-1).sum()) if weights.device.type == "cpu" else 0
 
 
 # Weighting, flat, as torch wants it.
@@ -39,9 +27,13 @@ _HOW = "SymInt height, SymInt width, float sigma, float low_quantile, float high
 )
 def neighbor_weights(attention, *how_backend):
     *how, backend = how_backend
-    _check_attention_numbers(attention)
     weights = dispatch.function("local_mix", "neighbor_weights", backend, attention)(attention, Weighting(*how))
-    return _checked(weights, "attention: expected logits whose mean over the heads is finite")
+    if tokens := _tokens_without_numbers(weights):
+        if not attention.amax() < torch.inf:  # -inf is an attention of zero
+            raise ValueError(f"attention: expected logits without NaN or +inf, got {describe(attention)}")
+        expected = f"logits whose mean over the heads is finite in {weights.dtype}"
+        raise ValueError(f"attention: expected {expected}, got NaN or infinity for {tokens} tokens")
+    return weights
 
 
 @neighbor_weights.register_fake
@@ -59,9 +51,12 @@ def neighbor_weights_qk(queries, keys, scale, *how_backend):
     *how, backend = how_backend
     check_finite("queries", queries)
     check_finite("keys", keys)
-    weights = dispatch.function("local_mix", "neighbor_weights_qk", backend, queries)
-    found = weights(queries, keys, scale, Weighting(*how))
-    return _checked(found, f"queries: expected products with keys, times {scale}, that are finite")
+    function = dispatch.function("local_mix", "neighbor_weights_qk", backend, queries)
+    weights = function(queries, keys, scale, Weighting(*how))
+    if tokens := _tokens_without_numbers(weights):
+        expected = f"products with keys, times {scale}, that are finite in {weights.dtype}"
+        raise ValueError(f"queries: expected {expected}, got NaN or infinity for {tokens} tokens")
+    return weights
 
 
 @neighbor_weights_qk.register_fake
