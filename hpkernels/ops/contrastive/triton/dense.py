@@ -1,4 +1,10 @@
-"""The statistics of the dense denominator: every tile of the pairs is swept; a row panel owns its sums.
+"""The statistics of the dense denominator, by one of two kernels.
+
+    triangle    all rows are anchors and the shift is fixed: l_ij = l_ji, so each tile of the upper triangle gives the
+                sums of its rows and of its columns. Programs own square regions and leave parts of both; the parts of a
+                row are added in the order of the regions.
+    rows        a range of anchors, or a temperature so small that every row needs its own shift: every tile is swept,
+                and a row panel owns its sums.
 
 Logits are kept in base 2, z_ij = l_ij log2(e), so that exponentials are one exp2. Masks are read as words and expanded
 in registers.
@@ -13,7 +19,7 @@ from torch import Tensor
 
 from hpkernels import tuning
 from hpkernels.ops.common import exponentials as common
-from hpkernels.ops.common.gpu import LOG2E, padded_rows
+from hpkernels.ops.common.gpu import LOG2E, padded_rows, processor_count
 from hpkernels.ops.common.triton import (
     LN2,
     bit_tile,
@@ -27,9 +33,9 @@ from hpkernels.ops.common.triton import (
 )
 from hpkernels.ops.contrastive.masks import Masks
 
-PARTS_BYTES = 32 << 20  # of the triangle's parts
-_LARGEST_REGION = 4096  # a row's sums are in registers
-_REGION_GROUP = 8
+PARTS_BYTES = 32 << 20  # of the triangle's parts, more where they would leave processors without work
+_PROGRAMS_A_PROCESSOR = 4
+_REGION_GROUP = 8  # columns of regions that are walked together
 
 
 @triton.jit
@@ -184,37 +190,36 @@ def _add_tile(
 @triton.jit
 def _contrastive_triangle_stats_kernel(
     x_ptr, positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr, parts_ptr,
-    N, D, R, W, regions, scale, shift,
+    N, D, R, W, regions, side, scale, shift,
     ALL: tl.constexpr, SYMMETRIC_POSITIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, SYMMETRIC_EXTRA: tl.constexpr,
-    HAS_NEGATIVES: tl.constexpr, PANELS: tl.constexpr, GROUP: tl.constexpr,
+    HAS_NEGATIVES: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part c of the rows of region r, and part r of the rows of region c, for one region (r, c) of the upper triangle.
 
-    A region has PANELS * BLOCK_M rows and as many columns. parts is (tables, regions, streams, N): sums of exp2(z -
-    shift) over E, of P_ij l_ij and, with extra, of Q_ij l_ij. Tiles go column by column, and steps over D run on from
-    tile to tile, so that the copies never drain. On the diagonal all tiles are computed, for the sums of rows alone.
+    A region has `side` rows and columns, a multiple of the tile. parts is (tables, regions, streams, N): the sums of
+    exp2(z - shift) over E, of P_ij l_ij and, with extra, of Q_ij l_ij. Tiles go column by column, and steps over D run
+    on from tile to tile, so that the copies never drain. On the diagonal all tiles are computed, for the sums of rows.
     """
-    SIDE: tl.constexpr = PANELS * BLOCK_M
     WORDS: tl.constexpr = BLOCK_N // 32
     r, c = triangle_tile(tl.program_id(0), GROUP)
     if c < regions:
         stream = tl.program_id(1)
         x_ptr += stream.to(tl.int64) * N * D
         column_sums = tl.zeros([4 * WORDS, 32], tl.float32)
-        panels = tl.minimum(PANELS, tl.cdiv(N - r * SIDE, BLOCK_M))
-        tiles = tl.minimum(SIDE, N - c * SIDE + BLOCK_N - 1) // BLOCK_N * panels
+        panels = tl.cdiv(tl.minimum(side, N - r * side), BLOCK_M)
+        tiles = tl.cdiv(tl.minimum(side, N - c * side), BLOCK_N) * panels
         table = tl.cast(regions, tl.int64) * tl.num_programs(1) * N
         part_of_columns = (r.to(tl.int64) * tl.num_programs(1) + stream) * N
         part_of_rows = (c.to(tl.int64) * tl.num_programs(1) + stream) * N
         steps = D // BLOCK_K
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         # Where the sums are. The copies are ahead and count for themselves, so that no place is carried to the sums.
-        k, panel, first_column = 0, 0, c * SIDE
+        k, panel, first_column = 0, 0, c * side
         for step in range(0, tiles * steps):
             tile = step // steps
-            rows = tl.minimum(r * SIDE + tile % panels * BLOCK_M + tl.arange(0, BLOCK_M), N - 1)
-            cols = tl.minimum(c * SIDE + tile // panels * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+            rows = tl.minimum(r * side + tile % panels * BLOCK_M + tl.arange(0, BLOCK_M), N - 1)
+            cols = tl.minimum(c * side + tile // panels * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
             d = (step - tile * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
             a = tl.load(x_ptr + rows.to(tl.int64)[:, None] * D + d[None, :])
             b = tl.load(x_ptr + cols.to(tl.int64)[None, :] * D + d[:, None])
@@ -223,14 +228,14 @@ def _contrastive_triangle_stats_kernel(
             if k == steps:
                 nothing = tl.zeros([BLOCK_M], tl.float32)
                 sums, pos_sums, ext_sums, column_sums = _add_tile(
-                    nothing, nothing, nothing, column_sums, acc, r * SIDE, panel, first_column >> 5, 0,
+                    nothing, nothing, nothing, column_sums, acc, r * side, panel, first_column >> 5, 0,
                     positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr, N, R, W, scale, shift,
                     ALL, SYMMETRIC_POSITIVES, HAS_EXTRA, SYMMETRIC_EXTRA, HAS_NEGATIVES, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-                out_rows = r * SIDE + (panel * BLOCK_M + tl.arange(0, BLOCK_M))
+                out_rows = r * side + (panel * BLOCK_M + tl.arange(0, BLOCK_M))
                 at = parts_ptr + part_of_rows + out_rows
                 # The thread that stores a number reads it back. No barrier is needed, and none would be pipelined.
-                again = (out_rows < N) & (first_column != c * SIDE)
+                again = (out_rows < N) & (first_column != c * side)
                 tl.store(at, tl.load(at, mask=again, other=0.0) + sums, mask=out_rows < N)
                 at += table
                 pos_sums = tl.load(at, mask=again, other=0.0) + pos_sums * (LN2 * scale)
@@ -261,6 +266,20 @@ def stats(x: Tensor, masks: Masks, temperature: float) -> tuple[Tensor, Tensor, 
     return _stats_of_rows(x, masks, temperature)
 
 
+def _pairs(n: int, side: int) -> int:
+    """Regions of the upper triangle."""
+    regions = triton.cdiv(n, side)
+    return regions * (regions + 1) // 2
+
+
+def _region_side(n: int, streams: int, tables: int, tile: int, device: torch.device) -> int:
+    """Rows of a region: the smallest whose parts are within the bound."""
+    side, enough = tile, _PROGRAMS_A_PROCESSOR * processor_count(device)
+    while tables * triton.cdiv(n, side) * streams * n * 4 > PARTS_BYTES and _pairs(n, 2 * side) * streams >= enough:
+        side *= 2
+    return side
+
+
 def _stats_of_triangle(x: Tensor, masks: Masks, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "contrastive_stats_triangle" if masks.everything else "contrastive_stats_triangle_masked"
     config = tuning.lookup(op, x.dtype, x.shape[2], x.shape[1], x.device)
@@ -268,17 +287,15 @@ def _stats_of_triangle(x: Tensor, masks: Masks, scale: float) -> tuple[Tensor, T
     streams, n, d = x.shape
     bits = masks.filled()
     tables = 2 if masks.extra is None else 3
-    side = config["BLOCK_M"]
-    while side < _LARGEST_REGION and tables * triton.cdiv(n, side) * streams * n * 4 > PARTS_BYTES:
-        side *= 2
+    side = _region_side(n, streams, tables, max(config["BLOCK_M"], config["BLOCK_N"]), x.device)
     regions = triton.cdiv(n, side)
     parts = torch.empty((tables, regions, streams, n), dtype=torch.float32, device=x.device)
     with on_device(x):
         _contrastive_triangle_stats_kernel[(triangle_programs(regions, _REGION_GROUP), streams)](
-            x, *bits, parts, n, d, masks.period(n), bits[0].stride(0), regions, scale, scale,
+            x, *bits, parts, n, d, masks.period(n), bits[0].stride(0), regions, side, scale, scale,
             ALL=masks.everything, SYMMETRIC_POSITIVES=masks.positives_t is None, HAS_EXTRA=masks.extra is not None,
             SYMMETRIC_EXTRA=masks.extra_t is None, HAS_NEGATIVES=masks.negatives is not None,
-            PANELS=side // config["BLOCK_M"], GROUP=_REGION_GROUP, PRECISION=precision(x.dtype), **config,
+            GROUP=_REGION_GROUP, PRECISION=precision(x.dtype), **config,
         )  # fmt: skip
     shift = torch.full((1, 1, 1), scale, dtype=torch.float32, device=x.device)
     return parts[0], shift, parts[1], parts[2] if tables == 3 else torch.zeros_like(parts[1, :1])
