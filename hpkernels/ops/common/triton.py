@@ -96,7 +96,11 @@ def expand_words(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def bit_tile(bits_ptr, rows, first_word, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """int1 [ROWS, COLUMNS]: the bits of rows `rows` from word `first_word` on."""
+    """int1 [ROWS, COLUMNS]: the bits of rows `rows` from word `first_word` on, a multiple of COLUMNS // 32.
+
+    No word lies past the row's end, because rows are padded to four words.
+    """
+    tl.static_assert(COLUMNS <= 128)
     word = first_word + tl.arange(0, COLUMNS // 32)
     words = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * stride + word[None, :])
     return expand_words(words, ROWS, COLUMNS)
@@ -104,8 +108,11 @@ def bit_tile(bits_ptr, rows, first_word, stride, ROWS: tl.constexpr, COLUMNS: tl
 
 @triton.jit
 def turned_bit_tile(bits_ptr, rows, first_word, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """int1 [ROWS, COLUMNS]: entry (c, r) is bit c, from word `first_word` on, of row rows[r] (COLUMNS of them)."""
-    word = first_word + tl.arange(0, ROWS // 32)
+    """int1 [ROWS, COLUMNS]: entry (c, r) is bit c, from word `first_word` on, of row rows[r] (COLUMNS of them).
+
+    `first_word` is any word of the row: past its end the last word is repeated.
+    """
+    word = tl.minimum(first_word + tl.arange(0, ROWS // 32), stride - 1)
     words = tl.load(bits_ptr + rows.to(tl.int64)[None, :] * stride + word[:, None])
     bits = (words[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
     return tl.reshape(bits, [ROWS, COLUMNS]) != 0

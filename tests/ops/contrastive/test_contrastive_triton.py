@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from hpkernels import tuning
 from hpkernels.ops.contrastive import workspace
 from hpkernels.ops.contrastive.triton import columns, lists
+from tests.guard import before_guard_page
 from tests.ops.contrastive.problems import check, problem_of
 
 OP = "contrastive"
@@ -36,3 +38,21 @@ def test_routes_of_the_dense_gradient(kernels, way, route, first_row, n, tempera
     problem = problem_of(150, 24, negative_rows=50, symmetric=False, temperature=temperature)
     with tuning.forced("contrastive_grad", {"route": route}):
         check(kernels, way, problem, "dense", dtype, [(first_row, first_row + n)])
+
+
+@pytest.mark.only("interpreter")
+@pytest.mark.parametrize("route", ["fused", "workspace"])
+@pytest.mark.parametrize("first_row", [0, 35, 127])
+@pytest.mark.parametrize("denominator", ["all", "dense", "sparse"])
+def test_no_operand_is_read_past_its_end(kernels, route, first_row, denominator):
+    """Panels that start off a multiple of 128 rows reach past the last word of the negatives' last row."""
+    n, depth = 128, 16
+    problem = problem_of(n, depth, streams=1, negative_rows=4, symmetric=False)
+    part = problem.masks(denominator, first_row, n).map(before_guard_page)
+    x = before_guard_page(problem.x.float())
+    tables = [before_guard_page(torch.rand(1, n)) for _ in range(4)]
+    stats = kernels.contrastive_stats(x, part, 0.5)
+    assert all(table.isfinite().all() for table in stats)
+    with tuning.forced("contrastive_grad", {"route": route}):
+        grad = kernels.contrastive_grad(x, part, 0.5, *tables)
+    assert grad.shape == (1, n - first_row, depth) and grad.isfinite().all()
