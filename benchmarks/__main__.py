@@ -133,7 +133,7 @@ def _list() -> None:
     for name in names():
         case = CASES[STAGES.get(name, name)]
         title = f"the stages of: {case.title}" if name in STAGES else case.title
-        sizes = [" ".join(f"{s.rows:,}" for s in case.shapes(device, False)) for device in ("cpu", "cuda")]
+        sizes = [" ".join(f"{s.rows:,}" for s in case.shapes(device, False)) or "none" for device in ("cpu", "cuda")]
         print(f"{name:16} {title}; N on a CPU {sizes[0]}, on a GPU {sizes[1]}")
         if name not in STAGES:
             print(f"{'':16} by {', '.join(case.peers)}")

@@ -280,6 +280,37 @@ def _supcon_plain(chunked: bool, compiled: bool) -> Contender:
     return run
 
 
+@dataclass
+class InfonceInputs:
+    z: Tensor
+    keys: Tensor  # key i is the positive of row i
+
+
+def _infonce_inputs(shape: Shape, device: str, dtype: torch.dtype) -> InfonceInputs:
+    batch = make_shaped(shape, device, dtype)
+    return InfonceInputs(batch.z, batch.z_local)
+
+
+def _infonce(loss: Callable[[Tensor, Tensor, float], Tensor]) -> Contender:
+    def run(inputs: InfonceInputs) -> Tensor:
+        inputs.z.grad = inputs.keys.grad = None
+        value = loss(inputs.z, inputs.keys, TEMPERATURE)
+        value.backward()
+        return value.detach()
+
+    return run
+
+
+def _infonce_hpkernels(inputs: InfonceInputs, backend: str | None) -> Tensor:
+    def loss(z: Tensor, keys: Tensor, temperature: float) -> Tensor:
+        labels = torch.arange(len(z), device=z.device)
+        return hpkernels.supervised_contrastive_loss(
+            z, labels, keys=keys, key_labels=labels, temperature=temperature, backend=backend
+        )
+
+    return _infonce(loss)(inputs)
+
+
 # ------------------------------------------------------------------ density, k-means
 
 
@@ -313,12 +344,15 @@ def _density_plain(by_group: bool) -> Contender:
 @dataclass
 class KmeansInputs:
     x: Tensor
-    start: Tensor  # the first centroids
+    rows: Tensor  # of x, that are the first centroids
+
+    def __post_init__(self) -> None:
+        self.start = self.x[self.rows]
 
 
 def _kmeans_inputs(shape: Shape, device: str, dtype: torch.dtype) -> KmeansInputs:
     x = _features(shape, 0, device, dtype)
-    return KmeansInputs(x, x[:: max(1, len(x) // CLUSTERS)][:CLUSTERS].clone())
+    return KmeansInputs(x, torch.arange(len(x), device=device)[:: max(1, len(x) // CLUSTERS)][:CLUSTERS])
 
 
 def _kmeans_hpkernels(inputs: KmeansInputs, backend: str | None) -> Tensor:
@@ -406,6 +440,17 @@ KINDS: dict[str, Kind] = {
         },
         flop=lambda shape: {shape.code: 2 * 2.0 * shape.rows**2 * shape.code},  # logits; the product of G + G^T
     ),
+    "infonce": Kind(
+        inputs=_infonce_inputs,
+        contenders=ours(_infonce_hpkernels) | {
+            "torch": _infonce(plain.infonce),
+            "torch-linear-cross-entropy": _infonce(peers.torch_linear_cross_entropy),
+            "cut-cross-entropy": _infonce(peers.cut_cross_entropy_infonce),
+            "inf-cl": _infonce(peers.inf_cl_infonce),
+            "siglip-kernel": _infonce(peers.siglip_kernel),
+        },
+        flop=lambda shape: {shape.code: 3 * 2.0 * shape.rows**2 * shape.code},  # logits; the products of G and G^T
+    ),
     "density": Kind(
         inputs=_density_inputs,
         contenders=ours(_density_hpkernels) | {
@@ -419,6 +464,8 @@ KINDS: dict[str, Kind] = {
         contenders=ours(_kmeans_hpkernels) | {
             "chunked": lambda inputs: plain.kmeans(inputs.x, inputs.start, ITERATIONS),
             "scikit-learn": lambda inputs: peers.sklearn_kmeans(inputs.x, inputs.start, ITERATIONS),
+            "flash-kmeans": lambda inputs: peers.flash_kmeans(inputs.x, inputs.start, ITERATIONS),
+            "fastkmeans": lambda inputs: peers.fastkmeans(inputs.x, inputs.rows, ITERATIONS),
         },
         flop=lambda shape: {shape.channels: (ITERATIONS + 1) * 2.0 * shape.rows * CLUSTERS * shape.channels},
     ),

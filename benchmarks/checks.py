@@ -20,6 +20,7 @@ from benchmarks.cases import (
     KINDS,
     TEMPERATURE,
     DensityInputs,
+    InfonceInputs,
     KmeansInputs,
     MixInputs,
     SearchInputs,
@@ -146,6 +147,27 @@ def check_supcon(contender: cases.Contender, device: str, dtype: torch.dtype, ra
     _compare(answer, {"loss": loss.detach(), "gradient": exact.z.grad}, dtype)
 
 
+def check_infonce(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+    """Cross-entropy of row i against all keys, key i the right one; of siglip-kernel, its pairs' sigmoids."""
+    batch = _batch(torch.float32, code=256)
+    z, keys = (x.detach().to(dtype) for x in (batch.z, batch.z_local))
+    exact = InfonceInputs(z.double().requires_grad_(), keys.double().requires_grad_())
+    logits = F.normalize(exact.z, dim=1) @ F.normalize(exact.keys, dim=1).T / TEMPERATURE
+    if contender is KINDS["infonce"].contenders["siglip-kernel"]:
+        signs = 2.0 * torch.eye(len(z)) - 1.0
+        loss = -F.logsigmoid(signs * (logits + peers.SIGLIP_BIAS)).sum() / len(z)
+    else:
+        loss = (logits.logsumexp(1) - logits.diagonal()).mean()
+    loss.backward()
+    inputs = InfonceInputs(*(x.clone().to(device).requires_grad_() for x in (z, keys)))
+    answer = {"loss": contender(inputs)}
+    expected = {"loss": loss.detach()}
+    for side in ("z", "keys"):
+        found, right = getattr(inputs, side), getattr(exact, side)
+        answer[f"gradient of {side}"], expected[f"gradient of {side}"] = _tangential(found.grad, found), right.grad
+    _compare(answer, expected, dtype)
+
+
 def check_density(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     """The mean over the scales of the mean of the largest cosines within the class, anchor by anchor."""
     features, memory = (
@@ -166,13 +188,13 @@ def check_kmeans(contender: cases.Contender, device: str, dtype: torch.dtype, ra
     generator = torch.Generator().manual_seed(3)
     means = 3 * torch.randn(20, 48, generator=generator)
     x = (means[torch.arange(900) % 20] + 0.5 * torch.randn(900, 48, generator=generator)).to(dtype)
-    start = x[:23].clone()  # three clusters are shared, so that rows move
-    centroids = start.double()
+    rows = torch.arange(23)  # three clusters are shared, so that rows move
+    centroids = x[rows].double()
     for _ in range(ITERATIONS):
         labels = torch.cdist(x.double(), centroids).argmin(1)
         one_hot = F.one_hot(labels, len(centroids)).double()
         centroids = one_hot.T @ x.double() / one_hot.sum(0)[:, None]
-    inputs = KmeansInputs(x.to(device), start.to(device))
+    inputs = KmeansInputs(x.to(device), rows.to(device))
     _compare({"centroids": contender(inputs)}, {"centroids": centroids}, dtype)
 
 
@@ -183,6 +205,7 @@ GATES: dict[str, Callable[[cases.Contender, str, torch.dtype, float], None]] = {
     "local_mix": check_local_mix,
     "local_mix_qk": check_local_mix_qk,
     "supcon": check_supcon,
+    "infonce": check_infonce,
     "density": check_density,
     "kmeans": check_kmeans,
 }

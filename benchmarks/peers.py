@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import warnings
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,15 @@ PACKAGES = {
     "keops": Package("pykeops", "pykeops", ("cpu", "cuda"), ANY, ""),
     "scikit-learn": Package("sklearn", "scikit-learn", ("cpu",), (torch.float32,), "it takes fp32 and fp64 on a CPU"),
     "faiss": Package("faiss", "faiss-cpu", ("cpu",), (torch.float32,), "faiss-cpu takes fp32 on a CPU"),
+    "flash-kmeans": Package("flash_kmeans", "flash-kmeans", ("cuda",), ANY, "its Triton kernels need a GPU"),
+    "fastkmeans": Package("fastkmeans", "fastkmeans", ("cpu", "cuda"), ANY, ""),
+    "siglip-kernel": Package(
+        "siglip_kernel",
+        "siglip-kernel",
+        ("cuda",),
+        HALVES,
+        "its Triton kernels need a GPU, and fp32 goes through others than those it is known for",
+    ),
 }
 
 
@@ -54,6 +65,8 @@ def why_not(peer: str, device: str, dtype: torch.dtype) -> str | None:
     """The reason a peer cannot be measured here, or None."""
     if peer.startswith(PREFIX):
         return dispatch.why_not(peer.removeprefix(PREFIX), torch.device(device))
+    if peer == "torch-linear-cross-entropy" and not hasattr(F, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no linear_cross_entropy"
     package = PACKAGES.get(peer)
     if package is None:
         return None
@@ -94,8 +107,13 @@ def inf_cl_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     from inf_cl import cal_flash_loss
 
     x = F.normalize(z, dim=1)
-    head = next(width for width in (256, 128, 64, 32, 16) if x.shape[1] % width == 0)
-    return _supcon(x, x / temperature, cal_flash_loss(x, x, scale=1 / temperature, head_dim=head), labels)
+    above_self = cal_flash_loss(x, x, scale=1 / temperature, head_dim=_head(x.shape[1]))
+    return _supcon(x, x / temperature, above_self, labels)
+
+
+def _head(width: int) -> int:
+    """Of inf-cl's blocks: the largest that divides the rows."""
+    return next(head for head in (256, 128, 64, 32, 16) if width % head == 0)
 
 
 def keops_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -105,6 +123,44 @@ def keops_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     scaled = x / temperature
     lse = (LazyTensor(scaled[:, None, :]) | LazyTensor(x[None, :, :])).logsumexp(1).squeeze(1)
     return _supcon(x, scaled, lse - (scaled * x).sum(1), labels)
+
+
+def _one_positive(z: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows over the temperature, unit keys, and the numbers of the keys that are positives."""
+    scaled = F.normalize(z, dim=1) / temperature
+    return scaled, F.normalize(keys, dim=1), torch.arange(len(z), device=z.device)
+
+
+def torch_linear_cross_entropy(z: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """The keys as weights of the classes; in blocks, where this torch has that form."""
+    options = (
+        {"options": torch.nn.LinearCrossEntropyOptions()} if hasattr(torch.nn, "LinearCrossEntropyOptions") else {}
+    )
+    return F.linear_cross_entropy(*_one_positive(z, keys, temperature), **options)
+
+
+def cut_cross_entropy_infonce(z: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(*_one_positive(z, keys, temperature), filter_eps=None)
+
+
+def inf_cl_infonce(z: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    x, keys = F.normalize(z, dim=1), F.normalize(keys, dim=1)
+    return cal_flash_loss(x, keys, scale=1 / temperature, head_dim=_head(x.shape[1])).mean()
+
+
+SIGLIP_BIAS = -10.0
+
+
+def siglip_kernel(z: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """Another loss of the same products: each pair by itself, a sigmoid in the place of the log-sum-exp."""
+    from siglip_kernel import fused_siglip_loss
+
+    log_temperature, bias = (torch.tensor(value, device=z.device) for value in (-math.log(temperature), SIGLIP_BIAS))
+    return fused_siglip_loss(F.normalize(z, dim=1), F.normalize(keys, dim=1), log_temperature, bias)
 
 
 def keops_topk(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -134,6 +190,30 @@ def sklearn_kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it has not converged
         return torch.from_numpy(KMeans(init=start.numpy(), **options).fit(x.numpy()).cluster_centers_)
+
+
+def flash_kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """One pass less than the job's: its labels are those before the last move of the centroids."""
+    from flash_kmeans import batch_kmeans_Euclid
+
+    _, centroids, _ = batch_kmeans_Euclid(
+        x[None], len(start), max_iters=iterations, tol=-1.0, init_centroids=start[None]
+    )
+    return centroids[0]
+
+
+def fastkmeans(x: Tensor, rows: Tensor, iterations: int) -> Tensor:
+    """From rows `rows` of x, which it would draw with torch.randperm. It takes numbers of numpy, in fp32.
+
+    16-bit runs are in fp16, its own choice on a GPU: in bf16 its sums miss the tolerance.
+    """
+    from fastkmeans import FastKMeans
+
+    k, dtype = len(rows), torch.float32 if x.dtype == torch.float32 else torch.float16
+    model = FastKMeans(x.shape[1], k, niter=iterations, tol=-1.0, gpu=x.is_cuda, dtype=dtype)
+    with mock.patch.object(torch, "randperm", lambda n: rows.cpu()):
+        model.train(x.float().cpu().numpy())
+    return torch.from_numpy(model.centroids)
 
 
 def _supcon(x: Tensor, scaled: Tensor, above_self: Tensor, labels: Tensor) -> Tensor:

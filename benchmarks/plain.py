@@ -119,6 +119,12 @@ def _supcon_rows(own, x, own_labels, labels, inverse, first, temperature) -> Ten
     return ((inverse > 0) * lse - (positives * logits).sum(1) * inverse).sum()
 
 
+def infonce(z: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """Row i against all keys, key i its positive."""
+    logits = F.normalize(z, dim=1) @ F.normalize(keys, dim=1).T / temperature
+    return F.cross_entropy(logits.float(), torch.arange(len(z), device=z.device))
+
+
 def density(
     features: Tensor, memory: Tensor, groups: Tensor, memory_groups: Tensor, scales: tuple[int, ...], *, by_group: bool
 ) -> Tensor:

@@ -64,6 +64,10 @@ PEERS = {
     "keops": "LazyTensor: its log-sum-exp, or argKmin",
     "faiss": "IndexFlatIP of faiss-cpu",
     "scikit-learn": "KMeans(algorithm='lloyd') from the same start",
+    "flash-kmeans": "batch_kmeans_Euclid from the same start, one pass less",
+    "fastkmeans": "FastKMeans from the same start, with the way of the rows to the GPU",
+    "torch-linear-cross-entropy": "torch.nn.functional.linear_cross_entropy, the keys as weights",
+    "siglip-kernel": "fused_siglip_loss: the same products for a sigmoid loss",
 }
 
 STEP = (*OURS, *BACKENDS, "published", "chunked")
@@ -75,7 +79,7 @@ class Case:
     kind: str
     title: str
     peers: tuple[str, ...]
-    cpu: tuple[Shape, ...]
+    cpu: tuple[Shape, ...]  # none: only on a GPU
     cuda: tuple[Shape, ...]
     quick: tuple[Shape, ...] = ()
     repetitions: int = 5
@@ -128,6 +132,11 @@ CASES: dict[str, Case] = {
         cpu=(Shape(64, (32, 32), code=128),), cuda=(Shape(64, (32, 32), code=128),),
         quick=(Shape(2, (14, 14), code=128, pool=QUICK_POOL),), repetitions=3, up_to={"chunked": 16384},
     ),
+    "infonce": Case(  # most of its peers need a GPU
+        "infonce", "InfoNCE, one positive a row, gradients of both sides",
+        (*OURS, *BACKENDS, "torch", "torch-linear-cross-entropy", "cut-cross-entropy", "inf-cl", "siglip-kernel"),
+        cpu=(), cuda=(Shape(64),), quick=(Shape(2, (14, 14), pool=QUICK_POOL),),
+    ),
     "density": Case(
         "density", f"neighbor_density, {GROUPS} classes, memory of 10,000", (*OURS, *BACKENDS, "torch.topk", "chunked"),
         cpu=(Shape(16, (25, 32), channels=256, pool=10000),), cuda=(Shape(16, (25, 32), channels=256, pool=10000),),
@@ -139,7 +148,8 @@ CASES: dict[str, Case] = {
         quick=(Shape(1, (14, 14), channels=256, pool=2000),),
     ),
     "kmeans": _case(
-        "kmeans", f"k-means, K {CLUSTERS}, {ITERATIONS} iterations", (*OURS, *BACKENDS, "chunked", "scikit-learn"),
+        "kmeans", f"k-means, K {CLUSTERS}, {ITERATIONS} iterations",
+        (*OURS, *BACKENDS, "chunked", "scikit-learn", "flash-kmeans", "fastkmeans"),
         (64, 256), repetitions=9,
     ),
     "step_s16": _case("step", "loss step, ViT-S/16 (T 196)", STEP, (32, 64), grid=(14, 14)),
@@ -163,6 +173,7 @@ QUICK = (
     "local_mix",
     "local_mix_qk",
     "supcon",
+    "infonce",
     "density",
     "kmeans",
     "scaling_n",
@@ -179,6 +190,7 @@ INNER: dict[str, Callable[[Shape], tuple[int, ...]]] = {  # inner dimensions of 
     "search": lambda shape: (shape.channels, shape.code),
     "topk": lambda shape: (shape.channels,),
     "supcon": lambda shape: (shape.code,),
+    "infonce": lambda shape: (shape.code,),
     "density": lambda shape: (shape.channels,),
     "kmeans": lambda shape: (shape.channels,),
     "local_mix_qk": lambda shape: (HEAD_CHANNELS,),
