@@ -12,7 +12,7 @@ from torch import Tensor
 from hpkernels.common.sums import sum_all
 from hpkernels.ops.contrastive.masks import Masks
 from hpkernels.ops.contrastive.op import contrastive_stats
-from hpkernels.ops.normalize.op import normalize_rows
+from hpkernels.ops.normalize.op import normalize_rows, normalize_streams
 from hpkernels.ops.pair_average.op import pair_average
 from hpkernels.ops.pair_average.reference import kept_rows
 from hpkernels.ops.pair_average.rows import Rows, Weights
@@ -68,8 +68,11 @@ def unit_rows(streams: list[Tensor], backend: str) -> list[Tensor]:
     On a GPU all streams share launches and column lists. On a CPU one call a stream: the backward pass then holds the
     gradient of one stream at a time beside the unit rows.
     """
-    x = [normalize_rows(rows, name, backend)[None] for rows, name in zip(streams, ("z", "z_local"))]
-    return x if x[0].is_cpu else [_joined(x)]
+    names = ("z", "z_local")[: len(streams)]
+    if streams[0].is_cpu or len({rows.dtype for rows in streams}) > 1:
+        x = [normalize_rows(rows, name, backend)[None] for rows, name in zip(streams, names)]
+        return x if x[0].is_cpu else [_joined(x)]
+    return [normalize_streams(streams, names, backend)]
 
 
 def statistics_of_all(

@@ -38,8 +38,9 @@ def _pair_average(*rows_weights_scale):
 
 
 @_pair_average.register_fake
-def _(lse, pos, ext, n_pos, n_ext, extra_tensor, extra, images, *_):
-    return lse.new_empty(()), lse.new_empty((2, images))
+def _(lse, pos, ext, n_pos, n_ext, *weights_scale):
+    weights = _weights(*weights_scale[:5])
+    return lse.new_empty(()), lse.new_empty((weights.sums, weights.images))
 
 
 @torch.library.custom_op(

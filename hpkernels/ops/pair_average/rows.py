@@ -24,3 +24,8 @@ class Weights(NamedTuple):
     images: int  # that the rows are of
     all_images: int  # that the average is taken over
     weighting: str  # "pairs", "anchors" or "separate"
+
+    @property
+    def sums(self) -> int:
+        """Of weights that an image has."""
+        return 2 if self.weighting == "separate" else 1

@@ -114,12 +114,12 @@ def _options(weights: Weights, anything: Tensor) -> tuple[Tensor, float, dict]:
 
 
 def pair_average(rows: Rows, weights: Weights, scale: float) -> tuple[Tensor, Tensor]:
-    """scale times the average of reference.py, 0-dim, and what its gradient needs of each image (2, images)."""
+    """scale times the average of reference.py, 0-dim, and what its gradient needs of each image."""
     rows = Rows(*[table.contiguous() for table in rows])
     streams, n = rows.lse.shape
     extra, number, options = _options(weights, rows.lse)
     parts = torch.empty(weights.images, dtype=torch.float32, device=rows.lse.device)
-    inverses = torch.empty((2, weights.images), dtype=torch.float32, device=rows.lse.device)
+    inverses = torch.empty((weights.sums, weights.images), dtype=torch.float32, device=rows.lse.device)
     scale = scale / (streams * weights.all_images)
     with on_device(rows.lse):
         _pair_average_kernel[(weights.images,)](

@@ -79,3 +79,15 @@ def test_bad_numbers_show_and_no_rows_are_zero(on):
     nothing = Rows(*[torch.zeros(1, 0, requires_grad=True)] * 3, torch.zeros(0), torch.zeros(0))
     loss = op.pair_average(nothing, Weights(0.0, 1, 4, "pairs"), 1.0, on)
     assert loss == 0 and torch.autograd.grad(loss, nothing.lse)[0].shape == (1, 0)
+
+
+if interpreting():  # elsewhere it is no op
+
+    def test_op_checks():
+        rows = _rows(2, 3, 8)
+        for extra in (None, torch.tensor(0.3)):
+            torch.library.opcheck(op._pair_average, (*rows, extra, 0.5, 3, 4, "anchors", 2.0))
+        tables = [table.detach() for table in rows]
+        torch.library.opcheck(
+            op._pair_average_grad, (torch.ones(()), *tables, None, 0.5, 3, 4, "pairs", torch.ones(2, 3))
+        )
