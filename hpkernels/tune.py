@@ -28,7 +28,7 @@ from hpkernels import dispatch, tuning
 
 OPS = (  # the routes come last: they are compared with the tiles found before
     "contrastive_stats", "contrastive_stats_sparse", "contrastive_grad_fused", "contrastive_grad_workspace",
-    "contrastive_grad_sparse", "contrastive_grad",
+    "contrastive_grad_sparse", "contrastive_rows_sparse", "contrastive_columns_sparse", "contrastive_grad",
 )  # fmt: skip
 BACKENDS = tuple(
     f"backend/{name}/{form}" for name in ("contrastive_stats", "contrastive_grad") for form in ("dense", "sparse")
@@ -60,14 +60,19 @@ def candidates(op: str, kind: str, d: int) -> list[dict]:
                 found.append({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, **launch})
         elif op == "contrastive_stats_sparse":
             for k in (64, 128) if half else (16,):
-                found.append({"BLOCK_C": 64, "BLOCK_K": k, **launch})
+                found.append({"BLOCK_C": 64, "BLOCK_R": 64 if half else 32, "BLOCK_K": k, **launch})
         else:
             whole = max(64, 1 << (d - 1).bit_length())
             widths = [(min(256, whole), False)] + ([(whole, True)] if half and whole <= 512 else [])
-            tall = "BLOCK_C" if op == "contrastive_grad_sparse" else "BLOCK_M"
-            for (width, resident), n in itertools.product(widths, (32, 64)):
-                tile = {tall: 64 if half else 32, "BLOCK_D": width, "BLOCK_K": steps[0], "RESIDENT": resident}
-                found.append({**tile, **({"BLOCK_N": n} if tall == "BLOCK_M" else {}), **launch})
+            tall = 64 if half else 32
+            sides = {
+                "contrastive_grad_fused": [{"BLOCK_M": tall, "BLOCK_N": n} for n in (32, 64)],
+                "contrastive_grad_sparse": [{"BLOCK_C": tall}],
+                "contrastive_rows_sparse": [{"BLOCK_C": tall, "BLOCK_R": r} for r in (32, 64)],
+                "contrastive_columns_sparse": [{"BLOCK_C": c, "BLOCK_R": tall} for c in (16, 32, 64)],
+            }[op]
+            for (width, resident), side in itertools.product(widths, sides):
+                found.append({**side, "BLOCK_D": width, "BLOCK_K": steps[0], "RESIDENT": resident, **launch})
     return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
@@ -133,10 +138,10 @@ def spills() -> int:
     """Most bytes of registers that any contrastive kernel compiled so far in this process spills."""
     from triton.runtime.jit import JITFunction
 
-    from hpkernels.ops.contrastive.triton import dense, dense_grad, lists, sparse, sparse_grad
+    from hpkernels.ops.contrastive.triton import columns, dense, dense_grad, lists, sparse, sparse_grad
 
     most = 0
-    for module in (dense, dense_grad, lists, sparse, sparse_grad):
+    for module in (columns, dense, dense_grad, lists, sparse, sparse_grad):
         for function in vars(module).values():
             if isinstance(function, JITFunction):
                 for cache in function.device_caches.values():

@@ -7,7 +7,6 @@ from tests.ops import ways
 
 @pytest.fixture(autouse=ways.interpreting())
 def _fewer_programs(monkeypatch):
-    from hpkernels.ops.contrastive.triton import sparse_grad
+    from hpkernels.ops.contrastive.triton import columns
 
-    monkeypatch.setattr(sparse_grad, "_COLUMN_SPLITS", 2)
-    monkeypatch.setattr(sparse_grad, "_SUM_PROGRAMS", 16)
+    monkeypatch.setattr(columns, "_SUM_ITEMS", 16)

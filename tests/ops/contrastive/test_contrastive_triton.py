@@ -1,4 +1,4 @@
-"""Triton's own: lists without room, windows, both routes of the dense gradient."""
+"""Triton's own: lists without room, windows of columns, both routes of the dense gradient."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import pytest
 
 from hpkernels import tuning
 from hpkernels.ops.contrastive import workspace
-from hpkernels.ops.contrastive.triton import lists, sparse_grad
+from hpkernels.ops.contrastive.triton import columns, lists
 from tests.ops.contrastive.problems import check, problem_of
 
 OP = "contrastive"
 
 
 @pytest.mark.cases("rate", [0.1, 0.9])
-def test_sparse_lists_that_find_no_room_are_walked(kernels, way, rate, dtype, monkeypatch):
-    monkeypatch.setattr(lists, "_LIST_SHARE", (0, 1))
-    monkeypatch.setattr(lists, "_LIST_MULTIPLE", 64)
+def test_sparse_lists_without_room_are_lists_of_blocks(kernels, way, rate, dtype, monkeypatch):
+    monkeypatch.setattr(lists, "_POOL_SHARES", (0.0, 0.0))
     problem = problem_of(40, 16, streams=1, negative_rows=10, rate=rate, symmetric=False, temperature=0.5)
     check(kernels, way, problem, "sparse", dtype)
 
 
-def test_sparse_windows_share_the_workspace(kernels, way, dtype, monkeypatch):
-    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(sparse_grad, "_SUM_PROGRAMS", 4)
-    problem = problem_of(60, 16, streams=1, negative_rows=6, rate=0.1, extra=False, temperature=0.5)
+@pytest.mark.cases("rate", [0.1, 0.9])
+def test_sparse_windows_share_the_workspace(kernels, way, rate, dtype, monkeypatch):
+    monkeypatch.setattr(columns, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(columns, "_SUM_ITEMS", 2)
+    problem = problem_of(60, 16, streams=1, negative_rows=6, rate=rate, extra=False, temperature=0.5)
     check(kernels, way, problem, "sparse", dtype)
 
 

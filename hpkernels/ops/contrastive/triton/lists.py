@@ -1,37 +1,42 @@
 """Column lists of the sparse denominator, built on the device from the bits, without synchronisation.
 
-Two families of them:
+Two families of them, each of rows of words:
 
-    negatives   list t: the columns of row t of M, shared by the rows t, t + R, t + 2R, ... (one token position of all
-                images): a small dense product of those rows with the gathered columns
-    positives   list p: the columns where any of 16 consecutive rows has a P or Q bit
+    negatives   row t of M, shared by the rows t, t + R, t + 2R, ... (one token position of all images): a small dense
+                product of those rows with the gathered columns
+    positives   the union of the P and Q bits of 16 consecutive rows
 
-Lists lie one behind another in an array of fixed capacity, each padded to whole tiles. A list that finds no room is
-walked as "every column" instead: the bits decide anyway, so the result is the same and only time is lost.
+Lists of columns lie one behind another in a pool of fixed size, each padded to whole tiles. A list that finds no room
+there names the blocks of 64 columns that have a bit at all, for which there is always room. The bits decide anyway, so
+the result is the same, and either way the tiles visited are at most the columns listed.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpkernels.ops.common.triton import on_device, popcount
+from hpkernels.ops.common.triton import count_bits, on_device, popcount
 
 PANEL = 16  # rows that share a list of positives
-NEGATIVE_ROWS = 32  # rows of one token position a program takes
-_SCAN_WORDS = 64
-_LIST_MULTIPLE = 64  # lists are padded to whole tiles: every BLOCK_C divides it
-_LIST_SHARE = (5, 32)  # capacity of the lists as a share of all pairs (negatives) or all panels x columns (positives)
+BLOCK = tl.constexpr(64)  # columns of a block, and what lists are padded to: every BLOCK_C divides it
+SCAN_WORDS = tl.constexpr(128)  # words listed at a time
+_UNION_WORDS = 256
+_POOL_SHARES = (1 / 16, 5 / 32)  # of all columns of all lists, of positives and of negatives, those that find room
 
 
 @triton.jit
-def _union_words(a_ptr, b_ptr, c_ptr, d_ptr, first_row, rows, last_row, W, word, MASKS: tl.constexpr):
-    """OR of words `word` over `rows` rows of up to four masks."""
-    union = tl.zeros(word.shape, tl.int32)
-    for r in range(rows):
-        at = tl.minimum(first_row + r, last_row).to(tl.int64) * W + word
+def _contrastive_union_kernel(a_ptr, b_ptr, c_ptr, d_ptr, out_ptr, last_row, W, MASKS: tl.constexpr,
+                              ROWS: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+    """out[p] = OR of the words of rows ROWS p ... of up to four masks."""
+    word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    union = tl.zeros([BLOCK_W], tl.int32)
+    for r in tl.static_range(ROWS):
+        at = tl.minimum(tl.program_id(0) * ROWS + r, last_row).to(tl.int64) * W + word
         union |= tl.load(a_ptr + at, mask=word < W, other=0)
         if MASKS > 1:
             union |= tl.load(b_ptr + at, mask=word < W, other=0)
@@ -39,109 +44,107 @@ def _union_words(a_ptr, b_ptr, c_ptr, d_ptr, first_row, rows, last_row, W, word,
             union |= tl.load(c_ptr + at, mask=word < W, other=0)
         if MASKS > 3:
             union |= tl.load(d_ptr + at, mask=word < W, other=0)
-    return union
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * W + word, union, mask=word < W)
 
 
-@triton.jit
-def _contrastive_count_columns_kernel(
-    a_ptr, b_ptr, c_ptr, d_ptr, counts_ptr, prefix_ptr, rows, last_row, W,
-    MASKS: tl.constexpr, STORE_PREFIX: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """counts[list] = set bits of the union; prefix[list, word] = set bits before the word."""
-    item = tl.program_id(0)
-    count = 0
-    for start in range(0, W, BLOCK_W):
-        word = start + tl.arange(0, BLOCK_W)
-        bits = popcount(_union_words(a_ptr, b_ptr, c_ptr, d_ptr, item * rows, rows, last_row, W, word, MASKS))
-        if STORE_PREFIX:
-            before = count + tl.cumsum(bits, 0) - bits
-            tl.store(prefix_ptr + item.to(tl.int64) * W + word, before, mask=word < W)
-        count += tl.sum(bits, 0)
-    tl.store(counts_ptr + item, count)
-
-
-@triton.jit
-def _contrastive_fill_columns_kernel(
-    a_ptr, b_ptr, c_ptr, d_ptr, starts_ptr, counts_ptr, columns_ptr, rows, last_row, W, capacity,
-    MASKS: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """Writes the list's columns in ascending order at its start, if it fits."""
-    item = tl.program_id(0)
-    start = tl.load(starts_ptr + item)
-    if start + tl.load(counts_ptr + item) <= capacity:
-        count = 0
-        for first in range(0, W, BLOCK_W):
-            word = first + tl.arange(0, BLOCK_W)
-            union = _union_words(a_ptr, b_ptr, c_ptr, d_ptr, item * rows, rows, last_row, W, word, MASKS)
-            bits = popcount(union)
-            before = count + tl.cumsum(bits, 0) - bits
-            lane = tl.arange(0, 32)[None, :]
-            rank = before[:, None] + popcount(union[:, None] & ((1 << lane) - 1))
-            chosen = ((union[:, None] >> lane) & 1) != 0
-            tl.store(columns_ptr + start + rank, word[:, None] * 32 + lane, mask=chosen)
-            count += tl.sum(bits, 0)
-
-
-def count_columns(masks: list[Tensor], rows: int, num_warps: int) -> tuple[Tensor, Tensor]:
-    """Set bits of the union of the masks in each `rows` rows, int32; for single rows also those before each word."""
-    total_rows, width = masks[0].shape
-    number = triton.cdiv(total_rows, rows)
-    counts = torch.empty(number, dtype=torch.int32, device=masks[0].device)
-    prefix = torch.empty((total_rows, width) if rows == 1 else 0, dtype=torch.int32, device=masks[0].device)
-    with on_device(counts):
-        _contrastive_count_columns_kernel[(number,)](
-            *_four(masks), counts, prefix, rows, total_rows - 1, width,
-            MASKS=len(masks), STORE_PREFIX=rows == 1, BLOCK_W=_SCAN_WORDS, num_warps=num_warps,
+def _union_of_panels(masks: list[Tensor]) -> Tensor:
+    """(panels, W): the columns where any row of a panel has a bit in any of the masks."""
+    distinct = list({mask.data_ptr(): mask for mask in masks}.values())
+    rows, width = distinct[0].shape
+    out = distinct[0].new_empty(triton.cdiv(rows, PANEL), width)
+    with on_device(out):
+        _contrastive_union_kernel[(len(out), triton.cdiv(width, _UNION_WORDS))](
+            *(distinct + distinct[:1] * 3)[:4], out, rows - 1, width,
+            MASKS=len(distinct), ROWS=PANEL, BLOCK_W=_UNION_WORDS, num_warps=2,
         )  # fmt: skip
-    return counts, prefix
+    return out
 
 
-def _four(masks: list[Tensor]) -> list[Tensor]:
-    return (masks + masks[:1] * 3)[:4]
+@triton.jit
+def list_columns(row_ptr, word, first, last, list_ptr, listed):
+    """Appends the set bits first ... last of SCAN_WORDS words to the `listed` columns; returns how many there are."""
+    index = word + tl.arange(0, SCAN_WORDS)
+    words = tl.load(row_ptr + index, mask=index * 32 < last, other=0)
+    before, after = tl.maximum(first - index * 32, 0), tl.maximum(index * 32 + 32 - last, 0)
+    words = tl.where(before < 32, words & (-1 << (before & 31)), 0)
+    words = tl.where(after < 32, (words << (after & 31)).to(tl.uint32, bitcast=True) >> (after & 31), 0)
+    words = words.to(tl.int32, bitcast=True)
+    bits = popcount(words)
+    slot = listed + tl.cumsum(bits, 0) - bits
+    for _ in range(0, tl.max(bits, 0)):
+        lowest = words & -words
+        tl.store(list_ptr + slot, index * 32 + popcount(lowest - 1), mask=words != 0)
+        words ^= lowest
+        slot += 1
+    return listed + tl.sum(bits, 0)
+
+
+@triton.jit
+def _contrastive_fill_lists_kernel(bits_ptr, starts_ptr, counts_ptr, lists_ptr, capacity, N, W):
+    """The columns of the list behind its start or, without room, its blocks behind the pool, as a negative count."""
+    item = tl.program_id(0)
+    row_ptr = bits_ptr + item.to(tl.int64) * W
+    start = tl.load(starts_ptr + item)
+    listed = 0
+    if start + tl.load(counts_ptr + item) <= capacity:
+        for word in range(0, W, SCAN_WORDS):
+            listed = list_columns(row_ptr, word, 0, N, lists_ptr + start, listed)
+    else:
+        start = capacity + item.to(tl.int64) * tl.cdiv(N, BLOCK)
+        for first in range(0, W, SCAN_WORDS):
+            word = first + 2 * tl.arange(0, SCAN_WORDS // 2)
+            words = tl.load(row_ptr + word, mask=word < W, other=0)
+            words |= tl.load(row_ptr + word + 1, mask=word + 1 < W, other=0)
+            some = (words != 0).to(tl.int32)
+            tl.store(lists_ptr + start + listed + tl.cumsum(some, 0) - some, word * 32, mask=words != 0)
+            listed += tl.sum(some, 0)
+        tl.store(starts_ptr + item, start)
+        tl.store(counts_ptr + item, -listed)
 
 
 class Lists:
-    """Column lists: list n has counts[n] columns from starts[n] on (int64), if starts[n] + counts[n] <= capacity."""
+    """List n has counts[n] columns from starts[n] (int64) on or, where that is negative, so many blocks of columns."""
 
-    def __init__(self, masks: list[Tensor], n: int, rows: int, share_room: bool):
-        """One list for each `rows` rows. Without share_room no list counts as fitting unless all do."""
-        distinct = list({mask.data_ptr(): mask for mask in masks}.values())
-        total_rows, width = distinct[0].shape
-        self.number = triton.cdiv(total_rows, rows)
-        columns = triton.cdiv(n * _LIST_SHARE[0], _LIST_SHARE[1])
-        self.capacity = self.number * (triton.cdiv(columns, _LIST_MULTIPLE) + 1) * _LIST_MULTIPLE
-        self.counts, self.prefix = count_columns(distinct, rows, num_warps=2)
-        padded = (self.counts + (_LIST_MULTIPLE - 1)) // _LIST_MULTIPLE * _LIST_MULTIPLE
-        ends = padded.cumsum(0, dtype=torch.int64)
-        self.starts = ends - padded
-        if not share_room:
-            self.starts = torch.where(ends[-1] <= self.capacity, self.starts, self.capacity + 1)
-        self.columns = torch.empty(self.capacity, dtype=torch.int32, device=self.counts.device)
-        with on_device(self.counts):
-            _contrastive_fill_columns_kernel[(self.number,)](
-                *_four(distinct), self.starts, self.counts, self.columns, rows, total_rows - 1, width, self.capacity,
-                MASKS=len(distinct), BLOCK_W=_SCAN_WORDS, num_warps=2,
-            )  # fmt: skip
+    def __init__(self, bits: Tensor, n: int, share: float):
+        """One list for each row of bits; that share of their n columns finds room, and a block for each list."""
+        self.number, width = bits.shape
+        pool = self.number * (math.ceil(share * n) + (BLOCK.value if share else 0))
+        (self.counts,) = count_bits(bits)
+        padded = (self.counts + (BLOCK.value - 1)) // BLOCK.value * BLOCK.value
+        self.starts = padded.cumsum(0, dtype=torch.int64) - padded
+        self.columns = bits.new_empty(pool + self.number * triton.cdiv(n, BLOCK.value))
+        with on_device(bits):
+            _contrastive_fill_lists_kernel[(self.number,)](
+                bits, self.starts, self.counts, self.columns, pool, n, width, num_warps=4
+            )
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        return self.starts, self.counts, self.columns, self.capacity
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.starts, self.counts, self.columns
 
 
 def positive_lists(n: int, *masks: Tensor | None) -> Lists:
-    return Lists([mask for mask in masks if mask is not None], n, PANEL, share_room=True)
+    return Lists(_union_of_panels([mask for mask in masks if mask is not None]), n, _POOL_SHARES[0])
 
 
 def negative_lists(negatives: Tensor, n: int) -> Lists:
-    return Lists([negatives], n, 1, share_room=False)
+    return Lists(negatives, n, _POOL_SHARES[1])
 
 
 @triton.jit
-def tile_columns(columns_ptr, start, count, fits, tile, N, BLOCK: tl.constexpr):
-    """Columns of tile `tile` of a list, and which of them are there; of all columns where the list found no room."""
-    slot = tile * BLOCK + tl.arange(0, BLOCK)
-    there = slot < tl.where(fits, count, N)
-    listed = tl.load(columns_ptr + start + slot, mask=slot < tl.where(fits, count, 0), other=0)
-    return tl.where(there, tl.where(fits, listed, slot), 0), there
+def list_tiles(count, BLOCK_C: tl.constexpr):
+    """Tiles of a list."""
+    return tl.cdiv(tl.maximum(count, -count * BLOCK), BLOCK_C)
+
+
+@triton.jit
+def tile_columns(columns_ptr, start, count, tile, N, BLOCK_C: tl.constexpr):
+    """Columns of tile `tile` of a list, and which of them are there."""
+    slot = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    exact = count >= 0
+    there = slot < tl.maximum(count, -count * BLOCK)
+    cols = tl.load(columns_ptr + start + tl.where(exact, slot, slot // BLOCK), mask=there, other=0)
+    cols += tl.where(exact, 0, slot % BLOCK)
+    return tl.minimum(cols, N - 1), there & (cols < N)
 
 
 @triton.jit

@@ -17,10 +17,10 @@ from hpkernels.ops.common.gpu import LOG2E, padded_rows
 from hpkernels.ops.common.triton import LN2, on_device, precision, tile_product
 from hpkernels.ops.contrastive.masks import Masks
 from hpkernels.ops.contrastive.triton.lists import (
-    NEGATIVE_ROWS,
     PANEL,
     bits_at,
     list_rows,
+    list_tiles,
     negative_lists,
     positive_lists,
     tile_columns,
@@ -29,7 +29,7 @@ from hpkernels.ops.contrastive.triton.lists import (
 
 @triton.jit
 def _contrastive_listed_stats_kernel(
-    x_ptr, positives_ptr, extra_ptr, negatives_ptr, starts_ptr, counts_ptr, columns_ptr, capacity,
+    x_ptr, positives_ptr, extra_ptr, negatives_ptr, starts_ptr, counts_ptr, columns_ptr,
     total_ptr, shift_ptr, pos_ptr, ext_ptr, first_row, n, N, D, R, W, scale, fixed_shift,
     NEGATIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_NEGATIVES: tl.constexpr, FIXED_SHIFT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -45,15 +45,14 @@ def _contrastive_listed_stats_kernel(
     valid_mask_rows = tl.minimum(mask_rows, n - 1)
     rows, valid_rows = first_row + mask_rows, first_row + valid_mask_rows
     start, count = tl.load(starts_ptr + item), tl.load(counts_ptr + item)
-    fits = start + count <= capacity
     total = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
     pos = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
     ext = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
     shift = tl.full([BLOCK_R], float("-inf"), tl.float32)
     if FIXED_SHIFT:
         shift = tl.zeros([BLOCK_R], tl.float32) + fixed_shift
-    for tile in range(0, tl.cdiv(tl.where(fits, count, N), BLOCK_C)):
-        cols, there = tile_columns(columns_ptr, start, count, fits, tile, N, BLOCK_C)
+    for tile in range(0, list_tiles(count, BLOCK_C)):
+        cols, there = tile_columns(columns_ptr, start, count, tile, N, BLOCK_C)
         z = tile_product(x_ptr, x_ptr, cols, valid_rows, D, D, D, BLOCK_C, BLOCK_R, BLOCK_K, PRECISION)
         z *= scale
         others = (rows[None, :] != cols[:, None]) & there[:, None]
@@ -84,14 +83,15 @@ def _contrastive_listed_stats_kernel(
 def stats(x: Tensor, masks: Masks, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts (1 or 2, S, n): over the positives without M's columns and, with negatives, over M's columns."""
     config = tuning.lookup("contrastive_stats_sparse", x.dtype, x.shape[2], x.shape[1], x.device)
+    negative_rows = config.pop("BLOCK_R")
     x = padded_rows(x, config["BLOCK_K"])
     streams, total, d = x.shape
     n, period = masks.anchors, masks.period(total)
     positives, _, extra, _, negatives = masks.filled()
     families = [(False, positive_lists(total, masks.positives, masks.extra), PANEL, 1)]
     if masks.negatives is not None:
-        blocks = triton.cdiv(triton.cdiv(n, period), NEGATIVE_ROWS)
-        families.append((True, negative_lists(masks.negatives, total), NEGATIVE_ROWS, blocks))
+        blocks = triton.cdiv(triton.cdiv(n, period), negative_rows)
+        families.append((True, negative_lists(masks.negatives, total), negative_rows, blocks))
     parts = torch.empty((4, len(families), streams, n), dtype=torch.float32, device=x.device)
     with on_device(x):
         for part, (of_negatives, lists, rows, blocks) in enumerate(families):
