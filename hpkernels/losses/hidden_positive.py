@@ -19,13 +19,13 @@ from hpkernels.losses.panels import Anchors, panel_rows, panel_statistics
 from hpkernels.losses.statistics import (
     Denominator,
     LossStats,
-    Statistics,
     average,
     loss_stats,
     statistics_of_all,
     unit_rows,
 )
 from hpkernels.mining import find_rule
+from hpkernels.ops.pair_average.rows import Rows
 from hpkernels.ops.pair_bits import op as pair_bits
 
 if TYPE_CHECKING:
@@ -166,8 +166,8 @@ def hidden_positive_loss(
     batch, ranks = (check(), ALONE) if process_group is None else meet(process_group, check, Batch.describe)
     total = ranks.total("z", batch.streams[0])
     statistics, witnesses = _statistics(batch, ranks, total)
-    loss = average(statistics, head_weight, batch.tokens, total, weighting)
-    loss = loss * (float(temperature) / float(base_temperature))
+    scale = float(temperature) / float(base_temperature)
+    loss = average(statistics, head_weight, batch.tokens, total, weighting, scale, batch.backend)
     if not z.is_cpu:
         loss = loss + poison(*witnesses)
     if process_group is None:
@@ -177,7 +177,7 @@ def hidden_positive_loss(
     return (loss, LossStats(*shares)) if return_stats else loss
 
 
-def _statistics(batch: Batch, ranks: Ranks, total: int) -> tuple[Statistics, list[Tensor]]:
+def _statistics(batch: Batch, ranks: Ranks, total: int) -> tuple[Rows, list[Tensor]]:
     """The statistics of this rank's anchors, all bits at once or in panels, and the witnesses of bad numbers."""
     temperature, backend, count = float(batch.options.temperature), batch.backend, len(batch.streams[0])
     rows_at_a_time = panel_rows(count, total, len(batch.graphs), batch.streams[0].device)

@@ -58,7 +58,7 @@ def masked_contrastive_loss(
     denominator = Denominator(bits, form, extra_in_denominator)
     x = unit_rows([rows], chosen)
     statistics = statistics_of_all(x, masks, denominator, float(temperature), chosen)
-    loss = average(statistics, extra_weight, tokens, count, weighting) * (temperature / base_temperature)
+    loss = average(statistics, extra_weight, tokens, count, weighting, temperature / base_temperature, chosen)
     return loss if z.is_cpu else loss + poison(witness(x[0]))
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from hpkernels.common.bits import words
 from hpkernels.common.ranks import Ranks
-from hpkernels.losses.statistics import Denominator, Statistics, pair_counts, tables_of_calls
+from hpkernels.losses.statistics import Denominator, pair_counts, tables_of_calls
 from hpkernels.mining import PairRule
 from hpkernels.ops.contrastive.masks import Masks
 from hpkernels.ops.contrastive.op import contrastive_grad_rows, contrastive_stats_rows
+from hpkernels.ops.pair_average.rows import Rows
 
 T = TypeVar("T")
 BITS_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}  # bits of all graphs to hold at a time, by the type of device
@@ -81,7 +82,7 @@ class Anchors:
 
 
 class _PanelStatistics(torch.autograd.Function):
-    """(anchors, x (S_1, n, D), x (S_2, n, D) ..) -> the Statistics of all streams, (S, n) and (n,)."""
+    """(anchors, x (S_1, n, D), x (S_2, n, D) ..) -> the Rows of all streams, (S, n) and (n,)."""
 
     @staticmethod
     def forward(ctx, anchors: Anchors, *x: Tensor):
@@ -123,7 +124,7 @@ class _PanelStatistics(torch.autograd.Function):
         return None, *grads
 
 
-def panel_statistics(x: list[Tensor], anchors: Anchors) -> Statistics:
+def panel_statistics(x: list[Tensor], anchors: Anchors) -> Rows:
     """The statistics of this rank's anchors against all ranks' rows; differentiable in x, once, on every rank.
 
     x: this rank's unit rows, (S_c, n, D) for each call of the op; all calls share the pairs. With several ranks all of
@@ -132,4 +133,4 @@ def panel_statistics(x: list[Tensor], anchors: Anchors) -> Statistics:
     apply = _PanelStatistics.apply
     if anchors.ranks.group is not None and torch.compiler.is_compiling():  # a compiled graph cannot hold the exchanges
         apply = torch.compiler.disable(apply)
-    return Statistics(*apply(anchors, *x))
+    return Rows(*apply(anchors, *x))

@@ -16,7 +16,7 @@ GIB = 1 << 30
 STEP = functools.cache(dry.loss_step)
 
 
-@pytest.mark.parametrize("rate, gib, launches, calls", [(0.02, 1.27, 127, 74), (1.0, 1.03, 55, 157)])
+@pytest.mark.parametrize("rate, gib, launches, calls", [(0.02, 1.27, 129, 50), (1.0, 1.03, 57, 133)])
 def test_triton_stays_within_its_bounds(rate, gib, launches, calls):
     step = STEP(rate, "triton")
     found = step.peak_bytes / GIB, len(step.launches), step.torch_calls()
@@ -28,7 +28,8 @@ def test_triton_stays_within_its_bounds(rate, gib, launches, calls):
 def test_around_the_ops(gpu_backend, rate):
     """What the losses themselves add to the kernels of the ops, with what autograd makes of it."""
     step = STEP(rate, gpu_backend)
-    assert sum(call.kind == "work" for call in step.calls if not call.op) <= 34, "\n".join(dry.lines(step))
+    calls = sum(call.kind == "work" for call in step.calls if not call.op)
+    assert calls <= (6 if gpu_backend == "triton" else 33), "\n".join(dry.lines(step))
     assert len(step.ops) <= 16
 
 

@@ -1,4 +1,4 @@
-"""Where nobody may look at the inputs, on a GPU: a bad number shows in the few numbers of each row that are looked at."""
+"""Where nobody may look at the inputs, on a GPU: a bad number shows in the few numbers of a row that one looks at."""
 
 import pytest
 import torch

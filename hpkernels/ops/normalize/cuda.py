@@ -24,6 +24,16 @@ def normalize_rows_grad(grad_out: Tensor, x: Tensor) -> Tensor:
     return _by_rows("normalize_rows_grad", grad_out.to(working), x.to(working)).to(x.dtype)
 
 
+def normalize_streams(*streams: Tensor) -> Tensor:
+    """`normalize_rows` of tensors of one shape and dtype, behind one another (S, ...)."""
+    return torch.stack([normalize_rows(x, "z") for x in streams])
+
+
+def normalize_streams_grad(grad_out: Tensor, *streams: Tensor) -> list[Tensor]:
+    """`normalize_rows_grad` of each, grad_out (S, ...)."""
+    return [normalize_rows_grad(grad, x) for grad, x in zip(grad_out, streams)]
+
+
 def _by_rows(function: str, *operands: Tensor) -> Tensor:
     """`function` of rows of one dtype; zeros that widen a row change neither norm nor products."""
     width = operands[0].shape[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,50 @@ def _normalize_rows_grad(grad_out: Tensor, x: Tensor, backend: str) -> Tensor:
 @_normalize_rows_grad.register_fake
 def _(grad_out, x, backend):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("hpkernels::normalize_streams", mutates_args=())
+def _normalize_streams(streams: Sequence[Tensor], names: str, backend: str) -> Tensor:
+    for name, x in zip(names.split(), streams, strict=True):
+        check_finite(name, x)
+    return dispatch.function("normalize", "normalize_streams", backend, streams[0])(*streams)
+
+
+@_normalize_streams.register_fake
+def _(streams, names, backend):
+    x = streams[0]
+    return torch.empty((len(streams), *x.shape), dtype=reference.output_dtype(x), device=x.device)
+
+
+@torch.library.custom_op("hpkernels::normalize_streams_grad", mutates_args=())
+def _normalize_streams_grad(grad_out: Tensor, streams: Sequence[Tensor], backend: str) -> list[Tensor]:
+    return dispatch.function("normalize", "normalize_streams_grad", backend, streams[0])(grad_out, *streams)
+
+
+@_normalize_streams_grad.register_fake
+def _(grad_out, streams, backend):
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in streams]
+
+
+def normalize_streams(streams: list[Tensor], names: tuple[str, ...], backend: str) -> Tensor:
+    """`normalize_rows` of tensors of one shape and dtype, behind one another (S, N, D)."""
+    if backend == "reference":
+        return torch.stack([normalize_rows(x, name, backend) for x, name in zip(streams, names)])
+    refuse_transforms(*streams)
+    return _normalize_streams(streams, " ".join(names), backend)
+
+
+def _setup_streams(ctx, inputs, output):
+    streams, _, ctx.backend = inputs
+    ctx.save_for_backward(*streams)
+
+
+def _backward_streams(ctx, grad_out):
+    return _normalize_streams_grad(grad_out, ctx.saved_tensors, ctx.backend), None, None
+
+
+_normalize_streams.register_autograd(_backward_streams, setup_context=_setup_streams)
+refuse_second_backward(_normalize_streams_grad)
 
 
 def _setup(ctx, inputs, output):

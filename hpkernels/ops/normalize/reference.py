@@ -39,3 +39,13 @@ def normalize_rows_grad(grad_out: Tensor, x: Tensor) -> Tensor:
     y = y * inverse
     grad = (g - (g * y).sum(-1, keepdim=True) * y) * inverse / torch.where(scale == 0, 1.0, scale)
     return grad.to(x.dtype)
+
+
+def normalize_streams(*streams: Tensor) -> Tensor:
+    """`normalize_rows` of tensors of one shape and dtype, behind one another (S, ...)."""
+    return torch.stack([normalize_rows(x, "z") for x in streams])
+
+
+def normalize_streams_grad(grad_out: Tensor, *streams: Tensor) -> list[Tensor]:
+    """`normalize_rows_grad` of each, grad_out (S, ...)."""
+    return [normalize_rows_grad(grad, x) for grad, x in zip(grad_out, streams)]

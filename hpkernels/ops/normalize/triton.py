@@ -29,8 +29,12 @@ def _unit_rows(x):
 
 
 @triton.jit
-def _normalize_rows_kernel(x_ptr, out_ptr, N, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out_i = x_i / ||x_i||."""
+def _normalize_rows_kernel(first_ptr, second_ptr, out_ptr, N, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out_i = x_i / ||x_i||, of the first stream and of the second behind it."""
+    x_ptr = first_ptr
+    if tl.program_id(1) == 1:
+        x_ptr = second_ptr
+        out_ptr += tl.cast(N, tl.int64) * D
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = (rows < N)[:, None] & (d < D)[None, :]
@@ -41,8 +45,14 @@ def _normalize_rows_kernel(x_ptr, out_ptr, N, D, BLOCK_M: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
-def _normalize_rows_grad_kernel(grad_ptr, x_ptr, out_ptr, N, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out_i = (g_i - <g_i, y_i> y_i) / ||x_i||."""
+def _normalize_rows_grad_kernel(
+    grad_ptr, first_ptr, second_ptr, first_out_ptr, second_out_ptr, N, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """out_i = (g_i - <g_i, y_i> y_i) / ||x_i||, of the first stream and of the second, whose g lie behind."""
+    x_ptr, out_ptr = first_ptr, first_out_ptr
+    if tl.program_id(1) == 1:
+        x_ptr, out_ptr = second_ptr, second_out_ptr
+        grad_ptr += tl.cast(N, tl.int64) * D
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = (rows < N)[:, None] & (d < D)[None, :]
@@ -54,13 +64,13 @@ def _normalize_rows_grad_kernel(grad_ptr, x_ptr, out_ptr, N, D, BLOCK_M: tl.cons
     tl.store(out_ptr + at, (tangent * inverse[:, None] / scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _layout(x: Tensor) -> tuple[int, int, tuple[int], dict[str, int]]:
-    """Rows, width, grid and block sizes for x (..., D)."""
+def _layout(x: Tensor, streams: int) -> tuple[int, int, tuple[int, int], dict[str, int]]:
+    """Rows, width, grid and block sizes for `streams` tensors as x (..., D)."""
     d = x.shape[-1]
     n = x.numel() // max(d, 1)
     block_d = triton.next_power_of_2(max(d, 16))
     block_m = max(1, _BLOCK_NUMBERS // block_d)
-    return n, d, (triton.cdiv(n, block_m),), dict(BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS)
+    return n, d, (triton.cdiv(n, block_m), streams), dict(BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS)
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
@@ -70,22 +80,34 @@ def _output_dtype(x: Tensor) -> torch.dtype:
 def normalize_rows(x: Tensor, name: str) -> Tensor:
     """x / ||x|| along the last axis; zero rows stay zero. fp32; 16-bit inputs on a GPU keep their dtype."""
     require_supported(**{name: x})
-    x = x.contiguous()
-    out = torch.empty(x.shape, dtype=_output_dtype(x), device=x.device)
-    if x.numel():
-        n, d, grid, blocks = _layout(x)
-        with on_device(x):
-            _normalize_rows_kernel[grid](x, out, n, d, **blocks)
-    return out
+    return normalize_streams(x)[0]
 
 
 def normalize_rows_grad(grad_out: Tensor, x: Tensor) -> Tensor:
     """(g - <g, y> y) / ||x|| with y = x / ||x||, in x's dtype; zero for zero rows."""
     require_supported(grad_out=grad_out, x=x)
-    grad_out, x = grad_out.contiguous(), x.contiguous()
-    out = torch.empty_like(x)
-    if x.numel():
-        n, d, grid, blocks = _layout(x)
-        with on_device(x):
-            _normalize_rows_grad_kernel[grid](grad_out, x, out, n, d, **blocks)
+    return normalize_streams_grad(grad_out[None], x)[0]
+
+
+def normalize_streams(*streams: Tensor) -> Tensor:
+    """`normalize_rows` of one or two tensors of one shape and dtype, behind one another (S, ...)."""
+    streams = [x.contiguous() for x in streams]
+    first, last = streams[0], streams[-1]
+    require_supported(z=first)
+    out = torch.empty((len(streams), *first.shape), dtype=_output_dtype(first), device=first.device)
+    if out.numel():
+        n, d, grid, blocks = _layout(first, len(streams))
+        with on_device(first):
+            _normalize_rows_kernel[grid](first, last, out, n, d, **blocks)
+    return out
+
+
+def normalize_streams_grad(grad_out: Tensor, *streams: Tensor) -> list[Tensor]:
+    """`normalize_rows_grad` of each, grad_out (S, ...)."""
+    grad_out, streams = grad_out.contiguous(), [x.contiguous() for x in streams]
+    out = [torch.empty_like(x) for x in streams]
+    if grad_out.numel():
+        n, d, grid, blocks = _layout(streams[0], len(streams))
+        with on_device(grad_out):
+            _normalize_rows_grad_kernel[grid](grad_out, streams[0], streams[-1], out[0], out[-1], n, d, **blocks)
     return out

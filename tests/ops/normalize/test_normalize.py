@@ -102,3 +102,17 @@ def test_bad_numbers_show_in_their_row_only(kernels):
 def test_thread_counts_agree_bitwise(kernels, same_for_all_threads):
     x = torch.randn(500, 513)
     same_for_all_threads(lambda: (kernels.normalize_rows(x, "x"), kernels.normalize_rows_grad(x.flip(0), x)))
+
+
+@pytest.mark.only("reference", "cuda", "triton")
+@pytest.mark.parametrize("shape", [(1, 3), (37, 20), (130, 64), (0, 5)])
+def test_streams_at_once(kernels, shape):
+    """The same bits as one after the other."""
+    streams = [torch.randn(shape), torch.randn(shape).T.contiguous().T]
+    found = kernels.normalize_streams(*streams)
+    assert found.shape == (2, *shape)
+    assert all(torch.equal(y, kernels.normalize_rows(x, "z")) for x, y in zip(streams, found))
+    assert torch.equal(kernels.normalize_streams(streams[1]), found[1:])
+    grad = torch.randn(2, *shape)
+    grads = kernels.normalize_streams_grad(grad, *streams)
+    assert all(torch.equal(g, kernels.normalize_rows_grad(*pair)) for g, pair in zip(grads, zip(grad, streams)))

@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hpkernels.ops.common.triton import on_device, popcount
-from hpkernels.ops.pair_bits.triton import count_bits
+from hpkernels.ops.common.triton import count_bits, on_device, popcount
 
 PANEL = 16  # rows that share a list of positives
 BLOCK = tl.constexpr(64)  # columns of a block, and what lists are padded to: every BLOCK_C divides it
@@ -110,7 +109,7 @@ class Lists:
         """One list for each row of bits; that share of their n columns finds room, and a block for each list."""
         self.number, width = bits.shape
         pool = self.number * (math.ceil(share * n) + (BLOCK.value if share else 0))
-        self.counts = count_bits(bits)
+        (self.counts,) = count_bits(bits)
         padded = (self.counts + (BLOCK.value - 1)) // BLOCK.value * BLOCK.value
         self.starts = padded.cumsum(0, dtype=torch.int64) - padded
         self.columns = bits.new_empty(pool + self.number * triton.cdiv(n, BLOCK.value))

@@ -1,0 +1,1 @@
+"""The one weighted average that the losses on masks make of their statistics."""
