@@ -53,6 +53,16 @@ def test_loops_are_read_as_they_nest():
     assert kernel.shown() == "7(4(3))"
 
 
+def test_what_a_loop_does_now_and_then_has_turns_of_its_own():
+    long = ["FADD R8, R8, R4"] * sass.LONG
+    skipped = [".L_x_1:", "FMUL R1, R1, R1", "@P0 BRA `(.L_x_2)", *long, ".L_x_2:", "@P1 BRA `(.L_x_1)", "EXIT"]
+    assert sass.loops(_code("S2R R0, SR_TID.X", *skipped)).shown() == f"2(3(?{sass.LONG}))"
+    behind = [".L_x_1:", "FMUL R1, R1, R1", "@P0 BRA `(.L_x_1)", *long, "@P1 BRA `(.L_x_1)", "EXIT"]
+    assert sass.loops(_code("S2R R0, SR_TID.X", *behind)).shown() == f"2(2(?{sass.LONG + 1}))"
+    short = [line for n, line in enumerate(skipped) if n % 2 or n < 3 or "FADD" not in line]
+    assert sass.loops(_code("S2R R0, SR_TID.X", *short)).shown() == f"2({3 + sass.LONG // 2})"
+
+
 def test_waiting_for_a_barrier_is_no_loop():
     kernel = sass.loops(_code("S2R R0, SR_TID.X", ".L_x_0:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2",
                               "@!P0 BRA `(.L_x_0)", "FADD R1, R1, R1", "EXIT"))  # fmt: skip
@@ -76,10 +86,9 @@ def test_operands(line: str, results: tuple[str, ...], sources: set[str]):
     assert instruction.results == results and set(instruction.sources) == sources
 
 
-def _cost(*lines: str, warps: int = 4, repeats: bool = True, **changed: float) -> issue.Cost:
+def _cost(*lines: str, warps: int = 4, latency: float = 280.0, **changed) -> issue.Cost:
     body = [sass.parse(_code(line))[0] for line in lines]
-    given = dict(latency=H200.latencies["l2"], reuse=1.0, copy_bytes=0.0, fills=False) | changed
-    return issue.cost(body, warps, H200, given["latency"], given["reuse"], given["copy_bytes"], given["fills"], repeats)
+    return issue.cost(body, H200, issue.Setting(warps, latency, **changed))
 
 
 def test_a_chain_takes_its_latencies_and_free_code_its_pipe():
@@ -105,6 +114,13 @@ def test_copies_run_ahead_as_far_as_the_code_lets_them():
         return _cost(f"DEPBAR.LE SB0, 0x{ahead}", *copy, *["FADD R1, R1, R1"] * 20).time
 
     assert turn(0) > H200.latencies["l2"] > 1.5 * turn(2)
+
+
+def test_bulk_copies_are_waited_for_by_turns():
+    turn = ["SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR29], R9", "UTMALDG.2D [UR28], [UR38]", *["FADD R1, R1, R1"] * 40]
+    next_turn, later = (_cost(*turn, ahead=ahead, copy_bytes=6400.0) for ahead in (1, 4))
+    assert next_turn.time > 280 > later.time > 160
+    assert later.busy["l2"] == 100
 
 
 def test_products_take_the_longer_of_matrix_pipe_and_shared_memory():

@@ -35,41 +35,41 @@ class Cost:
         return Cost(self.time + times * other.time, busy)
 
 
-def cost(
-    body: list[Instruction],
-    warps: int,
-    gpu: Gpu,
-    latency: float,
-    reuse: float,
-    copy_bytes: float,
-    fills: bool,
-    repeats: bool,
-) -> Cost:
-    """Of a turn of this code: of a loop that has been running for some turns, or (not `repeats`) once.
+@dataclass(frozen=True)
+class Setting:
+    """What code alone does not say about a turn of it."""
 
-    latency: clocks of a load from memory. reuse: lanes that share a word of a plain load. copy_bytes: what one bulk
-    copy (TMA) moves. fills: the copies are the first ones of a loop within, whose last turns make none: counted there.
-    """
-    run = _Run(warps, gpu, latency, reuse, copy_bytes, fills)
-    turns = 4 if repeats else 1
+    warps: int  # of the block
+    latency: float  # clocks of a load from memory
+    repeats: bool = True  # a loop that has been running for some turns; else once
+    fills: bool = False  # its copies are the first ones of a loop within, whose last turns make none: counted there
+    ahead: int = 1  # turns by which bulk copies run ahead of their use
+    reuse: float = 1.0  # lanes that share a word of a plain load
+    copy_bytes: float = 0.0  # of a bulk copy (TMA)
+
+
+def cost(body: list[Instruction], gpu: Gpu, setting: Setting) -> Cost:
+    """Of a turn of this code."""
+    run = _Run(gpu, setting)
+    turns = 4 + setting.ahead if setting.repeats else 1
     before = Cost()
     for turn in range(turns):
         if turn == turns - 1:
             before = Cost(run.now, dict(run.busy))
+        run.bulk.append([])
         for instruction in body:
             run.issue(instruction)
-        if repeats:
+        if setting.repeats:
             run.now += gpu.latencies["branch"]
-    if not repeats:
+    if not setting.repeats:
         run.now = max([run.now, *run.ready.values()])
     return Cost(run.now, run.busy).plus(before, -1.0)
 
 
 class _Run:
-    def __init__(self, warps: int, gpu: Gpu, latency: float, reuse: float, copy_bytes: float, fills: bool) -> None:
-        self.gpu, self.latency, self.reuse, self.copy_bytes = gpu, latency, reuse, copy_bytes
-        self.fills = fills
-        self.warps, self.each = warps, max(1.0, warps / 4)  # of a block, of one of the four schedulers
+    def __init__(self, gpu: Gpu, setting: Setting) -> None:
+        self.gpu, self.setting = gpu, setting
+        self.warps, self.each = setting.warps, max(1.0, setting.warps / 4)  # of a block, of one of four schedulers
         self.now = 0.0
         self.free = dict.fromkeys(PIPES, 0.0)
         self.busy = dict.fromkeys(PIPES, 0.0)
@@ -78,7 +78,7 @@ class _Run:
         self.groups: deque[float] = deque()
         self.products: list[float] = []
         self.product_groups: deque[float] = deque()
-        self.bulk: deque[float] = deque()
+        self.bulk: list[list[float]] = []  # ends of bulk copies, by turn
 
     def use(self, pipe: str, clocks: float, queue: float = 0.0) -> float:
         """When the pipe is done with it; the warp goes on once fewer than `queue` clocks of work wait."""
@@ -124,24 +124,24 @@ class _Run:
     def memory(self, instruction: Instruction) -> float:
         gpu, name = self.gpu, instruction.name
         if name in _COPY:
-            size = 0.0 if self.fills else self.copy_bytes
+            size = 0.0 if self.setting.fills else self.setting.copy_bytes
             self.use("shared", size / gpu.shared_clock, 1e9)
-            end = self.from_l2(size) + self.latency
+            end = self.from_l2(size) + self.setting.latency
             if name == "UTMALDG":
-                self.bulk.append(end)
+                self.bulk[-1].append(end)
             return end
-        size = 0.0 if name == "LDGSTS" and self.fills else instruction.lane_bytes * 32.0 * self.warps
+        size = 0.0 if name == "LDGSTS" and self.setting.fills else instruction.lane_bytes * 32.0 * self.warps
         end = self.use("shared", max(size / gpu.shared_clock, float(self.warps)), gpu.queue * self.warps)
         if name in _SHARED:
             return end + gpu.latencies["shared"]
         shared_word = name == "LDG" and instruction.lane_bytes < 16
-        end = self.from_l2(size / self.reuse if shared_word else size) + self.latency
+        end = self.from_l2(size / self.setting.reuse if shared_word else size) + self.setting.latency
         if name == "LDGSTS":
             self.copies.append(end)
         return end
 
     def from_l2(self, size: float) -> float:
-        return self.use("l2", size / self.gpu.l2_clock, 4 * self.latency)
+        return self.use("l2", size / self.gpu.l2_clock, 4 * self.setting.latency)
 
     def matrix(self, instruction: Instruction) -> float:
         gpu, (rows, columns, _) = self.gpu, instruction.shape
@@ -169,8 +169,8 @@ class _Run:
             self.drain(self.groups, operands)
         elif instruction.op.startswith("WARPGROUP.DEPBAR"):
             self.drain(self.product_groups, operands)
-        elif instruction.op.startswith("SYNCS.PHASECHK") and self.bulk:
-            self.now = max(self.now, self.bulk.popleft())
+        elif instruction.op.startswith("SYNCS.PHASECHK"):
+            self.now = max([self.now, *(end for copies in self.bulk[: -self.setting.ahead] for end in copies)])
         elif name in ("BAR", "MEMBAR", "FENCE"):
             self.now += self.gpu.latencies["barrier"] if name == "BAR" else 0.0
         else:

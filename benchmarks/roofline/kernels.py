@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from benchmarks.dry import Launch
-from benchmarks.roofline import issue, sass
+from benchmarks.roofline import issue, notes, sass
 from benchmarks.roofline.assumptions import Gpu
 from benchmarks.roofline.issue import PIPES
 from benchmarks.roofline.notes import Note
@@ -20,6 +20,19 @@ from tests.triton_kernels.aot import Recorder, resources
 def sources(launches: Iterable[Launch], gpu: Gpu) -> dict[str, str]:
     """Hash of the source of each kernel and of all of ours that it calls; nothing is compiled."""
     return {name_of(launch): _recorded(launch, gpu, compile=False)[0] for launch in launches}
+
+
+def without_note(launches: Iterable[Launch], gpu: Gpu) -> list[str]:
+    """What to write a note from, of each kernel that has none."""
+    found: dict[str, str] = {}
+    for launch in launches:
+        if launch.name not in notes.RULES and (name := name_of(launch)) not in found:
+            kernel = _recorded(launch, gpu, compile=True)[1]
+            shown = str(kernel) if isinstance(kernel, Exception) else sass.read(kernel.asm["cubin"]).shown()
+            given = zip(launch.function.arg_names, launch.arguments)
+            numbers = {key: value for key, value in given if isinstance(value, (int, float))}
+            found[name] = f"{name}: no note; its loops are {shown}; grid {launch.grid}, {numbers}"
+    return [*found.values(), f"Add notes to {notes.__file__}"] if found else []
 
 
 def figures(noted: Iterable[tuple[Launch, Note]], gpu: Gpu) -> dict[str, dict]:
@@ -44,19 +57,28 @@ def figures(noted: Iterable[tuple[Launch, Note]], gpu: Gpu) -> dict[str, dict]:
 def costs(loops: sass.Loop, warps: int, gpu: Gpu, note: Note) -> list:
     """The tree of a kernel's costs. Loads wait for memory as far as the bytes come from there, else for the cache."""
 
-    def tree(loop: sass.Loop, latency: float, repeats: bool) -> list:
-        fills = any(inner.copies for inner in loop.inner)
-        cost = issue.cost(loop.body, warps, gpu, latency, note.reuse, note.copy_bytes, fills, repeats)
-        inner = [tree(inner, latency, True) for inner in loop.inner]
+    def tree(loop: sass.Loop, latency: float, outer: sass.Loop | None) -> list:
+        setting = issue.Setting(
+            warps, latency, repeats=outer is not None and loop.repeats, fills=any(i.copies for i in loop.inner),
+            ahead=_ahead(loop, outer), reuse=note.reuse, copy_bytes=note.copy_bytes,
+        )  # fmt: skip
+        cost = issue.cost(loop.body, gpu, setting)
+        inner = [tree(inner, latency, loop) for inner in loop.inner]
         return [round(cost.time, 1), [round(cost.busy[pipe], 1) for pipe in PIPES], inner]
 
     near, far = gpu.latencies["l2"], gpu.latencies["hbm"]
-    once = tree(loops, near, False)
+    once = tree(loops, near, None)
     try:
         loaded = program(once, note.turns).busy["l2"] * gpu.l2_clock * note.programs
     except ValueError:
         return once  # predict.block_cost says what is wrong with the note
-    return tree(loops, near + min(1.0, note.hbm / max(1.0, loaded)) * (far - near), False)
+    return tree(loops, near + min(1.0, note.hbm / max(1.0, loaded)) * (far - near), None)
+
+
+def _ahead(loop: sass.Loop, outer: sass.Loop | None) -> int:
+    """Turns by which the bulk copies of a loop run ahead: as many as are made before it."""
+    own, first = (sum(i.name == "UTMALDG" for i in part.body) if part is not None else 0 for part in (loop, outer))
+    return max(1, first // own) if own else 1
 
 
 def _recorded(launch: Launch, gpu: Gpu, compile: bool) -> tuple[str, object]:

@@ -47,26 +47,27 @@ class Note:
     reuse: float = 1.0  # lanes that share a word of a plain load, so that it comes from the second-level cache once
     copy_bytes: float = 0.0  # of one bulk copy (TMA)
     active: float = 1.0  # share of such launches that find work; the others end at once
-    programs: int = 1
+    shared_work: bool = False  # programs take items from one queue, or evenly: turns are the mean of all programs
+    programs: int = 1  # of the launch; `note` fills it in
 
 
 Rule = Callable[[SimpleNamespace, Problem], Note]
-_RULES: dict[str, Rule] = {}
+RULES: dict[str, Rule] = {}
 
 
 def note(launch: Launch, problem: Problem, same: int = 1) -> Note:
     """Of a launch; `same`: launches of this kernel in the step."""
-    if launch.name not in _RULES:
+    if launch.name not in RULES:
         raise KeyError(f"{launch.name}: no note says how often its loops run; add one in {__file__}")
     names = dict(zip(launch.function.arg_names, launch.arguments)) | launch.options
     given = SimpleNamespace(**names, grid=launch.grid, same=same, programs=math.prod(launch.grid))
-    found = _RULES[launch.name](given, problem)
+    found = RULES[launch.name](given, problem)
     return Note(**{**found.__dict__, "programs": given.programs})
 
 
 def _of(*kernels: str) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(kernels, rule))
+        RULES.update(dict.fromkeys(kernels, rule))
         return rule
 
     return register

@@ -116,7 +116,7 @@ def launch_time(figures: dict, block: Cost, note: Note, gpu: Gpu) -> tuple[float
     pipe, busy = max(block.busy.items(), key=lambda item: item[1])
     alone, held = block.time + gpu.block_start, resident(figures, gpu)
     blocks = math.ceil(note.programs / gpu.processors)  # of the busiest processor
-    full, rest = divmod(blocks, held)
+    full, rest = (blocks / held, 0) if note.shared_work and blocks > held else divmod(blocks, held)
     clocks = full * max(alone, held * busy) + (max(alone, rest * busy) if rest else 0.0)
     served = {"HBM": note.hbm / gpu.hbm, "L2": note.programs * block.busy["l2"] * gpu.l2_clock / gpu.l2}
     slower, seconds = max(served.items(), key=lambda item: item[1])

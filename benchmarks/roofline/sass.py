@@ -1,18 +1,19 @@
 """A compiled kernel read back: its machine code as loops within loops, each with the instructions of its own level.
 
 `nvdisasm` comes with Triton. Loops are those of the flow graph (an edge back to a block that dominates it). Where code
-branches, the longer side is taken as what runs: an `if` counts as entered.
+branches, the longer side is taken as what runs: an `if` counts as entered. Only long pieces within a loop that a branch
+may skip are told apart, as the last turn of a loop over tiles and steps.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import triton
 
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\d+|!?U?PT)\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -56,11 +57,13 @@ class Instruction:
 class Loop:
     """The instructions that one turn runs itself, in order, and the loops within it, in the order of the code.
 
-    The whole kernel is a Loop of one turn.
+    The whole kernel is a Loop of one turn. Within a loop a long piece that a branch may skip is one, too: it does not
+    repeat, but has turns of its own, fewer than the loop.
     """
 
     body: list[Instruction] = field(default_factory=list)
     inner: list[Loop] = field(default_factory=list)
+    repeats: bool = True
 
     @property
     def copies(self) -> bool:
@@ -68,7 +71,9 @@ class Loop:
         return any(instruction.name in ("LDGSTS", "UTMALDG") for instruction in self.body)
 
     def shown(self) -> str:
-        return f"{len(self.body)}" + (f"({' '.join(loop.shown() for loop in self.inner)})" if self.inner else "")
+        """Instructions of a turn (those of the loops within); "?": of a piece that is skipped at times."""
+        within = f"({' '.join(loop.shown() for loop in self.inner)})" if self.inner else ""
+        return f"{'' if self.repeats else '?'}{len(self.body)}{within}"
 
 
 def read(cubin: bytes) -> Loop:
@@ -77,6 +82,8 @@ def read(cubin: bytes) -> Loop:
 
 
 def disassembled(cubin: bytes) -> str:
+    import triton  # here: what is read may come from anywhere
+
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
@@ -138,10 +145,13 @@ def _width(op: str) -> int:
 
 # ------------------------------------------------------------------ the flow graph
 
+Blocks = list[list[Instruction]]
 Edges = list[list[int]]
+END = -1
+LONG = 100  # instructions of a piece that gets turns of its own
 
 
-def _blocks(text: str) -> tuple[list[list[Instruction]], Edges]:
+def _blocks(text: str) -> tuple[Blocks, Edges]:
     """Straight pieces of code in the order of their addresses, and which may follow which."""
     pieces: list[list[tuple[Instruction, bool]]] = [[]]
     labels: dict[str, int] = {}
@@ -200,34 +210,76 @@ def _natural_loops(edges: Edges, count: int) -> dict[int, frozenset[int]]:
     return found
 
 
-def _nest(blocks: list, edges: Edges, own: frozenset[int], head: int, found: dict[int, frozenset[int]]) -> Loop:
-    inside = {h: body for h, body in found.items() if body < own and (h != head or body != own)}
+def _nest(blocks: Blocks, edges: Edges, own: frozenset[int], head: int, found: dict[int, frozenset[int]]) -> Loop:
+    """The code of `own`, entered at `head`, as a Loop: a loop within it is one place of its flow."""
+    inside = {h: body for h, body in found.items() if body < own}
     outermost = {h: body for h, body in inside.items() if not any(body < other for other in inside.values())}
     waits = {h for h, body in outermost.items() if _is_wait(blocks, body)}
     place = {n: h for h, body in outermost.items() for n in body}
+    start = place.get(head, head)
+    after: dict[int, set[int]] = {place.get(n, n): set() for n in own}
+    for n in own:
+        # The way back to the head ends a turn, one out of the loop ends it too, but for all turns.
+        after[place.get(n, n)] |= {END if m == head else place.get(m, m) for m in edges[n] if m in own or m == head}
+    for n, following in after.items():
+        following -= {n}
 
-    def follow(start: int) -> tuple[int, list[int]]:
-        """Length and places of the longest way from a place to the end of a turn."""
-        if start not in ways:
-            members = outermost.get(start, {start})
-            after = {place.get(n, n) for m in members for n in edges[m] if n in own and n != head} - {start}
-            best = max((follow(n) for n in sorted(after)), default=(0, []))
-            weight = 10_000 if start in outermost and start not in waits else sum(len(blocks[m]) for m in members)
-            ways[start] = (weight + best[0], [start, *best[1]])
-        return ways[start]
+    def length(n: int) -> int:
+        return 0 if n in outermost and n not in waits else sum(len(blocks[m]) for m in outermost.get(n, {n}))
 
-    ways: dict[int, tuple[int, list[int]]] = {}
+    loops = set(outermost) - waits
+    parts = _parts(after, length, loops) if own in found.values() else {}
+    hidden = {n for nodes in parts.values() for n in nodes}
     loop = Loop()
-    for n in follow(place.get(head, head))[1]:
+    for n in _longest({n: following - hidden for n, following in after.items()}, start, length, loops):
         if n in waits:
             loop.body += [i for m in sorted(outermost[n]) for i in blocks[m] if i.name != "BRA"]
         elif n not in outermost:
             loop.body += blocks[n]
-    loop.inner = [_nest(blocks, edges, body, h, found) for h, body in sorted(outermost.items()) if h not in waits]
+    for h in sorted([h for h in outermost if h not in waits | hidden] + list(parts)):
+        if h in parts:
+            nodes = frozenset(m for n in parts[h] for m in outermost.get(n, {n}))
+            loop.inner.append(replace(_nest(blocks, edges, nodes, h, found), repeats=False))
+        else:
+            loop.inner.append(_nest(blocks, edges, outermost[h], h, found))
     return loop
 
 
-def _is_wait(blocks: list, body: frozenset[int]) -> bool:
+def _parts(after: dict[int, set[int]], length: Callable[[int], int], loops: set[int]) -> dict[int, set[int]]:
+    """Long pieces of a turn that a branch may skip, without loops, the outermost ones: their places by the first."""
+    before: dict[int, set[int]] = {n: {m for m in after if n in after[m]} for n in after}
+    found: dict[int, set[int]] = {}
+    for n in sorted(after):
+        for first, join in itertools.permutations(after[n], 2) if len(after[n]) == 2 else ():
+            if first == END:
+                continue
+            nodes, pending = {first}, [first]
+            while pending:
+                for m in after[pending.pop()] - nodes - {join, END}:
+                    nodes.add(m)
+                    pending.append(m)
+            alone = n not in nodes and all(before[m] <= nodes | {n} for m in nodes)
+            leaves = all(after[m] <= nodes | {join, END} for m in nodes)
+            known = any(nodes <= other for other in found.values())
+            if alone and leaves and not known and not nodes & loops and sum(map(length, nodes)) >= LONG:
+                found[first] = nodes
+    return found
+
+
+def _longest(after: dict[int, set[int]], start: int, length: Callable[[int], int], loops: set[int]) -> list[int]:
+    """Places of the longest way from the start; a loop is longer than any code."""
+    ways: dict[int, tuple[int, list[int]]] = {END: (0, [])}
+
+    def follow(n: int) -> tuple[int, list[int]]:
+        if n not in ways:
+            best = max((follow(m) for m in sorted(after[n])), default=(0, []))
+            ways[n] = ((10_000 if n in loops else length(n)) + best[0], [n, *best[1]])
+        return ways[n]
+
+    return follow(start)[1]
+
+
+def _is_wait(blocks: Blocks, body: frozenset[int]) -> bool:
     """A loop that only asks a barrier in shared memory whether a copy has arrived."""
     instructions = [i for n in body for i in blocks[n]]
     return len(instructions) <= 12 and any(i.op.startswith("SYNCS.PHASECHK") for i in instructions)

@@ -50,7 +50,10 @@ def make(gpu: str, figures: dict[str, dict] | None = None) -> Table:
     if figures is None:
         from benchmarks.roofline import kernels
 
-        noted = [pair for job in JOBS for pair in predict.noted(steps[job.case].launches, job.problem)]
+        launches = {job.case: steps[job.case].launches for job in JOBS}
+        if wrong := kernels.without_note([launch for of_job in launches.values() for launch in of_job], GPUS[gpu]):
+            raise SystemExit("\n".join(wrong))
+        noted = [pair for job in JOBS for pair in predict.noted(launches[job.case], job.problem)]
         figures = kernels.figures(noted, GPUS[gpu])
     predictions = {job.case: predict.predict(job, steps[job.case], figures, GPUS[gpu]) for job in JOBS}
     return Table(gpu, figures, steps, predictions)
