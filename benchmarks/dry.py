@@ -116,6 +116,10 @@ class _Answers(TorchFunctionMode):
                 return self.answers[function]
             if function is torch.Tensor.data_ptr:
                 return self.addresses(args[0])
+        if isinstance(kwargs.get("device"), str):
+            kwargs["device"] = torch.device(kwargs["device"])
+        if function in (torch.tensor, torch.as_tensor) and _is_gpu(kwargs.get("device")):
+            raise Waits(f"torch.{function.__name__} waits: it copies numbers of the host")
         args = [torch.device("meta") if _is_gpu(value) else value for value in args]
         kwargs = {key: torch.device("meta") if _is_gpu(value) else value for key, value in kwargs.items()}
         return function(*args, **kwargs)
@@ -192,11 +196,14 @@ class _Counts(TorchDispatchMode):
         return out
 
     def _refuse(self, function, inputs: list[Tensor], kwargs: dict) -> None:
-        meta = [_is_meta(x) for x in inputs]
-        target = kwargs.get("device")
-        copies = "copy" in function._opname and (not all(meta) or (target is not None and target.type == "cpu"))
+        places = {_is_meta(x) for x in inputs}
+        if "copy" in function._opname and kwargs.get("device") is not None:
+            places.add(kwargs["device"].type == "meta")
+        copies = "copy" in function._opname and len(places) > 1
         numbers = torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
-        if any(meta) and (copies or numbers):
+        if numbers and function._opname in ("index", "index_put", "index_put_"):  # by numbers it takes no wait
+            numbers = any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
+        if copies or (numbers and True in places):
             raise Waits(f"{function} in {self.op or 'no op'}: waits for the device, or its result depends on numbers")
 
     def _count(self, function, inputs: list[Tensor], out: object) -> None:
@@ -231,6 +238,7 @@ class _Native(ModuleType):
     """In the place of `hpkernels._cuda`: its functions are recorded, its classes hold what they are given."""
 
     device_type = "cuda"
+    group_panel, group_piece_bytes = 64, 1024  # csrc/cuda/contrastive: lists.cuh, lists_grad.cuh
     ContrastivePairs = SimpleNamespace(all="all", positives="positives", negatives="negatives", named_by_bits="bits")
 
     def __init__(self, counts: _Counts) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.common.checks import check_columns, check_float_tensor
+from hpkernels.common.checks import check_columns, check_float_tensor, poison, witness
 from hpkernels.ops.normalize.op import normalize_rows
 from hpkernels.search import check_groups, topk_similarity
 
@@ -81,7 +81,7 @@ def _density(
     found = values > -torch.inf
     density = (values.masked_fill(~found, 0.0) * _rank_weights(found, scales)).sum(1)
     if not features.is_cpu:  # NaN where a comparison hides a bad number; the CPU has refused it
-        density = density + (features * 0.0).sum(1).float() + (unit_memory * 0.0).sum().float()
+        density = density + (witness(unit) * 0.0).sum(1).float() + poison(witness(unit_memory))
     return density
 
 

@@ -9,9 +9,13 @@ less: it is what torch makes of the equations, so its products round as torch's 
 place of a row among others, and its backward pass takes part in autocast if called inside of it, as torch advises
 against. In return it can be differentiated any number of times and followed by torch.func.
 
-An explicit `backend=` wins, then the environment variable HPKERNELS_BACKEND, then the device's default. In a source
-tree an extension that was not built, or was built from other sources, is an error where it would be the default: the
-reference, many times slower, does not silently take its place.
+An explicit `backend=` wins, then the environment variable HPKERNELS_BACKEND, then the device's default. Where a GPU can
+run both "triton" and "cuda" that is "fastest": each op takes, call by call, the one that the tuning table of the GPU's
+family names for its dtype and shape (`hpkernels.tuning`), else Triton. Both have the same bits of pairs and the same
+tables of numbers, so one loss may be made by both.
+
+In a source tree an extension that was not built, or was built from other sources, is an error where it would be the
+default: the reference, many times slower, does not silently take its place.
 """
 
 from __future__ import annotations
@@ -21,14 +25,18 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from hpkernels import tuning
 from hpkernels.common.sources import ROOT, in_source_tree, source_hash
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+FASTEST, _OF_FASTEST = "fastest", ("triton", "cuda")
 
 
 def _missing(extension: str, remedy: str) -> str | None:
@@ -137,6 +145,9 @@ def why_not(backend: str, device: torch.device, *tensors: torch.Tensor | None) -
         if device.type != _cuda_takes:
             return f"it takes {_cuda_takes} tensors, not {device.type} tensors"
         return _not_for_float64(tensors) or MISSING["cuda"] or _cuda_problem(str(device))
+    if backend == FASTEST:
+        first, second = _OF_FASTEST
+        return why_not(first, device, *tensors) or why_not(second, device, *tensors)
     return "it is not a backend of this version: " + ", ".join(BACKENDS)
 
 
@@ -164,10 +175,35 @@ def choose(device: torch.device, backend: str | None = None, *tensors: torch.Ten
     for candidate in _DEFAULTS.get(device.type, ("reference",)):
         reason = why_not(candidate, device, *tensors)
         if reason is None:
-            return candidate
+            return FASTEST if candidate in _OF_FASTEST and why_not(FASTEST, device, *tensors) is None else candidate
         if reason in _TO_BUILD:
             raise ImportError(reason)
     return "reference"
+
+
+def fastest(choice: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[str, dict | None]:
+    """The backend that the tables name for `choice`, a function or one of its forms, on (.., rows, width) numbers, and
+    the entry that does; Triton and None without one."""
+    rows, width = (1, 1, *shape)[-2:]
+    entry = tuning.find(f"backend/{choice}", dtype, width, rows, device)
+    if entry is None:
+        return _OF_FASTEST[0], None
+    backend = entry["config"].get("backend")
+    if backend not in _OF_FASTEST:
+        raise ValueError(
+            f"HPKERNELS_TUNING: expected a backend of {', '.join(_OF_FASTEST)} for {choice}, got {backend!r}"
+        )
+    return backend, entry
+
+
+def function(op: str, name: str, backend: str, x: torch.Tensor, form: str = "") -> Callable[..., Any]:
+    """`backend`'s function `name` of op folder `op`; x and the form of the call decide where that is "fastest".
+
+    Called where an op runs, so that torch.compile neither traces nor freezes the choice.
+    """
+    if backend == FASTEST:
+        backend, _ = fastest(name + form, x.shape, x.dtype, x.device)
+    return getattr(implementation(op, backend), name)
 
 
 @functools.cache

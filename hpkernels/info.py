@@ -20,6 +20,19 @@ OPS = {
     "cluster_assign": ("cluster_assign",),
     "normalize": ("normalize_rows",),
 }
+FORMS = {"contrastive": ("/dense", "/sparse")}  # of functions that have several, by op folder
+ROWS, WIDTH = 50_176, 512  # of a call whose faster backend is shown
+
+
+def _faster(choice: str, device: torch.device) -> str:
+    """The faster backend, for bf16 rows of WIDTH, and how that is known."""
+    backend, entry = dispatch.fastest(choice, (ROWS, WIDTH), torch.bfloat16, device)
+    if entry is None:
+        return f"{backend} (default)"
+    measured = entry["measured"]
+    source = "predicted" if not measured else "measured" if measured is True else f"measured, {measured}"
+    times = (f"{name} {milliseconds:g}" for name, milliseconds in entry.get("ms", {}).items())
+    return f"{backend} ({', '.join([source, *times])}{' ms' if 'ms' in entry else ''})"
 
 
 def _cuda_line() -> str:
@@ -49,14 +62,18 @@ def _lines() -> list[str]:
     lines.append(f"HPKERNELS_BACKEND: {override or 'not set'}; threads: {torch.get_num_threads()}")
     for device in [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else []):
         lines += ["", f"{device.type} tensors"]
+        try:
+            chosen = dispatch.choose(device)
+        except ValueError as error:
+            chosen = f"none ({error})"
+        except ImportError:  # the line of the extension says it
+            chosen = "none"
         for folder, names in OPS.items():
-            try:
-                chosen = dispatch.choose(device)
-            except ValueError as error:
-                chosen = f"none ({error})"
-            except ImportError:  # the line of the extension says it
-                chosen = "none"
-            lines.append(f"  {folder} ({', '.join(names)}): {chosen}")
+            if chosen == dispatch.FASTEST:
+                lines += [f"  {folder}", *(f"    {name}{form}: {_faster(name + form, device)}"
+                                           for name in names for form in FORMS.get(folder, ("",)))]  # fmt: skip
+            else:
+                lines.append(f"  {folder} ({', '.join(names)}): {chosen}")
         for backend in dispatch.BACKENDS:
             reason = dispatch.why_not(backend, device)
             lines.append(f"    {backend}: {'available' if reason is None else 'no: ' + reason}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpkernels import dispatch
 from hpkernels.common.bits import clear_diagonal
-from hpkernels.common.checks import check_columns, check_float_tensor, check_int, describe
+from hpkernels.common.checks import check_columns, check_float_tensor, check_int, describe, witness
 from hpkernels.common.ranks import ALONE, Ranks
 from hpkernels.ops.normalize.op import normalize_rows
 from hpkernels.ops.pair_bits import op as pair_bits
@@ -56,6 +56,8 @@ class Graph(NamedTuple):
 class PairRule(Protocol):
     """A decision for each pair of N patches, from a few numbers of each patch."""
 
+    witness: Tensor  # numbers of this rank's patches, NaN where one of its inputs was bad: for `checks.poison`
+
     def mask(self) -> PairMask:
         """All pairs, symmetric, without a diagonal."""
 
@@ -67,8 +69,8 @@ class PairRule(Protocol):
 class PairsAbove:
     """P_ij = [i != j][ <f_i, f_j> > min(R_i, R_j) ] for unit rows f (N, C) and thresholds R (N,)."""
 
-    def __init__(self, unit: Tensor, thresholds: Tensor, backend: str) -> None:
-        self.unit, self.thresholds, self.backend = unit, thresholds, backend
+    def __init__(self, unit: Tensor, thresholds: Tensor, witness: Tensor, backend: str) -> None:
+        self.unit, self.thresholds, self.witness, self.backend = unit, thresholds, witness, backend
 
     def mask(self) -> PairMask:
         return pairs_above(self.unit, self.thresholds, backend=self.backend)
@@ -82,8 +84,8 @@ class PairsAbove:
 class PairsNamed:
     """P_ij = [i != j][ j in indices_i or i in indices_j ] for the lists indices (N, k)."""
 
-    def __init__(self, indices: Tensor, backend: str) -> None:
-        self.indices, self.backend = indices, backend
+    def __init__(self, indices: Tensor, witness: Tensor, backend: str) -> None:
+        self.indices, self.witness, self.backend = indices, witness, backend
 
     def mask(self) -> PairMask:
         count = self.indices.shape[0]
@@ -116,16 +118,18 @@ def find_rule(graph: Graph, backend: str, ranks: Ranks = ALONE) -> PairRule:
         unit = normalize_rows(features.detach(), name, backend)
         every_pool = ranks.gather(normalize_rows(pool.detach(), pool_name, backend), pool_name)
         thresholds = max_similarity(unit, every_pool, backend=backend)
-        return PairsAbove(ranks.gather(unit, name), ranks.gather(thresholds, name), backend)
+        # A threshold is NaN if its row or a row of the pool is.
+        return PairsAbove(ranks.gather(unit, name), ranks.gather(thresholds, name), thresholds, backend)
     others = ranks.total(name, features) - 1
     if k is None or not 1 <= k <= others:
         raise ValueError(f"positives_per_anchor: expected 1 <= k <= {others} (N - 1), got {k}")
     unit = normalize_rows(features.detach(), name, backend)
+    row_witness = witness(unit).clone()  # a view would keep all rows
     if ranks is ALONE:
         _, indices = topk_similarity(unit, unit, k, exclude_self=True, backend=backend)
-        return PairsNamed(indices, backend)
+        return PairsNamed(indices, row_witness, backend)
     _, found = topk_similarity(unit, ranks.gather(unit, name), k + 1, backend=backend)
-    return PairsNamed(ranks.gather(_without_self(found, ranks.first_row(name)), name), backend)
+    return PairsNamed(ranks.gather(_without_self(found, ranks.first_row(name)), name), row_witness, backend)
 
 
 def _without_self(found: Tensor, first_row: int) -> Tensor:

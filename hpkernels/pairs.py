@@ -30,7 +30,7 @@ class PairMask:
             raise ValueError(f"bits: expected {words(columns)} words a row for {columns} columns, got {describe(bits)}")
         if symmetric and bits.shape[0] != columns:
             raise ValueError(f"symmetric: expected False for a mask of shape {(bits.shape[0], columns)}, got True")
-        if not torch.compiler.is_compiling():
+        if bits.is_cpu and not torch.compiler.is_compiling():
             op.check_padding(bits, columns)
         self.bits = bits
         self.columns = columns
@@ -108,7 +108,7 @@ class PairMask:
         if dim not in (None, 0, 1):
             raise ValueError(f"dim: expected None, 0 or 1, got {dim!r}")
         mask = self.T if dim == 0 else self
-        counts = op.count_bits(mask.bits, dispatch.choose(self.device))
+        counts = op.count_bits([mask.bits], dispatch.choose(self.device))[0]
         return counts.sum() if dim is None else counts
 
     def off_diagonal(self) -> PairMask:

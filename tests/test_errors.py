@@ -402,7 +402,7 @@ def test_cuda_stands_in_where_triton_is_missing(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setitem(dispatch.MISSING, "cuda", None)
     monkeypatch.setattr(dispatch, "_cuda_problem", lambda device: None)
-    assert dispatch.choose(gpu) == "triton" and dispatch.choose(gpu, "cuda") == "cuda"
+    assert dispatch.choose(gpu) == "fastest" and dispatch.choose(gpu, "cuda") == "cuda"
     monkeypatch.setitem(dispatch.MISSING, "triton", "the triton package is not installed")
     assert dispatch.choose(gpu) == "cuda" and dispatch.choose(gpu, None, Z.double()) == "reference"
     monkeypatch.setattr(dispatch, "_cuda_problem", lambda device: "there is no NVIDIA driver")

@@ -62,7 +62,7 @@ def op_calls(backend: str, device) -> list[tuple]:
         ("neighbor_mix_code", local_mix._neighbor_mix, (code, weights.detach(), 4, 5, backend)),
         ("neighbor_mix_grad", local_mix._neighbor_mix_grad, mixed),
         ("random_bits", pair_bits.random_bits, (seed, 10, 150, 0.3, backend)),
-        ("count_bits", pair_bits.count_bits, (P.bits, backend)),
+        ("count_bits", pair_bits.count_bits, ([P.bits], backend)),
         ("transpose_bits", pair_bits.transpose_bits, (M.bits, n, backend)),
         ("pairs_from_indices", pair_bits.pairs_from_indices, (members, n, True, 5, 20, backend)),
         ("cluster_assign", cluster_assign.cluster_assign, (rows, rows[:7], rows[:7], table[0, :7], backend)),

@@ -8,7 +8,7 @@ import torch
 
 import hpkernels as hk
 from hpkernels.common.sums import sum_all, sum_last
-from hpkernels.losses.statistics import Statistics
+from hpkernels.losses.statistics import Statistics, loss_stats
 from hpkernels.losses.statistics import average as weighted_average
 
 ROWS = 40_000
@@ -45,8 +45,8 @@ def test_averages(weighting, tokens, same_for_all_threads):
     n_pos, n_ext = torch.randint(0, 9, (2, ROWS)).float()
 
     def average():
-        loss, stats = weighted_average(Statistics(lse, pos, ext, n_pos, n_ext), 0.3, tokens, ROWS, weighting)
-        return loss, *stats
+        statistics = Statistics(lse, pos, ext, n_pos, n_ext)
+        return weighted_average(statistics, 0.3, tokens, ROWS, weighting), *loss_stats(statistics, ROWS)
 
     same_for_all_threads(average)
 

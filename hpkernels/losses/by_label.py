@@ -21,6 +21,7 @@ from hpkernels.common.checks import (
     check_positive,
     describe,
     poison,
+    witness,
 )
 from hpkernels.common.sums import sum_all
 from hpkernels.ops.group_lse.op import group_lse
@@ -96,7 +97,7 @@ def supervised_contrastive_loss(
         of_anchor = softplus_mean(labelled, lse, temperature, chosen)
     kept = (counts.positives > 0) & (counts.negatives > 0)
     loss = sum_all(torch.where(kept, of_anchor, 0.0)) / kept.sum().clamp_min(1)
-    return loss if z.is_cpu else loss + poison(z, keys)
+    return loss if z.is_cpu else loss + poison(*[witness(rows) for rows in (x, k) if rows is not None])
 
 
 class _Ids(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpkernels.common.bits import pack
-from hpkernels.common.checks import check_flag, describe, poison
+from hpkernels.common.checks import check_flag, describe, poison, witness
 from hpkernels.common.ranks import ALONE, Ranks, meet
 from hpkernels.losses.arguments import Batch, Options, check_batch, graphs_of
 from hpkernels.losses.panels import Anchors, panel_rows, panel_statistics
@@ -21,6 +21,7 @@ from hpkernels.losses.statistics import (
     LossStats,
     Statistics,
     average,
+    loss_stats,
     statistics_of_all,
     unit_rows,
 )
@@ -163,31 +164,40 @@ def hidden_positive_loss(
         return check_batch(z, z_local, graphs, options, shared=process_group is not None)
 
     batch, ranks = (check(), ALONE) if process_group is None else meet(process_group, check, Batch.describe)
-    statistics, total = _statistics(batch, ranks)
-    loss, stats = average(statistics, head_weight, batch.tokens, total, weighting)
+    total = ranks.total("z", batch.streams[0])
+    statistics, witnesses = _statistics(batch, ranks, total)
+    loss = average(statistics, head_weight, batch.tokens, total, weighting)
     loss = loss * (float(temperature) / float(base_temperature))
     if not z.is_cpu:
-        loss = loss + poison(*batch.inputs.values())
-    if process_group is not None:
-        loss, *shares = ranks.sum(torch.stack([loss, *stats])).unbind()
-        stats = LossStats(*shares)
-    return (loss, stats) if return_stats else loss
+        loss = loss + poison(*witnesses)
+    if process_group is None:
+        return (loss, loss_stats(statistics, total)) if return_stats else loss
+    # The others' return_stats is not known here, so the numbers are always exchanged.
+    loss, *shares = ranks.sum(torch.stack([loss, *loss_stats(statistics, total)])).unbind()
+    return (loss, LossStats(*shares)) if return_stats else loss
 
 
-def _statistics(batch: Batch, ranks: Ranks) -> tuple[Statistics, int]:
-    """The statistics of this rank's anchors, all bits at once or in panels, and the number of all ranks' rows."""
+def _statistics(batch: Batch, ranks: Ranks, total: int) -> tuple[Statistics, list[Tensor]]:
+    """The statistics of this rank's anchors, all bits at once or in panels, and the witnesses of bad numbers."""
     temperature, backend, count = float(batch.options.temperature), batch.backend, len(batch.streams[0])
-    total = ranks.total("z", batch.streams[0])
     rows_at_a_time = panel_rows(count, total, len(batch.graphs), batch.streams[0].device)
     denominator = _denominator(batch, total, rows_at_a_time, ranks)
     if ranks is ALONE and rows_at_a_time == count:
-        pairs = [find_rule(graph, backend).mask() for graph in batch.graphs]
+        pairs, witnesses = [], []
+        for graph in batch.graphs:
+            rule = find_rule(graph, backend)
+            pairs.append(rule.mask())
+            witnesses.append(rule.witness)
+        del rule  # and with it the unit rows of the features
         x = unit_rows(batch.streams, backend)
-        return statistics_of_all(x, pairs, denominator, temperature, backend), total
-    rules = [find_rule(graph, backend, ranks) for graph in batch.graphs]
-    x = unit_rows(batch.streams, backend)
-    anchors = Anchors(rules, rows_at_a_time, denominator, temperature, backend, ranks, count)
-    return panel_statistics(x, anchors), total
+        found = statistics_of_all(x, pairs, denominator, temperature, backend)
+    else:
+        rules = [find_rule(graph, backend, ranks) for graph in batch.graphs]
+        witnesses = [rule.witness for rule in rules]
+        x = unit_rows(batch.streams, backend)
+        anchors = Anchors(rules, rows_at_a_time, denominator, temperature, backend, ranks, count)
+        found = panel_statistics(x, anchors)
+    return found, [*witnesses, *map(witness, x)]
 
 
 def _denominator(batch: Batch, total: int, rows_at_a_time: int, ranks: Ranks) -> Denominator:

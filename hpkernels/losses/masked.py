@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.common.checks import check_flag, poison
+from hpkernels.common.checks import check_flag, poison, witness
 from hpkernels.losses.arguments import check_loss_options, check_weight, streams_of, tokens_of
 from hpkernels.losses.statistics import Denominator, average, statistics_of_all, unit_rows
 from hpkernels.pairs import PairMask
@@ -56,10 +56,10 @@ def masked_contrastive_loss(
     chosen = dispatch.choose(z.device, backend, z)
     bits, form = (None, "all") if negatives is None else (negatives.bits, "dense")
     denominator = Denominator(bits, form, extra_in_denominator)
-    statistics = statistics_of_all(unit_rows([rows], chosen), masks, denominator, float(temperature), chosen)
-    loss, _ = average(statistics, extra_weight, tokens, count, weighting)
-    loss = loss * (temperature / base_temperature)
-    return loss if z.is_cpu else loss + poison(rows)
+    x = unit_rows([rows], chosen)
+    statistics = statistics_of_all(x, masks, denominator, float(temperature), chosen)
+    loss = average(statistics, extra_weight, tokens, count, weighting) * (temperature / base_temperature)
+    return loss if z.is_cpu else loss + poison(witness(x[0]))
 
 
 def _check_pairs(name: str, pairs: object, shape: tuple[int | None, int], z: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -61,8 +61,12 @@ def tables_of_calls(
     evaluate: Callable[[Tensor, Masks], tuple[Tensor, Tensor, Tensor]], x: list[Tensor], calls: list[Masks]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, pos and ext of all streams; evaluate(rows of some, masks of a call) has those of its streams."""
-    found = [[torch.cat(table) for table in zip(*(evaluate(rows, masks) for rows in x))] for masks in calls]
+    found = [[_joined(table) for table in zip(*(evaluate(rows, masks) for rows in x))] for masks in calls]
     return found[0][0], found[-1][1], found[-1][2]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def unit_rows(streams: list[Tensor], backend: str) -> list[Tensor]:
@@ -72,7 +76,7 @@ def unit_rows(streams: list[Tensor], backend: str) -> list[Tensor]:
     gradient of one stream at a time beside the unit rows.
     """
     x = [normalize_rows(rows, name, backend)[None] for rows, name in zip(streams, ("z", "z_local"))]
-    return x if x[0].is_cpu else [torch.cat(x)]
+    return x if x[0].is_cpu else [_joined(x)]
 
 
 def statistics_of_all(
@@ -88,9 +92,8 @@ def statistics_of_all(
 
 def pair_counts(P: Tensor, Q: Tensor | None, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
     """Pairs of each row by their bits: n_pos and n_ext of the Statistics."""
-    n_pos = count_bits(P, backend)
-    n_ext = torch.zeros_like(n_pos) if Q is None else count_bits(Q, backend)
-    return n_pos.to(dtype), n_ext.to(dtype)
+    counts = count_bits([P] if Q is None else [P, Q], backend).to(dtype)
+    return counts[0], torch.zeros_like(counts[0]) if Q is None else counts[1]
 
 
 def _transpose(mask: PairMask | None, backend: str) -> Tensor | None:
@@ -99,12 +102,9 @@ def _transpose(mask: PairMask | None, backend: str) -> Tensor | None:
     return transpose_bits(mask.bits, mask.columns, backend)
 
 
-def average(
-    statistics: Statistics, extra_weight: float | Tensor, tokens: int, total: int, weighting: str
-) -> tuple[Tensor, LossStats]:
-    """The loss before its scale, and LossStats, of the images at hand: as a share of what all `total` rows make."""
+def average(statistics: Statistics, extra_weight: float | Tensor, tokens: int, total: int, weighting: str) -> Tensor:
+    """The loss before its scale, of the images at hand: as a share of what all `total` rows make."""
     lse, pos, ext, n_pos, n_ext = statistics
-    kept = (n_pos > 0).to(lse.dtype)
     streams, count = lse.shape
     images, all_images = max(1, count // tokens), max(1, total // tokens)
 
@@ -113,19 +113,27 @@ def average(
 
     def average(numerator: Tensor, weight: Tensor) -> Tensor:
         """Mean over streams and images of sum(numerator) / sum(weight); an image without weight adds 0."""
-        weight = per_image(weight)
-        inverse = torch.where(weight == 0, 0.0, 1.0 / torch.where(weight == 0, 1.0, weight))
+        inverse = per_image(weight).clamp(min=1.0).reciprocal()  # weights are 0, with numerators of 0, or at least 1
         return sum_all(per_image(numerator) * inverse) / (streams * all_images)
 
     if weighting == "separate":
         loss = average(n_pos * lse - pos, n_pos) + extra_weight * average(n_ext * lse - ext, n_ext)
     else:
+        kept = _kept(n_pos)
         weight = kept * (n_pos + extra_weight * n_ext)
         rows = weight * lse - kept * (pos + extra_weight * ext)
         if weighting == "anchors":
             rows, weight = rows / torch.where(weight == 0, 1.0, weight), kept
         loss = average(rows, weight)
-    anchors = max(1, total)
-    with torch.no_grad():
-        stats = LossStats(sum_all(n_pos) / anchors, sum_all(kept) / anchors, sum_all(lse) / (anchors * streams))
-    return loss.to(lse.dtype), stats
+    return loss.to(lse.dtype)
+
+
+def loss_stats(statistics: Statistics, total: int) -> LossStats:
+    """Of the rows at hand, as shares of what all `total` rows make."""
+    lse, n_pos, anchors = statistics.lse.detach(), statistics.n_pos, max(1, total)
+    return LossStats(sum_all(n_pos) / anchors, sum_all(_kept(n_pos)) / anchors, sum_all(lse) / (anchors * lse.shape[0]))
+
+
+def _kept(n_pos: Tensor) -> Tensor:
+    """1 for the rows that have a P pair, else 0."""
+    return n_pos.clamp(max=1.0)

@@ -1,12 +1,15 @@
-"""Which tile configuration, and which route, a Triton kernel takes for a shape: tables per GPU family, nearest key.
+"""Which tile configuration, which route and which backend a shape takes on a GPU: tables per family, nearest key.
 
 A table is JSON: {"family": ..., "entries": [{"op", "dtype", "d", "log2_n", "measured", "config"}, ...]}.
 
-    op        name of a choice, e.g. "contrastive_grad" (config {"route": ...}) or "contrastive_grad_fused" (a tile)
+    op        name of a choice, e.g. "contrastive_grad" (config {"route": ...}), "contrastive_grad_fused" (a tile) or
+              "backend/contrastive_grad/dense" (config {"backend": ...}: the faster one, where several can run)
     dtype     "half" (bf16 and fp16) or "single" (fp32)
     d         the widest rows the entry serves; null: any. The narrowest entry that is wide enough is taken.
     log2_n    the binary logarithm of the number of rows it was made for; null: any. The nearest is taken.
-    measured  whether a GPU of the family ran it; false: it is only proven to compile without spills
+    measured  the day a GPU of the family ran it, or true; false: a tile is only proven to compile without spills, and
+              of backends the faster one is predicted
+    ms        milliseconds by backend behind such a prediction or measurement; nothing reads them but people
 
 Searched in this order, entry by entry: the file that the environment variable HPKERNELS_TUNING names (written by
 `python -m hpkernels.tune`), the table of the GPU's family, `default.json`. N itself is never part of a key, so that
@@ -46,14 +49,22 @@ def family(device: torch.device) -> str:
 
 def lookup(op: str, dtype: torch.dtype, d: int, n: int, device: torch.device) -> dict:
     """The configuration of `op` for n rows of width d. A dict of its own; KeyError if no table serves it."""
+    entry = find(op, dtype, d, n, device)
+    if entry is None:
+        raise KeyError(f"no tuning table serves {op} for {dtype_class(dtype)}, D = {d}")
+    return dict(entry["config"])
+
+
+def find(op: str, dtype: torch.dtype, d: int, n: int, device: torch.device) -> dict | None:
+    """The entry that serves `op` for n rows of width d, if there is one; not to be changed."""
     if op in _forced:
-        return dict(_forced[op])
+        return {"op": op, "measured": False, "config": _forced[op]}
     log2_n = max(1, n).bit_length() - 1
-    return dict(_nearest(op, dtype_class(dtype), d, log2_n, family(device), os.environ.get("HPKERNELS_TUNING")))
+    return _nearest(op, dtype_class(dtype), d, log2_n, family(device), os.environ.get("HPKERNELS_TUNING"))
 
 
 @functools.cache
-def _nearest(op: str, kind: str, d: int, log2_n: int, family: str, user_file: str | None) -> dict:
+def _nearest(op: str, kind: str, d: int, log2_n: int, family: str, user_file: str | None) -> dict | None:
     files = [Path(user_file)] if user_file else []
     for file in [*files, FOLDER / f"{family}.json", FOLDER / "default.json"]:
         serving = [
@@ -61,8 +72,8 @@ def _nearest(op: str, kind: str, d: int, log2_n: int, family: str, user_file: st
             if (entry["op"], entry["dtype"]) == (op, kind) and (entry["d"] is None or d <= entry["d"])
         ]  # fmt: skip
         if serving:
-            return min(serving, key=lambda entry: _distance(entry, log2_n))["config"]
-    raise KeyError(f"no tuning table serves {op} for {kind}, D = {d}")
+            return min(serving, key=lambda entry: _distance(entry, log2_n))
+    return None
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def cluster_assign(
     """
     if backend != "cpu":  # the C++ kernel looks at every distance
         check_finite("x", x)
-    return dispatch.implementation("cluster_assign", backend).cluster_assign(x, centroids, directions, bias)
+    return dispatch.function("cluster_assign", "cluster_assign", backend, x)(x, centroids, directions, bias)
 
 
 @cluster_assign.register_fake

@@ -33,6 +33,11 @@ def contrastive_stats(x: Tensor, masks: Masks, temperature: float, backend: str)
     return contrastive_stats_rows(x, *masks, temperature, backend)
 
 
+def _form(masks: Masks) -> str:
+    """Of a call, in the tables of the faster backend."""
+    return "/sparse" if masks.denominator == "sparse" else "/dense"
+
+
 @torch.library.custom_op(
     "hpkernels::contrastive_stats",
     mutates_args=(),
@@ -44,7 +49,8 @@ def contrastive_stats_rows(x, *masks_temperature_backend):
     Differentiable for all anchors at once only: the gradient needs the row gradients of all of them.
     """
     *masks, temperature, backend = masks_temperature_backend
-    return dispatch.implementation("contrastive", backend).contrastive_stats(x, Masks(*masks), temperature)
+    masks = Masks(*masks)
+    return dispatch.function("contrastive", "contrastive_stats", backend, x, _form(masks))(x, masks, temperature)
 
 
 @contrastive_stats_rows.register_fake
@@ -63,8 +69,9 @@ def _(x, positives, *_):
 def contrastive_grad_rows(x, *masks_temperature_tables_backend):
     """The gradient (S, n, D) with respect to the anchors' rows, from lse and the row gradients of all N rows."""
     *masks, temperature, lse, grad_lse, grad_pos, grad_ext, backend = masks_temperature_tables_backend
-    grad = dispatch.implementation("contrastive", backend).contrastive_grad
-    return grad(x, Masks(*masks), temperature, lse, grad_lse, grad_pos, grad_ext)
+    masks = Masks(*masks)
+    grad = dispatch.function("contrastive", "contrastive_grad", backend, x, _form(masks))
+    return grad(x, masks, temperature, lse, grad_lse, grad_pos, grad_ext)
 
 
 @contrastive_grad_rows.register_fake

@@ -30,7 +30,7 @@ def group_lse(rows: Grouped, temperature: float, backend: str) -> Tensor:
 )
 def _group_lse(*rows_temperature_backend):
     *rows, temperature, backend = rows_temperature_backend
-    return dispatch.implementation("group_lse", backend).group_lse(Grouped(*rows), temperature)
+    return dispatch.function("group_lse", "group_lse", backend, rows[0])(Grouped(*rows), temperature)
 
 
 @_group_lse.register_fake
@@ -46,7 +46,7 @@ def _(x, *_):
 )
 def _group_lse_grad(*rows_temperature_tables_backend):
     *rows, temperature, lse, grad_lse, of_keys, backend = rows_temperature_tables_backend
-    grad = dispatch.implementation("group_lse", backend).group_lse_grad
+    grad = dispatch.function("group_lse", "group_lse_grad", backend, rows[0])
     return grad(Grouped(*rows), temperature, lse, grad_lse, of_keys)
 
 

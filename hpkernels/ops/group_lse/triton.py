@@ -14,7 +14,15 @@ from torch import Tensor
 from hpkernels import tuning
 from hpkernels.ops.common import exponentials as common
 from hpkernels.ops.common.gpu import LOG2E, padded_rows
-from hpkernels.ops.common.triton import on_device, precision, require_supported, same_dtype, split_tiles, tile_product
+from hpkernels.ops.common.triton import (
+    merged_lse,
+    on_device,
+    precision,
+    require_supported,
+    same_dtype,
+    split_tiles,
+    tile_product,
+)
 from hpkernels.ops.group_lse.rows import Grouped
 from hpkernels.tuning import dtype_class
 
@@ -140,7 +148,7 @@ def group_lse(rows: Grouped, temperature: float) -> Tensor:
             LOG2E / temperature, LOG2E / temperature, FIXED_SHIFT=common.has_fixed_shift(temperature),
             PRECISION=precision(x.dtype), **config,
         )  # fmt: skip
-    return common.merged_lse(totals, shifts)
+    return merged_lse(totals, shifts)
 
 
 def group_lse_grad(rows: Grouped, temperature: float, lse: Tensor, grad_lse: Tensor, of_keys: bool) -> Tensor:

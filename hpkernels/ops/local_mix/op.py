@@ -40,7 +40,7 @@ _HOW = "SymInt height, SymInt width, float sigma, float low_quantile, float high
 def neighbor_weights(attention, *how_backend):
     *how, backend = how_backend
     _check_attention_numbers(attention)
-    weights = dispatch.implementation("local_mix", backend).neighbor_weights(attention, Weighting(*how))
+    weights = dispatch.function("local_mix", "neighbor_weights", backend, attention)(attention, Weighting(*how))
     return _checked(weights, "attention: expected logits whose mean over the heads is finite")
 
 
@@ -59,7 +59,7 @@ def neighbor_weights_qk(queries, keys, scale, *how_backend):
     *how, backend = how_backend
     check_finite("queries", queries)
     check_finite("keys", keys)
-    weights = dispatch.implementation("local_mix", backend).neighbor_weights_qk
+    weights = dispatch.function("local_mix", "neighbor_weights_qk", backend, queries)
     found = weights(queries, keys, scale, Weighting(*how))
     return _checked(found, f"queries: expected products with keys, times {scale}, that are finite")
 
@@ -84,7 +84,7 @@ def neighbor_mix(code: Tensor, weights: Tensor, height: int, width: int, backend
 def _neighbor_mix(code: Tensor, weights: Tensor, height: int, width: int, backend: str) -> Tensor:
     check_finite("code", code)
     check_finite("weights", weights)
-    return dispatch.implementation("local_mix", backend).neighbor_mix(code, weights, height, width)
+    return dispatch.function("local_mix", "neighbor_mix", backend, code)(code, weights, height, width)
 
 
 @_neighbor_mix.register_fake
@@ -103,7 +103,7 @@ def _neighbor_mix_grad(
     need_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    grad = dispatch.implementation("local_mix", backend).neighbor_mix_grad
+    grad = dispatch.function("local_mix", "neighbor_mix_grad", backend, code)
     return grad(grad_out, code, weights, height, width, need_code, need_weights)
 
 

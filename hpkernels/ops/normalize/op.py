@@ -27,7 +27,7 @@ def normalize_rows(x: Tensor, name: str, backend: str) -> Tensor:
 def _normalize_rows(x: Tensor, name: str, backend: str) -> Tensor:
     if backend != "cpu":  # the C++ kernel looks at every number anyway
         check_finite(name, x)
-    return dispatch.implementation("normalize", backend).normalize_rows(x, name)
+    return dispatch.function("normalize", "normalize_rows", backend, x)(x, name)
 
 
 @_normalize_rows.register_fake
@@ -37,7 +37,7 @@ def _(x, name, backend):
 
 @torch.library.custom_op("hpkernels::normalize_rows_grad", mutates_args=())
 def _normalize_rows_grad(grad_out: Tensor, x: Tensor, backend: str) -> Tensor:
-    return dispatch.implementation("normalize", backend).normalize_rows_grad(grad_out, x)
+    return dispatch.function("normalize", "normalize_rows_grad", backend, x)(grad_out, x)
 
 
 @_normalize_rows_grad.register_fake

@@ -23,13 +23,14 @@ def random_bits(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
     return bits
 
 
-def count_bits(bits: Tensor) -> Tensor:
-    """Set bits per row of (N, W) words: (N,) int32."""
-    bits = bits.contiguous()
-    rows, width = bits.shape
-    counts = torch.zeros(rows, dtype=torch.int32)
-    if bits.numel():
-        _cpu.count_bits(bits.data_ptr(), rows, width, counts.data_ptr(), torch.get_num_threads())
+def count_bits(*masks: Tensor) -> Tensor:
+    """Set bits of each row of masks of one shape (N, W): (masks, N) int32."""
+    rows, width = masks[0].shape
+    counts = torch.zeros(len(masks), rows, dtype=torch.int32)
+    for bits, out in zip(masks, counts):
+        if bits.numel():
+            bits = bits.contiguous()
+            _cpu.count_bits(bits.data_ptr(), rows, width, out.data_ptr(), torch.get_num_threads())
     return counts
 
 

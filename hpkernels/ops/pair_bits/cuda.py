@@ -19,12 +19,14 @@ def random_bits(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
     return bits
 
 
-def count_bits(bits: Tensor) -> Tensor:
-    """Set bits of each row, (N,) int32."""
-    bits = aligned(bits)
-    counts = torch.zeros(len(bits), dtype=torch.int32, device=bits.device)
-    if bits.numel():
-        launch(_cuda.count_bits, bits.device, bits.data_ptr(), *bits.shape, counts.data_ptr())
+def count_bits(*masks: Tensor) -> Tensor:
+    """Set bits of each row of masks of one shape, (masks, N) int32."""
+    first = masks[0]
+    counts = torch.empty(len(masks), len(first), dtype=torch.int32, device=first.device)
+    if first.numel() == 0:
+        return counts.zero_()
+    for bits, out in zip(map(aligned, masks), counts):
+        launch(_cuda.count_bits, bits.device, bits.data_ptr(), *bits.shape, out.data_ptr())
     return counts
 
 

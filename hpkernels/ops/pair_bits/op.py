@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def _(bits, columns):
 @torch.library.custom_op("hpkernels::random_bits", mutates_args=())
 def random_bits(seed: Tensor, rows: int, columns: int, rate: float, backend: str) -> Tensor:
     """Bernoulli bits from a counter-based generator, the same on every backend. See reference.random_bits."""
-    return dispatch.implementation("pair_bits", backend).random_bits(seed, rows, columns, rate)
+    return dispatch.function("pair_bits", "random_bits", backend, seed)(seed, rows, columns, rate)
 
 
 @random_bits.register_fake
@@ -38,20 +40,20 @@ def _(seed, rows, columns, rate, backend):
 
 
 @torch.library.custom_op("hpkernels::count_bits", mutates_args=())
-def count_bits(bits: Tensor, backend: str) -> Tensor:
-    """Set bits of each row, int32 (N,)."""
-    return dispatch.implementation("pair_bits", backend).count_bits(bits)
+def count_bits(masks: Sequence[Tensor], backend: str) -> Tensor:
+    """Set bits of each row of masks of one shape (N, W), int32 (masks, N)."""
+    return dispatch.function("pair_bits", "count_bits", backend, masks[0])(*masks)
 
 
 @count_bits.register_fake
-def _(bits, backend):
-    return bits.new_empty((bits.shape[0],), dtype=torch.int32)
+def _(masks, backend):
+    return masks[0].new_empty((len(masks), masks[0].shape[0]), dtype=torch.int32)
 
 
 @torch.library.custom_op("hpkernels::transpose_bits", mutates_args=())
 def transpose_bits(bits: Tensor, columns: int, backend: str) -> Tensor:
     """(N, words(columns)) -> (columns, words(N))."""
-    return dispatch.implementation("pair_bits", backend).transpose_bits(bits, columns)
+    return dispatch.function("pair_bits", "transpose_bits", backend, bits)(bits, columns)
 
 
 @transpose_bits.register_fake
@@ -67,7 +69,7 @@ def pairs_from_indices(
 
     With `symmetric` also the mirrored pairs, without the diagonal; columns is N then.
     """
-    pairs = dispatch.implementation("pair_bits", backend).pairs_from_indices
+    pairs = dispatch.function("pair_bits", "pairs_from_indices", backend, indices)
     return pairs(indices, columns, symmetric, first_row, rows)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from hpkernels.common.bits import pack, unpack, words
 
 
-def count_bits(bits: Tensor) -> Tensor:
-    """Set bits of each row, int32 (N,)."""
+def count_bits(*masks: Tensor) -> Tensor:
+    """Set bits of each row of masks of one shape, int32 (masks, N)."""
+    bits = torch.stack(masks)
     table = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int32, device=bits.device)
-    return table[bits.contiguous().view(torch.uint8).long()].sum(1, dtype=torch.int32)
+    return table[bits.view(torch.uint8).long()].sum(2, dtype=torch.int32)
 
 
 def transpose_bits(bits: Tensor, columns: int) -> Tensor:

@@ -67,26 +67,32 @@ def random_bits(seed: Tensor, rows: int, columns: int, rate: float) -> Tensor:
 
 
 @triton.jit
-def _count_bits_kernel(bits_ptr, out_ptr, N, W, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
-    """out_i = set bits of row i."""
+def _count_bits_kernel(first_ptr, second_ptr, out_ptr, N, W, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
+    """out[m, i] = set bits of row i of the first mask (m = 0) or the second."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    bits_ptr = first_ptr
+    if tl.program_id(1) == 1:
+        bits_ptr = second_ptr
     row_at = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * W
     counts = tl.zeros([BLOCK_M, BLOCK_W], tl.int32)
     for start in range(0, W, BLOCK_W):
         word = start + tl.arange(0, BLOCK_W)
         counts += popcount(tl.load(bits_ptr + row_at + word[None, :], mask=(word < W)[None, :], other=0))
-    tl.store(out_ptr + rows, tl.sum(counts, 1), mask=rows < N)
+    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * N + rows, tl.sum(counts, 1), mask=rows < N)
 
 
-def count_bits(bits: Tensor) -> Tensor:
-    """Set bits of each row, (N,) int32."""
-    bits = bits.contiguous()
-    n, width = bits.shape
-    out = torch.zeros((n,), dtype=torch.int32, device=bits.device)
-    if bits.numel():
-        with on_device(bits):
-            _count_bits_kernel[(triton.cdiv(n, _COUNT_ROWS),)](
-                bits, out, n, width, BLOCK_M=_COUNT_ROWS, BLOCK_W=_COUNT_WORDS
+def count_bits(*masks: Tensor) -> Tensor:
+    """Set bits of each row of masks of one shape, (masks, N) int32."""
+    masks = [bits.contiguous() for bits in masks]
+    n, width = masks[0].shape
+    out = torch.empty((len(masks), n), dtype=torch.int32, device=masks[0].device)
+    if masks[0].numel() == 0:
+        return out.zero_()
+    with on_device(out):
+        for first in range(0, len(masks), 2):
+            pair = masks[first : first + 2]
+            _count_bits_kernel[(triton.cdiv(n, _COUNT_ROWS), len(pair))](
+                pair[0], pair[-1], out[first], n, width, BLOCK_M=_COUNT_ROWS, BLOCK_W=_COUNT_WORDS
             )
     return out
 

@@ -24,7 +24,7 @@ def _refuse_non_finite(backend: str, **tensors: Tensor | None) -> None:
 @torch.library.custom_op("hpkernels::max_similarity", mutates_args=())
 def max_similarity(queries: Tensor, keys: Tensor, backend: str) -> Tensor:
     _refuse_non_finite(backend, queries=queries, keys=keys)
-    return dispatch.implementation("similarity_search", backend).max_similarity(queries, keys)
+    return dispatch.function("similarity_search", "max_similarity", backend, queries)(queries, keys)
 
 
 @max_similarity.register_fake
@@ -43,7 +43,7 @@ def topk_similarity(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     _refuse_non_finite(backend, queries=queries, keys=keys)
-    search = dispatch.implementation("similarity_search", backend).topk_similarity
+    search = dispatch.function("similarity_search", "topk_similarity", backend, queries)
     return search(queries, keys, k, exclude_self, query_groups, key_groups)
 
 
@@ -58,7 +58,8 @@ def pairs_above(
     x: Tensor, thresholds: Tensor, keys: Tensor | None, key_thresholds: Tensor | None, backend: str
 ) -> Tensor:
     _refuse_non_finite(backend, x=x, keys=keys)
-    return dispatch.implementation("similarity_search", backend).pairs_above(x, thresholds, keys, key_thresholds)
+    search = dispatch.function("similarity_search", "pairs_above", backend, x)
+    return search(x, thresholds, keys, key_thresholds)
 
 
 @pairs_above.register_fake

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hpkernels.ops.common import exponentials as common
 from hpkernels.ops.common.gpu import LOG2E
-from hpkernels.ops.common.triton import require_supported
+from hpkernels.ops.common.triton import merged, require_supported
 from hpkernels.ops.contrastive.masks import Masks
 from hpkernels.ops.contrastive.triton import dense, dense_grad, sparse, sparse_grad
 
@@ -28,7 +28,7 @@ def contrastive_stats(x: Tensor, masks: Masks, temperature: float) -> tuple[Tens
     if 0 in shape:
         return tuple(torch.zeros(shape, dtype=torch.float32, device=x.device) for _ in range(3))
     route = sparse if masks.denominator == "sparse" else dense
-    return common.merged(*route.stats(x.contiguous(), masks.map(Tensor.contiguous), temperature))
+    return merged(*route.stats(x.contiguous(), masks.map(Tensor.contiguous), temperature))
 
 
 def contrastive_grad(
