@@ -170,15 +170,17 @@ def _launch(name: str = "_normalize_rows_kernel") -> dry.Launch:
 
 def test_a_kernel_without_a_note_is_named():
     assert notes.note(_launch(), Problem()).hbm == 2 * 64 * 8 * 2
-    with pytest.raises(KeyError, match="_new_kernel: no note says how often its loops run"):
+    with pytest.raises(notes.Unfit, match="_new_kernel: no note says how often its loops run"):
         notes.note(_launch("_new_kernel"), Problem())
+    with pytest.raises(notes.Unfit, match=r"_count_bits_kernel: its note asks for an argument .*\(W\)"):
+        notes.note(_launch("_count_bits_kernel"), Problem())
 
 
 def test_a_note_that_does_not_fit_the_machine_code_is_named():
-    figures = {"cost": TREE, "instructions": "9(5(2))"}
-    with pytest.raises(ValueError, match=r"_normalize_rows_kernel: 1 loops.*9\(5\(2\)\)"):
+    figures = {"cost": TREE}
+    with pytest.raises(notes.Unfit, match="_normalize_rows_kernel: 1 loops, but the note has turns of 0"):
         predict.block_cost(figures, _launch(), Note(), H200)
-    with pytest.raises(ValueError, match="_normalize_rows_kernel: turns and machine code make"):
+    with pytest.raises(notes.Unfit, match="_normalize_rows_kernel: a block makes .* operations by its turns, 1e"):
         predict.block_cost(figures, _launch(), Note(turns=((1, 1),), products=1e9), H200)
 
 

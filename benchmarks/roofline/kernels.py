@@ -6,14 +6,14 @@ turn of each costs a block: [clocks alone, clocks of each of issue.PIPES, loops 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from benchmarks.dry import Launch
 from benchmarks.roofline import issue, notes, sass
 from benchmarks.roofline.assumptions import Gpu
 from benchmarks.roofline.issue import PIPES
-from benchmarks.roofline.notes import Note
-from benchmarks.roofline.predict import name_of, program
+from benchmarks.roofline.notes import Note, Problem
+from benchmarks.roofline.predict import block_cost, name_of, program
 from tests.triton_kernels.aot import Recorder, resources
 
 
@@ -22,17 +22,21 @@ def sources(launches: Iterable[Launch], gpu: Gpu) -> dict[str, str]:
     return {name_of(launch): _recorded(launch, gpu, compile=False)[0] for launch in launches}
 
 
-def without_note(launches: Iterable[Launch], gpu: Gpu) -> list[str]:
-    """What to write a note from, of each kernel that has none."""
+def unfit(launches: Sequence[Launch], problem: Problem, gpu: Gpu) -> list[str]:
+    """What to write a note from, of each kernel that has none or whose note does not fit."""
     found: dict[str, str] = {}
     for launch in launches:
-        if launch.name not in notes.RULES and (name := name_of(launch)) not in found:
-            kernel = _recorded(launch, gpu, compile=True)[1]
-            shown = str(kernel) if isinstance(kernel, Exception) else sass.read(kernel.asm["cubin"]).shown()
+        if (name := name_of(launch)) in found:
+            continue
+        try:
+            note = notes.note(launch, problem)
+            block_cost(figures([(launch, note)], gpu)[name], launch, note, gpu)
+        except notes.Unfit as error:
+            shown = sass.read(_recorded(launch, gpu, compile=True)[1].asm["cubin"]).shown()
             given = zip(launch.function.arg_names, launch.arguments)
             numbers = {key: value for key, value in given if isinstance(value, (int, float))}
-            found[name] = f"{name}: no note; its loops are {shown}; grid {launch.grid}, {numbers}"
-    return [*found.values(), f"Add notes to {notes.__file__}"] if found else []
+            found[name] = f"{error}\n    {name}\n    loops {shown}, grid {launch.grid}, {numbers}"
+    return list(found.values())
 
 
 def figures(noted: Iterable[tuple[Launch, Note]], gpu: Gpu) -> dict[str, dict]:

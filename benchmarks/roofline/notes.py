@@ -1,16 +1,17 @@
 """What machine code does not say: how often the loops of each kernel run, and what it moves from and to memory.
 
 One note a kernel, a function of a launch's arguments by their names in the kernel and of the problem. A kernel without
-one is an error that names it. Turns follow the loops of the machine code in order (`Loop.shown` in the results): a
-number a loop, or (number, turns of the loops within it). `products` are the operations of the matrix units in one
-program; the model checks that the turns and the instructions amount to them.
+one, or whose note does not fit, is an error; `python -m benchmarks.roofline` then lists all of them with their loops.
+Turns follow the loops of the machine code in order (`Loop.shown` in the results): a number a loop, or (number, turns of
+the loops within it). `products` are the operations of the matrix units in one program; the model checks that the turns
+and the instructions amount to them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 from benchmarks.dry import Launch, Operand
@@ -55,14 +56,20 @@ Rule = Callable[[SimpleNamespace, Problem], Note]
 RULES: dict[str, Rule] = {}
 
 
+class Unfit(ValueError):
+    """A kernel without a note, or with one that is of another kernel."""
+
+
 def note(launch: Launch, problem: Problem, same: int = 1) -> Note:
     """Of a launch; `same`: launches of this kernel in the step."""
     if launch.name not in RULES:
-        raise KeyError(f"{launch.name}: no note says how often its loops run; add one in {__file__}")
+        raise Unfit(f"{launch.name}: no note says how often its loops run")
     names = dict(zip(launch.function.arg_names, launch.arguments)) | launch.options
     given = SimpleNamespace(**names, grid=launch.grid, same=same, programs=math.prod(launch.grid))
-    found = RULES[launch.name](given, problem)
-    return Note(**{**found.__dict__, "programs": given.programs})
+    try:
+        return replace(RULES[launch.name](given, problem), programs=given.programs)
+    except AttributeError as error:
+        raise Unfit(f"{launch.name}: its note asks for an argument that it has not ({error.name})") from error
 
 
 def _of(*kernels: str) -> Callable[[Rule], Rule]:
@@ -102,7 +109,7 @@ def _(a, problem):
 
 @_of("_count_bits_kernel")
 def _(a, problem):
-    return Note(turns=(cdiv(a.W, a.BLOCK_W),), hbm=size(a.bits_ptr))
+    return Note(turns=(cdiv(a.W, a.BLOCK_W),), hbm=size(a.first_ptr) * a.grid[1])
 
 
 @_of("_transpose_bits_kernel")
@@ -116,6 +123,13 @@ def _(a, problem):
     masks = size(*(a.a_ptr, a.b_ptr, a.c_ptr, a.d_ptr)[: a.MASKS])
     of_rows = (words, a.rows // 4, a.rows % 4) if a.rows > 1 else words  # four rows at a time, then the rest
     return Note("lists", turns=(of_rows,), hbm=masks)
+
+
+@_of("_merge_parts_kernel")
+def _(a, problem):
+    parts = [] if a.ONE_SHIFT else [a.parts]
+    parts += [a.parts, a.pos_parts, a.ext_parts] if a.HAS_SUMS else [a.parts]
+    return Note("parts put together", turns=tuple(turns for n in parts if n > 1 for turns in (n // 4, n % 4)))
 
 
 # ------------------------------------------------------------------ search

@@ -50,10 +50,14 @@ class Prediction:
 
 
 def name_of(launch: dry.Launch) -> str:
-    """Kernel, dtype of its first operand, compile-time options: launches of one name share one machine code."""
+    """Kernel, dtype of its first operand, compile-time options, and the numbers that Triton compiles in or takes for no
+    multiple of 16: launches of one name share one machine code."""
     options = " ".join(f"{key}={value}" for key, value in sorted(launch.options.items()))
     first = next((x.dtype for x in launch.arguments if hasattr(x, "dtype")), "")
-    return f"{launch.name} {str(first).removeprefix('torch.')} {options}".rstrip()
+    given = zip(launch.function.arg_names, launch.arguments)
+    numbers = {key: value for key, value in given if isinstance(value, int)}
+    special = "".join(f" {key}=1" if value == 1 else f" {key}%16" for key, value in numbers.items() if value % 16)
+    return f"{launch.name} {str(first).removeprefix('torch.')} {options}".rstrip() + special
 
 
 def noted(launches: Sequence[dry.Launch], problem: Problem) -> list[tuple[dry.Launch, Note]]:
@@ -98,11 +102,11 @@ def block_cost(figures: dict, launch: dry.Launch, note: Note, gpu: Gpu) -> Cost:
     try:
         block = program(figures["cost"], note.turns)
     except ValueError as error:
-        raise ValueError(f"{launch.name}: {error}; its loops are {figures['instructions']}") from None
-    if abs(operations(block, gpu) - note.products) > 0.03 * note.products:
-        found = operations(block, gpu)
-        raise ValueError(
-            f"{launch.name}: turns and machine code make {found:.4g} operations, {note.products:.4g} noted"
+        raise notes.Unfit(f"{launch.name}: {error}") from error
+    found = operations(block, gpu)
+    if abs(found - note.products) > 0.03 * note.products:
+        raise notes.Unfit(
+            f"{launch.name}: a block makes {found:.4g} operations by its turns, {note.products:.4g} noted"
         )
     return block
 

@@ -18,6 +18,7 @@ from benchmarks import results as measurements
 from benchmarks.roofline import predict
 from benchmarks.roofline.assumptions import GPUS, Gpu
 from benchmarks.roofline.jobs import BY_HAND, JOBS, WHOLE, Job
+from benchmarks.roofline.notes import Unfit
 from benchmarks.roofline.predict import Prediction
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
@@ -47,16 +48,24 @@ class Table:
 def make(gpu: str, figures: dict[str, dict] | None = None) -> Table:
     """figures: None compiles all kernels."""
     steps = {job.case: job.run(job.shape) for job in JOBS}
-    if figures is None:
-        from benchmarks.roofline import kernels
+    try:
+        if figures is None:
+            from benchmarks.roofline import kernels
 
-        launches = {job.case: steps[job.case].launches for job in JOBS}
-        if wrong := kernels.without_note([launch for of_job in launches.values() for launch in of_job], GPUS[gpu]):
-            raise SystemExit("\n".join(wrong))
-        noted = [pair for job in JOBS for pair in predict.noted(launches[job.case], job.problem)]
-        figures = kernels.figures(noted, GPUS[gpu])
-    predictions = {job.case: predict.predict(job, steps[job.case], figures, GPUS[gpu]) for job in JOBS}
+            noted = [pair for job in JOBS for pair in predict.noted(steps[job.case].launches, job.problem)]
+            figures = kernels.figures(noted, GPUS[gpu])
+        predictions = {job.case: predict.predict(job, steps[job.case], figures, GPUS[gpu]) for job in JOBS}
+    except Unfit as error:
+        raise SystemExit("\n".join(_unfit(steps, gpu) or [str(error)])) from error
     return Table(gpu, figures, steps, predictions)
+
+
+def _unfit(steps: dict[str, dry.Step], gpu: str) -> list[str]:
+    """All kernels whose notes are to be written, with what they are written from."""
+    from benchmarks.roofline import kernels, notes
+
+    wrong = [line for job in JOBS for line in kernels.unfit(steps[job.case].launches, job.problem, GPUS[gpu])]
+    return [*dict.fromkeys(wrong), f"Notes are in {notes.__file__}"] if wrong else []
 
 
 # ------------------------------------------------------------------ shown
