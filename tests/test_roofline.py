@@ -98,6 +98,8 @@ def test_a_chain_takes_its_latencies_and_free_code_its_pipe():
     free = _cost(*[f"LOP3.LUT R{n}, R100, R101, RZ, 0x30, !PT" for n in range(50)])
     assert free.time == pytest.approx(50 * 2 + turn, rel=0.1) and free.busy["alu"] == 100
     assert _cost(*["FADD R1, R1, R2"] * 50, warps=32).time >= 50 * 8  # eight warps a scheduler hide the latency
+    one = _cost(*["LOP3.LUT R1, R100, R101, RZ, 0x30, !PT"] * 50, warps=1)
+    assert one.time == free.time and one.busy["alu"] == free.busy["alu"] / 4  # three schedulers are left for others
 
 
 def test_a_load_is_waited_for_where_it_is_used():
@@ -172,7 +174,7 @@ def test_a_kernel_without_a_note_is_named():
     assert notes.note(_launch(), Problem()).hbm == 2 * 64 * 8 * 2
     with pytest.raises(notes.Unfit, match="_new_kernel: no note says how often its loops run"):
         notes.note(_launch("_new_kernel"), Problem())
-    with pytest.raises(notes.Unfit, match=r"_count_bits_kernel: its note asks for an argument .*\(W\)"):
+    with pytest.raises(notes.Unfit, match="_count_bits_kernel: its note is of another kernel .*'W'"):
         notes.note(_launch("_count_bits_kernel"), Problem())
 
 

@@ -69,7 +69,8 @@ def cost(body: list[Instruction], gpu: Gpu, setting: Setting) -> Cost:
 class _Run:
     def __init__(self, gpu: Gpu, setting: Setting) -> None:
         self.gpu, self.setting = gpu, setting
-        self.warps, self.each = setting.warps, max(1.0, setting.warps / 4)  # of a block, of one of four schedulers
+        self.warps, self.each = setting.warps, max(1.0, setting.warps / 4)  # of a block, of its fullest scheduler
+        self.share = self.warps / 4 / self.each  # of the four schedulers: blocks of one warp use one
         self.now = 0.0
         self.free = dict.fromkeys(PIPES, 0.0)
         self.busy = dict.fromkeys(PIPES, 0.0)
@@ -80,11 +81,14 @@ class _Run:
         self.product_groups: deque[float] = deque()
         self.bulk: list[list[float]] = []  # ends of bulk copies, by turn
 
-    def use(self, pipe: str, clocks: float, queue: float = 0.0) -> float:
-        """When the pipe is done with it; the warp goes on once fewer than `queue` clocks of work wait."""
+    def use(self, pipe: str, clocks: float, queue: float = 0.0, share: float = 1.0) -> float:
+        """When the pipe is done with it; the warp goes on once fewer than `queue` clocks of work wait.
+
+        share: of the processor's pipes of this kind that are kept busy.
+        """
         self.now = max(self.now, self.free[pipe] - queue)
         self.free[pipe] = max(self.now, self.free[pipe]) + clocks
-        self.busy[pipe] += clocks
+        self.busy[pipe] += clocks * share
         return self.free[pipe]
 
     def issue(self, instruction: Instruction) -> None:
@@ -103,8 +107,10 @@ class _Run:
                 pipe = self.arithmetic(instruction)
                 clocks = gpu.intervals[pipe] * self.each
                 place = "fma" if pipe in ("fma", "imad", "fp64") else pipe
-                done = (self.use(place, clocks) - clocks if place in self.free else self.now) + gpu.latencies[pipe]
-        self.busy["issue"] += self.each
+                done = (
+                    self.use(place, clocks, share=self.share) - clocks if place in self.free else self.now
+                ) + gpu.latencies[pipe]
+        self.busy["issue"] += self.each * self.share
         self.now = max(self.now, start) + self.each
         for register in instruction.results:
             self.ready[register] = done or self.now

@@ -53,7 +53,7 @@ class Note:
 
 
 Rule = Callable[[SimpleNamespace, Problem], Note]
-RULES: dict[str, Rule] = {}
+RULES: dict[str, list[tuple[str, Rule]]] = {}  # by kernel: an argument that it has to have, or "", and the rule
 
 
 class Unfit(ValueError):
@@ -62,19 +62,23 @@ class Unfit(ValueError):
 
 def note(launch: Launch, problem: Problem, same: int = 1) -> Note:
     """Of a launch; `same`: launches of this kernel in the step."""
-    if launch.name not in RULES:
-        raise Unfit(f"{launch.name}: no note says how often its loops run")
     names = dict(zip(launch.function.arg_names, launch.arguments)) | launch.options
+    fitting = [rule for having, rule in RULES.get(launch.name, ()) if not having or having in names]
+    if not fitting:
+        raise Unfit(f"{launch.name}: no note says how often its loops run")
     given = SimpleNamespace(**names, grid=launch.grid, same=same, programs=math.prod(launch.grid))
     try:
-        return replace(RULES[launch.name](given, problem), programs=given.programs)
-    except AttributeError as error:
-        raise Unfit(f"{launch.name}: its note asks for an argument that it has not ({error.name})") from error
+        return replace(fitting[-1](given, problem), programs=given.programs)
+    except (AttributeError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise Unfit(f"{launch.name}: its note is of another kernel ({error})") from error
 
 
-def _of(*kernels: str) -> Callable[[Rule], Rule]:
+def _of(*kernels: str, having: str = "") -> Callable[[Rule], Rule]:
+    """Registers a rule; `having` tells two forms of a kernel by an argument that only one has."""
+
     def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(kernels, rule))
+        for kernel in kernels:
+            RULES.setdefault(kernel, []).append((having, rule))
         return rule
 
     return register
@@ -156,6 +160,19 @@ def _(a, problem):
     )
 
 
+@_of("_pairs_above_triangle_kernel", having="count")
+def _(a, problem):
+    tiles, steps = a.count / a.programs, a.C // a.BLOCK_K  # one loop over both; a tile's first and last step do more
+    return Note(
+        turns=((tiles * steps, 1 / steps, 1 / steps),),
+        products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * a.C,
+        hbm=size(a.x_ptr, a.bits_ptr),
+        reuse=32,
+        copy_bytes=(a.BLOCK_M + a.BLOCK_N) / 2 * a.BLOCK_K * a.x_ptr.dtype.itemsize,
+        shared_work=True,
+    )
+
+
 @_of("_topk_similarity_panel_kernel")
 def _(a, problem):
     tiles = a.tiles_per_split
@@ -192,6 +209,21 @@ def _(a, problem):
         products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * a.D,
         hbm=size(a.x_ptr) + (2 if a.HAS_EXTRA else 1) * size(a.positives_ptr) * a.grid[2],
         reuse=8,
+    )
+
+
+@_of("_contrastive_triangle_stats_kernel")
+def _(a, problem):
+    sides = [min(a.side, a.N - first) for first in range(0, a.N, a.side)]  # of a region
+    panels, columns = [cdiv(side, a.BLOCK_M) for side in sides], [cdiv(side, a.BLOCK_N) for side in sides]
+    tiles = sum(panels[r] * columns[c] for r in range(len(sides)) for c in range(r, len(sides)))
+    tiles, steps = tiles / a.grid[0], a.D // a.BLOCK_K  # some programs have no region
+    return Note(
+        turns=((tiles * steps, 1 / steps),),
+        products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * a.D,
+        hbm=size(a.x_ptr, a.parts_ptr) + (2 if a.HAS_EXTRA else 1) * size(a.positives_ptr) * a.grid[1],
+        reuse=8,
+        shared_work=True,
     )
 
 
@@ -281,6 +313,13 @@ def _(a, problem):
 @_of("_neighbor_weights_kernel")
 def _(a, problem):
     return Note("weights", turns=(a.heads, 32, 9), hbm=size(a.attention_ptr, a.out_ptr))
+
+
+@_of("_neighbor_weights_kernel", having="exponent_scale")
+def _(a, problem):
+    # Heads of the taps four at a time; 7.5 pivots are the mean of rows of normal logits (ops/local_mix/README.md).
+    turns = (a.heads // 4, a.heads % 4, a.heads, (1, 7.5))
+    return Note("weights", turns=turns, hbm=size(a.attention_ptr, a.out_ptr))
 
 
 @_of("_neighbor_mix_kernel")
