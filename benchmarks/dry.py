@@ -78,6 +78,8 @@ class Call:
     name: str
     kind: str
     op: str  # the op of hpkernels that made it, or ""
+    moved: int = 0  # bytes of its operands and results
+    products: int = 0  # operations of a matrix product
 
 
 @dataclass
@@ -190,7 +192,7 @@ class _Counts(TorchDispatchMode):
             self._meet(x, None)
         self._refuse(function, inputs, kwargs)
         out = function(*args, **kwargs)
-        self._count(function, out)
+        self._count(function, inputs, out)
         return out
 
     def _refuse(self, function, inputs: list[Tensor], kwargs: dict) -> None:
@@ -204,7 +206,7 @@ class _Counts(TorchDispatchMode):
         if copies or (numbers and True in places):
             raise Waits(f"{function} in {self.op or 'no op'}: waits for the device, or its result depends on numbers")
 
-    def _count(self, function, out: object) -> None:
+    def _count(self, function, inputs: list[Tensor], out: object) -> None:
         name, op = function._opname, self.op[-1] if self.op else ""
         results = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor) and _is_meta(x)]
         for x in results:
@@ -213,7 +215,9 @@ class _Counts(TorchDispatchMode):
         returns = function._schema.returns
         aliases = [r.alias_info is not None and not r.alias_info.is_write for r in returns]
         kind = "memory" if name in _NEW else "view" if returns and all(aliases) else "work"
-        self.step.calls.append(Call(name, kind, op))
+        moved = sum(x.numel() * x.element_size() for x in [*inputs, *results])
+        products = 2 * results[0].numel() * inputs[0].shape[-1] if name in ("mm", "bmm") else 0
+        self.step.calls.append(Call(name, kind, op, moved, products))
 
     def launched(self, name: str, function: object, grid: tuple, args: tuple, options: dict) -> None:
         op = self.op[-1] if self.op else ""

@@ -1,0 +1,1 @@
+"""Predicted times of the GPU kernels from their machine code: see README.md."""
