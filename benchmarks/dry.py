@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import itertools
 import re
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hpkernels import dispatch
 from hpkernels.losses.hidden_positive import hidden_positive_loss
@@ -224,6 +226,11 @@ class _Counts(TorchDispatchMode):
         self.step.launches.append(Launch(name, function, grid, tuple(map(self.operand, args)), options, op))
 
     def operand(self, x: object) -> object:
+        """What a launch keeps of an argument, and that is no tensor: it would not be given back."""
+        if isinstance(x, TensorDescriptor):
+            described = copy.copy(x)
+            described.base = self.operand(x.base)
+            return described
         if not isinstance(x, Tensor):
             return x
         with torch._C.DisableTorchFunction():
