@@ -190,14 +190,14 @@ def _add_tile(
 @triton.jit
 def _contrastive_triangle_stats_kernel(
     x_ptr, positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr, parts_ptr,
-    N, D, R, W, regions, side, scale, shift,
+    N, D, R, W, regions, scale, shift,
     ALL: tl.constexpr, SYMMETRIC_POSITIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, SYMMETRIC_EXTRA: tl.constexpr,
-    HAS_NEGATIVES: tl.constexpr, GROUP: tl.constexpr,
+    HAS_NEGATIVES: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part c of the rows of region r, and part r of the rows of region c, for one region (r, c) of the upper triangle.
 
-    A region has `side` rows and columns, a multiple of the tile. parts is (tables, regions, streams, N): the sums of
+    A region has SIDE rows and columns, a multiple of the tile. parts is (tables, regions, streams, N): the sums of
     exp2(z - shift) over E, of P_ij l_ij and, with extra, of Q_ij l_ij. Tiles go column by column, and steps over D run
     on from tile to tile, so that the copies never drain. On the diagonal all tiles are computed, for the sums of rows.
     """
@@ -207,35 +207,40 @@ def _contrastive_triangle_stats_kernel(
         stream = tl.program_id(1)
         x_ptr += stream.to(tl.int64) * N * D
         column_sums = tl.zeros([4 * WORDS, 32], tl.float32)
-        panels = tl.cdiv(tl.minimum(side, N - r * side), BLOCK_M)
-        tiles = tl.cdiv(tl.minimum(side, N - c * side), BLOCK_N) * panels
+        panels = tl.cdiv(tl.minimum(SIDE, N - r * SIDE), BLOCK_M)
+        tiles = tl.cdiv(tl.minimum(SIDE, N - c * SIDE), BLOCK_N) * panels
         table = tl.cast(regions, tl.int64) * tl.num_programs(1) * N
         part_of_columns = (r.to(tl.int64) * tl.num_programs(1) + stream) * N
         part_of_rows = (c.to(tl.int64) * tl.num_programs(1) + stream) * N
         steps = D // BLOCK_K
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        # Where the sums are. The copies are ahead and count for themselves, so that no place is carried to the sums.
-        k, panel, first_column = 0, 0, c * side
-        for step in range(0, tiles * steps):
-            tile = step // steps
-            rows = tl.minimum(r * side + tile % panels * BLOCK_M + tl.arange(0, BLOCK_M), N - 1)
-            cols = tl.minimum(c * side + tile // panels * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
-            d = (step - tile * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        # Where the sums are, and where the copies are. These are ahead: no place is carried from one to the other.
+        k, panel, first_column = 0, 0, c * SIDE
+        copied, copied_panel, copied_column = 0, 0, c * SIDE
+        for _ in range(0, tiles * steps):
+            rows = tl.minimum(r * SIDE + copied_panel * BLOCK_M + tl.arange(0, BLOCK_M), N - 1)
+            cols = tl.minimum(copied_column + tl.arange(0, BLOCK_N), N - 1)
+            d = copied + tl.arange(0, BLOCK_K)
             a = tl.load(x_ptr + rows.to(tl.int64)[:, None] * D + d[None, :])
             b = tl.load(x_ptr + cols.to(tl.int64)[None, :] * D + d[:, None])
+            copied += BLOCK_K
+            copied_panel = tl.where(copied == D, copied_panel + 1, copied_panel)
+            copied = tl.where(copied == D, 0, copied)
+            copied_column = tl.where(copied_panel == panels, copied_column + BLOCK_N, copied_column)
+            copied_panel = tl.where(copied_panel == panels, 0, copied_panel)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
             k += 1
             if k == steps:
                 nothing = tl.zeros([BLOCK_M], tl.float32)
                 sums, pos_sums, ext_sums, column_sums = _add_tile(
-                    nothing, nothing, nothing, column_sums, acc, r * side, panel, first_column >> 5, 0,
+                    nothing, nothing, nothing, column_sums, acc, r * SIDE, panel, first_column >> 5, 0,
                     positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr, N, R, W, scale, shift,
                     ALL, SYMMETRIC_POSITIVES, HAS_EXTRA, SYMMETRIC_EXTRA, HAS_NEGATIVES, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-                out_rows = r * side + (panel * BLOCK_M + tl.arange(0, BLOCK_M))
+                out_rows = r * SIDE + (panel * BLOCK_M + tl.arange(0, BLOCK_M))
                 at = parts_ptr + part_of_rows + out_rows
                 # The thread that stores a number reads it back. No barrier is needed, and none would be pipelined.
-                again = (out_rows < N) & (first_column != c * side)
+                again = (out_rows < N) & (first_column != c * SIDE)
                 tl.store(at, tl.load(at, mask=again, other=0.0) + sums, mask=out_rows < N)
                 at += table
                 pos_sums = tl.load(at, mask=again, other=0.0) + pos_sums * (LN2 * scale)
@@ -292,10 +297,10 @@ def _stats_of_triangle(x: Tensor, masks: Masks, scale: float) -> tuple[Tensor, T
     parts = torch.empty((tables, regions, streams, n), dtype=torch.float32, device=x.device)
     with on_device(x):
         _contrastive_triangle_stats_kernel[(triangle_programs(regions, _REGION_GROUP), streams)](
-            x, *bits, parts, n, d, masks.period(n), bits[0].stride(0), regions, side, scale, scale,
+            x, *bits, parts, n, d, masks.period(n), bits[0].stride(0), regions, scale, scale,
             ALL=masks.everything, SYMMETRIC_POSITIVES=masks.positives_t is None, HAS_EXTRA=masks.extra is not None,
             SYMMETRIC_EXTRA=masks.extra_t is None, HAS_NEGATIVES=masks.negatives is not None,
-            GROUP=_REGION_GROUP, PRECISION=precision(x.dtype), **config,
+            SIDE=side, GROUP=_REGION_GROUP, PRECISION=precision(x.dtype), **config,
         )  # fmt: skip
     shift = torch.full((1, 1, 1), scale, dtype=torch.float32, device=x.device)
     return parts[0], shift, parts[1], parts[2] if tables == 3 else torch.zeros_like(parts[1, :1])
