@@ -24,8 +24,8 @@ from torch import Tensor
 from hpkernels import tuning
 
 OPS = (  # the routes come last: they are compared with the tiles found before
-    "contrastive_stats", "contrastive_stats_sparse", "contrastive_grad_fused", "contrastive_grad_workspace",
-    "contrastive_grad_sparse", "contrastive_grad",
+    "contrastive_stats", "contrastive_stats_triangle", "contrastive_stats_triangle_masked", "contrastive_stats_sparse",
+    "contrastive_grad_fused", "contrastive_grad_workspace", "contrastive_grad_sparse", "contrastive_grad",
 )  # fmt: skip
 WIDTHS, ROWS = (64, 128, 256, 512, 768), (2048, 16384, 50176)
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
@@ -46,7 +46,7 @@ def candidates(op: str, kind: str, d: int) -> list[dict]:
     found = []
     for warps, stages in itertools.product((4, 8), (2, 3, 4) if half else (1, 2)):
         launch = {"num_warps": warps, "num_stages": stages}
-        if op in ("contrastive_stats", "contrastive_grad_workspace"):
+        if op in ("contrastive_grad_workspace",) or op in OPS[:3]:
             for m, n, k in itertools.product(sides, sides, steps):
                 found.append({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, **launch})
         elif op == "contrastive_stats_sparse":
@@ -77,13 +77,16 @@ def problem(op: str, dtype: torch.dtype, d: int, n: int, device: torch.device) -
     negatives = bits(3, n // 4, 0.02 if sparse else 0.5)
     turned = [pair_bits.transpose_bits(pairs, n) for pairs in (P, Q)]
     masks = Masks(P, turned[0], Q, turned[1], negatives, "sparse" if sparse else "dense")
+    if op == "contrastive_stats_triangle":
+        masks = Masks(P, turned[0], Q, turned[1])
+    temperature = 0.02 if op == "contrastive_stats" else 0.8  # from 0.025 on the triangle's kernel is taken
     vectors = [torch.randn(1, n, device=device, generator=generator) / n for _ in range(3)]
     vectors = [torch.full((1, n), float(torch.tensor(n).log()), device=device), *vectors]
 
     def run(module: ModuleType, as_dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
         rows = x.to(as_dtype)
         if "stats" in op:
-            return tuple(module.contrastive_stats(rows, masks, 0.8))
+            return tuple(module.contrastive_stats(rows, masks, temperature))
         exact = [v.to(as_dtype) if as_dtype == torch.float64 else v for v in vectors]
         return (module.contrastive_grad(rows, masks, 0.8, *exact),)
 

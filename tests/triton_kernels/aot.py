@@ -195,17 +195,26 @@ def _contrastive_stats_cases(x: torch.Tensor) -> Iterator[Case]:
     from hpkernels.ops.contrastive import triton as contrastive
     from hpkernels.ops.contrastive.masks import Masks
 
-    bits, extra = torch.zeros(2, len(x), 8, dtype=torch.int32)
+    bits, turned, extra, extra_turned = torch.zeros(4, len(x), 8, dtype=torch.int32)
     negatives = torch.zeros(64, 8, dtype=torch.int32)
-    for temperature in (0.8, 0.01):
-        for mode, masks in (
-            ("all", (bits, None, None, None, None)),
-            ("dense", (bits, None, extra, None, negatives)),
-            ("sparse", (bits, None, extra, None, negatives)),
-            ("sparse", (bits, None, None, None, None)),
-        ):
-            arguments = (x[None], Masks(*masks, mode), temperature)
-            yield f"stats {mode} {temperature}", functools.partial(contrastive.contrastive_stats, *arguments)
+    forms = (
+        ("all", (bits, None, None, None, None)),
+        ("all", (bits, None, extra, None, None)),
+        ("dense", (bits, None, extra, None, negatives)),
+        ("dense", (bits, turned, extra, extra_turned, negatives)),
+        ("sparse", (bits, None, extra, None, negatives)),
+        ("sparse", (bits, None, None, None, None)),
+    )
+    for temperature, first_row, (mode, masks) in itertools.product((0.8, 0.01), (0, 32), forms):
+        if first_row and mode == "sparse":  # the same kernels
+            continue
+        whole = Masks(*masks, mode, first_row)
+        part = whole._replace(**{
+            name: mask[first_row:] for name, mask in whole._asdict().items()
+            if name not in ("negatives", "denominator", "first_row") and mask is not None
+        })  # fmt: skip
+        name = f"stats {mode} {sum(m is not None for m in masks)} from {first_row} {temperature}"
+        yield name, functools.partial(contrastive.contrastive_stats, x[None], part, temperature)
 
 
 def _contrastive_grad_cases(x: torch.Tensor) -> Iterator[Case]:
