@@ -46,7 +46,7 @@ def candidates(op: str, kind: str, d: int) -> list[dict]:
     found = []
     for warps, stages in itertools.product((4, 8), (2, 3, 4) if half else (1, 2)):
         launch = {"num_warps": warps, "num_stages": stages}
-        if op in ("contrastive_grad_workspace",) or op in OPS[:3]:
+        if op == "contrastive_grad_workspace" or ("stats" in op and op != "contrastive_stats_sparse"):
             for m, n, k in itertools.product(sides, sides, steps):
                 found.append({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, **launch})
         elif op == "contrastive_stats_sparse":

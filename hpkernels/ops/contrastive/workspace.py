@@ -10,7 +10,8 @@ from torch import Tensor
 from hpkernels import tuning
 from hpkernels.ops.common.gpu import tf32_accepted
 
-WORKSPACE_BYTES = 256 << 20
+WORKSPACE_BYTES = 256 << 20  # of the windows of columns
+WEIGHTS_BYTES = 128 << 20  # of a block of G + G^T
 _LIBRARY_SUMS_IN_FP32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 8)  # torch.mm(..., out_dtype)
 
 
@@ -35,14 +36,14 @@ def grad_by_workspace(
 
     write_weights(stream, block_row, block_rows, workspace) writes the rows of G + G^T from block_row on, a multiple of
     first_multiple: block_rows x N of them, in x's dtype, into workspace rows of whole 16-byte chunks. The workspace has
-    at most WORKSPACE_BYTES, more only where fewer than row_multiple rows fit. One library product makes a block's
+    at most WEIGHTS_BYTES, more only where fewer than row_multiple rows fit. One library product makes a block's
     gradient of it, so no sum is carried from block to block.
     """
     streams, total, _ = x.shape
     out = x.new_empty(streams, n, x.shape[2])
     width = -(-total // 8) * 8
     begin, end = first_row // first_multiple * first_multiple, first_row + n
-    fitting = WORKSPACE_BYTES // (width * x.element_size()) // row_multiple * row_multiple
+    fitting = WEIGHTS_BYTES // (width * x.element_size()) // row_multiple * row_multiple
     rows = min(max(row_multiple, fitting), end - begin)
     workspace = x.new_empty(rows, width)
     for s in range(streams):

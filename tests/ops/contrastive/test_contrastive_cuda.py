@@ -49,7 +49,7 @@ def test_a_column_side_that_finds_no_room_is_summed_from_the_bits(kernels, way, 
 
 def test_blocks_of_the_workspace(kernels, way, dtype, monkeypatch):
     """Several, the first of them beginning before the anchors."""
-    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(workspace, "WEIGHTS_BYTES", 0)
     problem = problem_of(150, 24, streams=1, negative_rows=50, symmetric=False, temperature=0.5)
     check(kernels, way, problem, "dense", dtype, [(37, 138)])
 

@@ -34,7 +34,7 @@ def test_sparse_windows_share_the_workspace(kernels, way, dtype, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.5, 0.04])
 def test_routes_of_the_dense_gradient(kernels, way, route, first_row, n, temperature, dtype, monkeypatch):
     """Several blocks of the workspace, the first of them beginning before the anchors."""
-    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(workspace, "WEIGHTS_BYTES", 0)
     problem = problem_of(150, 24, negative_rows=50, symmetric=False, temperature=temperature)
     with tuning.forced("contrastive_grad", {"route": route}):
         check(kernels, way, problem, "dense", dtype, [(first_row, first_row + n)])

@@ -2,7 +2,7 @@
 
     fused       a row panel owns its output: the tile of x_j is loaded once for both products, z = x_i x_j^T and
                 dX_i += (G + G^T) x_j. Nothing of size N x N is stored.
-    workspace   a kernel writes W = G + G^T for a block of anchors (rows x N, x's dtype, at most 256 MiB), and a library
+    workspace   a kernel writes W = G + G^T for a block of anchors (rows x N, x's dtype, at most 128 MiB), and a library
                 product makes the block's gradient of it in one piece: no sum is carried from block to block.
 
 Which one is the tuning table's choice. Both accumulate in fp32 and round W to x's dtype. Logits are in base 2.
