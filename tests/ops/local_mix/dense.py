@@ -19,6 +19,16 @@ def mix(code, weights, height, width):
     return torch.einsum("btn,btnd->btd", torch.where(inside, weights, 0), code[:, index])
 
 
+def published_bound(device: str) -> float:
+    """Largest difference to a published output, of its largest number: 1e-6 for sums in fp32, more on a GPU.
+
+    There a weight is a quotient of approximate exponentials. PTX documents a relative error of at most 2^-22 for
+    ex2.approx (CUDA C++: two units, as much, for expf), which both sides may have, and two units for a division.
+    Logits of the published data lie within 0.1 of a quantile where they are not clamped: their exponents add nothing.
+    """
+    return 1e-6 + (0 if device == "cpu" else 3 * 2**-22)
+
+
 def check_weights(ours, logits, grid, low=0.1, high=0.9, bound=2e-6):
     """Against the published steps: a tap is kept where its softmax is not below the row's mean 1/T.
 
