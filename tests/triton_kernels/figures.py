@@ -11,7 +11,9 @@ import triton
 from tests.triton_kernels.offsets import narrow_offsets
 
 SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "gfx942": 64 * 1024}
-_LOAD_16 = r"cp\.async\.c\S+ .*?, 0x10\b|ld\.global\S*\.v4\.[bfsu]32|ld\.global\S*\.v2\.[bfsu]64"
+_LOAD_16 = (
+    r"cp\.async\.bulk\.tensor|cp\.async\.c\S+ .*?, 0x10\b|ld\.global\S*\.v4\.[bfsu]32|ld\.global\S*\.v2\.[bfsu]64"
+)
 
 
 def resources(kernel: object) -> dict[str, int]:
