@@ -23,20 +23,19 @@ import functools
 import itertools
 import json
 import multiprocessing
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import torch
 import triton
 
 from hpkernels import tuning
 from hpkernels.common.bits import words
-from hpkernels.ops.common import triton as common
 from tests.triton_kernels.figures import faults, resources
 from tests.triton_kernels.recorder import TARGETS, Launch, Recorder, compile_for
 
@@ -44,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "aot.json"
 TRITONS = ("3.5", "3.6", "3.8")  # CONTRIBUTING.md has their versions of torch
 DTYPES = (torch.bfloat16, torch.float32)  # one of each class of the configuration tables
+PRECISIONS = ("ieee", "tf32")  # what a user may set torch's products of fp32 tensors to, beside the default
 WIDTHS = (64, 128, 256, 512, 1024)  # one of each class; others are padded to one of these
 MAIN_WIDTH = 512  # kernels whose configuration does not depend on the width are compiled once
 # Rows of a batch, and its tokens an image. Which sizes are multiples of 16 decides what is compiled: 64 images of 28 x
@@ -77,8 +77,8 @@ def cases(
         if rows == PAPER or width == MAIN_WIDTH:
             for name, call in _cases(torch.empty(rows, width, dtype=dtype)):
                 yield f"{name} {rows}", call
-                if dtype == torch.float32 and rows == PAPER:
-                    yield f"{name} {rows} asked", functools.partial(_as_asked, call)
+                for setting in PRECISIONS if dtype == torch.float32 and rows == PAPER else ():
+                    yield f"{name} {rows} {setting}", functools.partial(_in_precision, setting, call)
 
 
 def _cases(x: torch.Tensor) -> Iterator[Case]:
@@ -99,13 +99,9 @@ def _cases(x: torch.Tensor) -> Iterator[Case]:
             yield from _local_mix_cases(x.dtype)
 
 
-def _as_asked(call: Callable[[], object]) -> object:
-    """With the form of fp32 products that is not the default: IEEE, or three TF32 products where that is."""
+def _in_precision(setting: str, call: Callable[[], object]) -> object:
     matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = (
-        matmul.fp32_precision,
-        "tf32" if common.precision(torch.float32) == "ieee" else "ieee",
-    )
+    before, matmul.fp32_precision = matmul.fp32_precision, setting
     try:
         return call()
     finally:
@@ -256,17 +252,13 @@ SHARE = 8  # kernels a process takes at a time
 _wanted: dict[str, dict[str, Launch]] = {}  # what the processes, forks of this one, are to compile
 
 
-def shipped(
-    arch: str, only: Callable[[str], bool] = lambda case: True, of: str = "", **choice: tuple
-) -> dict[str, Launch]:
-    """Every launch on `arch` by name, or those of the chosen cases, as under Triton `of` (by default this one); nothing
-    is compiled."""
-    as_of = mock.patch.object(common, "HAS_BF16X6", common.knows_bf16x6(of or triton.__version__))
-    with as_of, Recorder(arch, compile=False) as recorder:
+def shipped(arch: str, only: Callable[[str], bool] = lambda case: True, **choice: tuple) -> dict[str, Launch]:
+    """Every launch on `arch` by name, or those of the chosen cases; nothing is compiled."""
+    with Recorder(arch, compile=False) as recorder:
         for case, call in cases(**CHOICE.get(arch, {}) | choice):
             if only(case):
                 call()
-    return recorder.launches
+    return recorder.calls
 
 
 def version() -> str:
@@ -281,17 +273,24 @@ def recorded() -> dict[str, dict]:
 
 def check() -> list[str]:
     """What is wrong with the committed table: faults, and configurations that it lacks or has of an older source."""
-    parts = recorded()
+    parts, launches = recorded(), {arch: shipped(arch) for arch in TARGETS}
     wrong = [f"Triton {missing}: no part of the table" for missing in sorted(set(TRITONS) - parts.keys())]
-    for (of, part), arch in itertools.product(parts.items(), TARGETS):
-        now, kernels, where = shipped(arch, of=of), part["kernels"][arch], f"Triton {of}, {arch}"
+    for (of, part), (arch, now) in itertools.product(parts.items(), launches.items()):
+        kernels, where = part["kernels"][arch], f"Triton {of}, {arch}"
+        known = {_form(name, of): figures["source"] for name, figures in kernels.items()}
         wrong += [
             f"{where} {name}: {fault}" for name, figures in kernels.items() for fault in faults(name, arch, figures)
         ]
-        stale = [name for name, launch in now.items() if kernels.get(name, {}).get("source") != launch.source]
+        stale = [name for name, launch in now.items() if known.get(_form(name, of)) != launch.source]
         wrong += [f"{where} {name}: changed or new; run `python -m tests.triton_kernels.aot`" for name in stale]
-        wrong += [f"{where} {name}: no longer shipped" for name in kernels.keys() - now.keys()]
+        gone = known.keys() - {_form(name, of) for name in now}
+        wrong += [f"{where} {name}: no longer shipped" for name in sorted(gone)]
     return wrong
+
+
+def _form(name: str, of: str) -> str:
+    """A launch's name, without what this Triton and that of a part may differ in: the forms of fp32 products."""
+    return name if of == version() else re.sub(r" PRECISION=\w+", "", name)
 
 
 def compile_all(jobs: int) -> dict[str, dict]:

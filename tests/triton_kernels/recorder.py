@@ -83,11 +83,11 @@ def _flat(args: tuple, kwargs: dict) -> Iterator:
 
 
 class _Pointer:
-    """All that a compiler wants to know of a tensor."""
+    """All that a compiler wants to know of a tensor, or of what stands for one."""
 
-    def __init__(self, tensor: Tensor):
+    def __init__(self, tensor: Any):
         self.dtype, self.misalignment = tensor.dtype, tensor.data_ptr() % 16
-        self.small = tensor.untyped_storage().nbytes() < 1 << 31
+        self.small = not isinstance(tensor, Tensor) or tensor.untyped_storage().nbytes() < 1 << 31
 
     def data_ptr(self) -> int:
         return self.misalignment
@@ -120,21 +120,26 @@ def compile_for(arch: str, launches: Iterable[Launch]) -> list[object]:
 
 
 class Recorder:
-    """Within its context kernel launches are recorded, and compiled if `compile` is set (`kernels`)."""
+    """Within its context kernel launches are recorded, and compiled if `compile` is set (`kernels`).
+
+    All by name: `launches` has the hashes of the kernels' sources, `calls` what can be compiled later.
+    """
 
     def __init__(self, arch: str, compile: bool):
         self.arch, self.compile = arch, compile
-        self.launches: dict[str, Launch] = {}
+        self.launches: dict[str, str] = {}
+        self.calls: dict[str, Launch] = {}
         self.kernels: dict[str, object] = {}
 
     def __enter__(self) -> Recorder:
         def run(kernel, *args, grid, warmup, **kwargs):
             name = _launch_name(kernel, args, kwargs)
             if name not in self.launches:
-                pointers = tuple(_Pointer(x) if isinstance(x, Tensor) else x for x in args)
-                self.launches[name] = Launch(kernel, pointers, kwargs, source_hash(kernel))
+                self.launches[name] = source_hash(kernel)
+                pointers = tuple(_Pointer(x) if hasattr(x, "data_ptr") else x for x in args)
+                self.calls[name] = Launch(kernel, pointers, kwargs, self.launches[name])
                 if self.compile:
-                    self.kernels[name] = self.launches[name].compiled()
+                    self.kernels[name] = self.calls[name].compiled()
 
         JITFunction.run = run
         self._family, self._processors = tuning.family, gpu.processor_count
@@ -183,12 +188,12 @@ def _launch_name(kernel: JITFunction, args: tuple, kwargs: dict) -> str:
     dtype = str(at_run[0][1].dtype).removeprefix("torch.")
     given = {key: value for key, value in given.items() if key != "PRECISION" or dtype == "float32"}
     shown = " ".join(f"{key}={value if isinstance(value, str) else int(value)}" for key, value in sorted(given.items()))
-    pointers = "".join(_pointer(value) for _, value in at_run if isinstance(value, Tensor))
-    numbers = "".join(_number(p, value) for p, value in at_run if not isinstance(value, Tensor))
+    pointers = "".join(_pointer(value) for _, value in at_run if hasattr(value, "data_ptr"))
+    numbers = "".join(_number(p, value) for p, value in at_run if not hasattr(value, "data_ptr"))
     return f"{kernel.__name__} {dtype} {pointers}({numbers}) {shown}"
 
 
-def _pointer(tensor: Tensor) -> str:
+def _pointer(tensor: Any) -> str:
     letter = _TYPES[tensor.dtype]
     return letter.upper() if tensor.data_ptr() % 16 else letter
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,38 @@ def test_what_triton_compiles_in_is_part_of_a_name():
         == name(dtype=half)
         == "_pairs_above_triangle_kernel bfloat16 bbb(dddnD) BLOCK_M=64"
     )
+
+
+def test_every_part_of_the_table_is_checked(monkeypatch: pytest.MonkeyPatch):
+    """A part that is missing, a launch that is stale, new, gone or at fault is named, in whichever part it is."""
+    from tests.triton_kernels import aot
+
+    figures = {"registers": 99, "stack": 0, "shared": 0, "products": 0, "narrow_offsets": 0}
+    names = ("a float32 f(d) PRECISION=ieee", "b float32 f(d)")
+
+    def part(other: str, **changes: object) -> dict:  # other: a form of fp32 products that this Triton lacks
+        rows = {
+            names[0].replace("ieee", other): figures | {"source": "1"},
+            names[1]: figures | {"source": "1"} | changes,
+        }
+        return {"kernels": dict.fromkeys(aot.TARGETS, rows)}
+
+    now = {name: SimpleNamespace(source="1") for name in names}
+    monkeypatch.setattr(aot, "shipped", lambda arch: now)
+
+    def check(**changes: object) -> list[str]:
+        parts = {of: part("bf16x6" if of == "3.6" else "ieee") for of in aot.TRITONS}
+        monkeypatch.setattr(aot, "recorded", lambda: parts | {"3.6": part("bf16x6", **changes)})
+        return aot.check()
+
+    assert check() == []
+    assert "Triton 3.6, 80 b float32 f(d): 8 bytes of stack: registers are spilled" in check(stack=8)
+    assert any("3.6, 90 b" in line and "changed or new" in line for line in check(source="2"))
+    assert any("3.6, 90 b float32 f(d): refused" in line for line in check(error="refused"))
+    monkeypatch.setattr(aot, "shipped", lambda arch: {names[0]: now[names[0]]})
+    assert len([line for line in check() if "no longer shipped" in line]) == len(aot.TARGETS) * len(aot.TRITONS)
+    monkeypatch.setattr(aot, "recorded", dict)
+    assert aot.check() == [f"Triton {missing}: no part of the table" for missing in aot.TRITONS]
 
 
 def test_the_table_has_the_oldest_and_the_newest_triton_of_our_torches():
