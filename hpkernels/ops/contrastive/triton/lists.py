@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from hpkernels.ops.common.triton import on_device, popcount
-from hpkernels.ops.pair_bits.triton import count_bits
 
 PANEL = 16  # rows that share a list of positives
 BLOCK = tl.constexpr(64)  # columns of a block, and what lists are padded to: every BLOCK_C divides it
@@ -59,6 +58,17 @@ def _union_of_panels(masks: list[Tensor]) -> Tensor:
             MASKS=len(distinct), ROWS=PANEL, BLOCK_W=_UNION_WORDS, num_warps=2,
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def _contrastive_count_kernel(bits_ptr, counts_ptr, W):
+    """Set bits of a row."""
+    row_ptr = bits_ptr + tl.program_id(0).to(tl.int64) * W
+    bits = tl.zeros([SCAN_WORDS], tl.int32)
+    for first in range(0, W, SCAN_WORDS):
+        word = first + tl.arange(0, SCAN_WORDS)
+        bits += popcount(tl.load(row_ptr + word, mask=word < W, other=0))
+    tl.store(counts_ptr + tl.program_id(0), tl.sum(bits, 0))
 
 
 @triton.jit
@@ -112,7 +122,9 @@ class Lists:
         """One list for each row of bits; that share of their n columns finds room."""
         self.number, width = bits.shape
         pool = self.number * (math.ceil(share * n) + BLOCK.value)  # all lists fit that have less than a block
-        self.counts = count_bits(bits)
+        self.counts = bits.new_empty(self.number)
+        with on_device(bits):
+            _contrastive_count_kernel[(self.number,)](bits, self.counts, width, num_warps=4)
         padded = (self.counts + (BLOCK.value - 1)) // BLOCK.value * BLOCK.value
         self.starts = padded.cumsum(0, dtype=torch.int64) - padded
         self.columns = bits.new_empty(pool + self.number * triton.cdiv(n, BLOCK.value))
