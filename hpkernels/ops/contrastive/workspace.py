@@ -1,4 +1,4 @@
-"""Workspaces of bounded size for the gradient, in Triton and in CUDA C++: blocks of G + G^T, windows of columns."""
+"""Workspaces of bounded size for the gradient: blocks of G + G^T, and the windows of columns of CUDA C++."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hpkernels import tuning
+from hpkernels.common.bits import pack
 from hpkernels.ops.contrastive import workspace
 from hpkernels.ops.contrastive.triton import columns, lists
 from tests.guard import before_guard_page
@@ -14,11 +15,27 @@ from tests.ops.contrastive.problems import check, problem_of
 OP = "contrastive"
 
 
-@pytest.mark.cases("rate", [0.1, 0.9])
-def test_sparse_lists_without_room_are_lists_of_blocks(kernels, way, rate, dtype, monkeypatch):
+@pytest.mark.parametrize("first, end", [(0, 80), (17, 40)])
+def test_sparse_lists_without_room_are_lists_of_blocks(kernels, way, first, end, dtype, monkeypatch):
+    """Some of the lists: there is room for 64 columns each, on average, and every second row of M has none."""
     monkeypatch.setattr(lists, "_POOL_SHARES", (0.0, 0.0))
-    problem = problem_of(40, 16, streams=1, negative_rows=10, rate=rate, symmetric=False, temperature=0.5)
-    check(kernels, way, problem, "sparse", dtype)
+    problem = problem_of(80, 16, streams=1, negative_rows=10, rate=0.95, density=0.3, symmetric=False)
+    check(kernels, way, problem, "sparse", dtype, [(first, end)])
+
+
+def test_sparse_work_grows_with_the_pairs(kernels, monkeypatch):
+    """Tiles of a list: those of its columns where it finds room, else those of the blocks that have one."""
+    monkeypatch.setattr(lists, "_POOL_SHARES", (0.0, 0.0))
+    n = 1000
+    for columns_of_list in (range(0, n, 50), range(300, 400), range(n)):
+        bits = torch.zeros(16, n, dtype=torch.bool)
+        bits[3, columns_of_list] = True
+        found = lists.positive_lists(n, pack(bits))
+        blocks = {column // 64 for column in columns_of_list}
+        listed = found.counts.abs().item()
+        assert listed == (
+            len(columns_of_list) if len(columns_of_list) <= 64 else sum(min(64, n - 64 * b) for b in blocks)
+        )
 
 
 @pytest.mark.cases("rate", [0.1, 0.9])

@@ -315,7 +315,7 @@ def test_lists_that_start_late(negatives):
     for is_far, out, width_out in ((False, near, 16), (True, far.start, far.stride)):
         address, width, _ = masks(is_far)
         first = 2**32 if is_far else 0
-        lists = (torch.tensor([first]), counts, columns.start if is_far else torch.arange(32, dtype=torch.int32), 2**33)
+        lists = (torch.tensor([first]), counts, columns.start if is_far else torch.arange(32, dtype=torch.int32))
         parts = torch.empty(4, 1, 32)
         sparse._contrastive_listed_stats_kernel[(1, 1, 1)](
             x, *[address] * 3, *lists, *parts, 0, 32, 32, 16, 1, width, 1.0, 0.0, FIXED_SHIFT=True, **flags, **blocks

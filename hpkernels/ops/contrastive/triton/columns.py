@@ -23,9 +23,9 @@ from torch import Tensor
 from hpkernels.ops.common.gpu import processor_count
 from hpkernels.ops.common.triton import popcount, precision, tile_product, transpose_bits
 from hpkernels.ops.contrastive.masks import Masks
-from hpkernels.ops.contrastive.triton.lists import Lists, bits_at, list_rows, list_tiles, tile_columns
+from hpkernels.ops.contrastive.triton.lists import Lists, bits_at, list_rows, tile_columns
 
-WINDOW_BYTES = 40 << 20  # of slots; two windows are at work
+WINDOW_BYTES = 32 << 20  # of slots; two windows are at work
 _WORKERS_PER_PROCESSOR = 4
 _SUM_ITEMS = 132  # of the sums of a window
 _SUM_COLUMNS = 16  # that a program adds up at a time
@@ -146,8 +146,8 @@ def _column_products(
         begin = _rank(negatives_ptr, ranks_ptr, t, tl.minimum(first, N - 1), W)
         count = tl.where(last < N, _rank(negatives_ptr, ranks_ptr, t, tl.minimum(last, N - 1), W), count) - begin
         start += begin
-    for tile in range(0, list_tiles(count, BLOCK_C)):
-        cols, there = tile_columns(lists_ptr, start, count, tile, N, BLOCK_C)
+    for tile in range(0, tl.cdiv(tl.abs(count), BLOCK_C)):
+        cols, there = tile_columns(lists_ptr, start, count, tile, BLOCK_C)
         there &= (cols >= first) & (cols < last) & bits_at(negatives_ptr, t, cols, W)
         if RESIDENT:
             x_cols = tl.load(x_ptr + cols.to(tl.int64)[None, :] * D + d[:, None])

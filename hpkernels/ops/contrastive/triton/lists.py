@@ -81,7 +81,7 @@ def list_columns(row_ptr, word, first, last, list_ptr, listed):
 
 @triton.jit
 def _contrastive_fill_lists_kernel(bits_ptr, starts_ptr, counts_ptr, lists_ptr, capacity, N, W):
-    """The columns of the list behind its start or, without room, its blocks behind the pool, as a negative count."""
+    """The columns of the list behind its start or, without room, its blocks behind the pool: a count below 0."""
     item = tl.program_id(0)
     row_ptr = bits_ptr + item.to(tl.int64) * W
     start = tl.load(starts_ptr + item)
@@ -91,6 +91,7 @@ def _contrastive_fill_lists_kernel(bits_ptr, starts_ptr, counts_ptr, lists_ptr, 
             listed = list_columns(row_ptr, word, 0, N, lists_ptr + start, listed)
     else:
         start = capacity + item.to(tl.int64) * tl.cdiv(N, BLOCK)
+        count = 0
         for first in range(0, W, SCAN_WORDS):
             word = first + 2 * tl.arange(0, SCAN_WORDS // 2)
             words = tl.load(row_ptr + word, mask=word < W, other=0)
@@ -98,17 +99,18 @@ def _contrastive_fill_lists_kernel(bits_ptr, starts_ptr, counts_ptr, lists_ptr, 
             some = (words != 0).to(tl.int32)
             tl.store(lists_ptr + start + listed + tl.cumsum(some, 0) - some, word * 32, mask=words != 0)
             listed += tl.sum(some, 0)
+            count += tl.sum(some * tl.minimum(N - word * 32, BLOCK), 0)
         tl.store(starts_ptr + item, start)
-        tl.store(counts_ptr + item, -listed)
+        tl.store(counts_ptr + item, -count)
 
 
 class Lists:
-    """List n has counts[n] columns from starts[n] (int64) on or, where that is negative, so many blocks of columns."""
+    """List n names |counts[n]| columns from starts[n] (int64) on: each of them or, below 0, the first of each block."""
 
     def __init__(self, bits: Tensor, n: int, share: float):
-        """One list for each row of bits; that share of their n columns finds room, and a block for each list."""
+        """One list for each row of bits; that share of their n columns finds room."""
         self.number, width = bits.shape
-        pool = self.number * (math.ceil(share * n) + (BLOCK.value if share else 0))
+        pool = self.number * (math.ceil(share * n) + BLOCK.value)  # all lists fit that have less than a block
         (self.counts,) = count_bits(bits)
         padded = (self.counts + (BLOCK.value - 1)) // BLOCK.value * BLOCK.value
         self.starts = padded.cumsum(0, dtype=torch.int64) - padded
@@ -131,20 +133,13 @@ def negative_lists(negatives: Tensor, n: int) -> Lists:
 
 
 @triton.jit
-def list_tiles(count, BLOCK_C: tl.constexpr):
-    """Tiles of a list."""
-    return tl.cdiv(tl.maximum(count, -count * BLOCK), BLOCK_C)
-
-
-@triton.jit
-def tile_columns(columns_ptr, start, count, tile, N, BLOCK_C: tl.constexpr):
-    """Columns of tile `tile` of a list, and which of them are there."""
+def tile_columns(columns_ptr, start, count, tile, BLOCK_C: tl.constexpr):
+    """Columns of tile `tile` of a list, and which of them are there; the others are some column of the first block."""
     slot = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    exact = count >= 0
-    there = slot < tl.maximum(count, -count * BLOCK)
-    cols = tl.load(columns_ptr + start + tl.where(exact, slot, slot // BLOCK), mask=there, other=0)
-    cols += tl.where(exact, 0, slot % BLOCK)
-    return tl.minimum(cols, N - 1), there & (cols < N)
+    there = slot < tl.abs(count)
+    entry = tl.where(count < 0, slot // BLOCK, slot)
+    offset = slot & tl.where(count < 0, BLOCK - 1, 0)
+    return tl.load(columns_ptr + start + entry, mask=there, other=0) + offset, there
 
 
 @triton.jit

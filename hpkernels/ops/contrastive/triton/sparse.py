@@ -20,7 +20,6 @@ from hpkernels.ops.contrastive.triton.lists import (
     PANEL,
     bits_at,
     list_rows,
-    list_tiles,
     negative_lists,
     positive_lists,
     tile_columns,
@@ -51,8 +50,8 @@ def _contrastive_listed_stats_kernel(
     shift = tl.full([BLOCK_R], float("-inf"), tl.float32)
     if FIXED_SHIFT:
         shift = tl.zeros([BLOCK_R], tl.float32) + fixed_shift
-    for tile in range(0, list_tiles(count, BLOCK_C)):
-        cols, there = tile_columns(columns_ptr, start, count, tile, N, BLOCK_C)
+    for tile in range(0, tl.cdiv(tl.abs(count), BLOCK_C)):
+        cols, there = tile_columns(columns_ptr, start, count, tile, BLOCK_C)
         z = tile_product(x_ptr, x_ptr, cols, valid_rows, D, D, D, BLOCK_C, BLOCK_R, BLOCK_K, PRECISION)
         z *= scale
         others = (rows[None, :] != cols[:, None]) & there[:, None]

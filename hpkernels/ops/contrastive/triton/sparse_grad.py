@@ -21,7 +21,6 @@ from hpkernels.ops.contrastive.triton.lists import (
     Lists,
     bits_at,
     list_rows,
-    list_tiles,
     negative_lists,
     positive_lists,
     tile_columns,
@@ -59,8 +58,8 @@ def _contrastive_listed_grad_kernel(
     gp_i = tl.load(grad_pos_ptr + valid_rows)[None, :]
     ge_i = tl.load(grad_ext_ptr + valid_rows)[None, :]
     acc = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
-    for tile in range(0, list_tiles(count, BLOCK_C)):
-        cols, there = tile_columns(columns_ptr, start, count, tile, N, BLOCK_C)
+    for tile in range(0, tl.cdiv(tl.abs(count), BLOCK_C)):
+        cols, there = tile_columns(columns_ptr, start, count, tile, BLOCK_C)
         x_cols_at = cols.to(tl.int64)[:, None] * D + d[None, :]
         x_cols = tl.load(x_ptr + x_cols_at)
         if RESIDENT:
