@@ -146,6 +146,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = DTYPES, widths: tuple[int, ...] = WI
                 yield from _contrastive_stats_cases(x)
                 yield from _local_mix_cases(dtype)
                 yield from _pair_bits_cases()
+                yield from _pair_average_cases()
 
 
 def _pair_bits_cases() -> Iterator[Case]:
@@ -155,6 +156,19 @@ def _pair_bits_cases() -> Iterator[Case]:
     yield "random_bits", lambda: pair_bits.random_bits(torch.tensor(1), 256, 256, 0.02)
     yield "count_bits", lambda: pair_bits.count_bits(bits)
     yield "transpose_bits", lambda: pair_bits.transpose_bits(bits, 256)
+
+
+def _pair_average_cases() -> Iterator[Case]:
+    from hpkernels.ops.pair_average import triton as pair_average
+    from hpkernels.ops.pair_average.rows import Rows, Weights
+
+    rows = Rows(*torch.zeros(3, 2, 256), *torch.zeros(2, 256))
+    for weighting in ("pairs", "anchors", "separate"):
+        for extra in (0.5, torch.zeros(())):
+            weights, inverses = Weights(extra, 2, 2, weighting), torch.zeros(2, 2)
+            average, grad = pair_average.pair_average, pair_average.pair_average_grad
+            yield f"pair_average {weighting}", functools.partial(average, rows, weights, 1.0)
+            yield f"pair_average_grad {weighting}", functools.partial(grad, torch.zeros(()), rows, weights, inverses)
 
 
 def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:
