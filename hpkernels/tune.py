@@ -65,13 +65,13 @@ def candidates(op: str, kind: str, d: int) -> list[dict]:
             whole = max(64, 1 << (d - 1).bit_length())
             widths = [(min(256, whole), False)] + ([(whole, True)] if half and whole <= 512 else [])
             tall = 64 if half else 32
-            sides = {
+            tiles = {
                 "contrastive_grad_fused": [{"BLOCK_M": tall, "BLOCK_N": n} for n in (32, 64)],
                 "contrastive_grad_sparse": [{"BLOCK_C": tall}],
                 "contrastive_rows_sparse": [{"BLOCK_C": tall, "BLOCK_R": r} for r in (32, 64)],
                 "contrastive_columns_sparse": [{"BLOCK_C": c, "BLOCK_R": tall} for c in (16, 32, 64)],
             }[op]
-            for (width, resident), side in itertools.product(widths, sides):
+            for (width, resident), side in itertools.product(widths, tiles):
                 found.append({**side, "BLOCK_D": width, "BLOCK_K": steps[0], "RESIDENT": resident, **launch})
     return [config for i, config in enumerate(found) if config not in found[:i]]
 
