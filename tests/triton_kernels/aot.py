@@ -95,6 +95,7 @@ def _cases(x: torch.Tensor) -> Iterator[Case]:
         yield from _search_cases(x)
         yield from _contrastive_stats_cases(x)
         yield from _pair_bits_cases(x)
+        yield from _pair_average_cases(x)
         if len(x) == PAPER:
             yield from _local_mix_cases(x.dtype)
 
@@ -122,11 +123,26 @@ def _pair_bits_cases(x: torch.Tensor) -> Iterator[Case]:
     from hpkernels.ops.pair_bits import triton as pair_bits
 
     n, tokens = len(x), BATCHES[len(x)]
-    bits = _masks(x, 1)[0]
+    bits, extra = _masks(x, 2)
     yield "random_bits", lambda: pair_bits.random_bits(torch.tensor(1), tokens, n, 0.02)
     yield "count_bits", lambda: pair_bits.count_bits(bits)
+    yield "count_bits of two", lambda: pair_bits.count_bits(bits, extra)
     yield "transpose_bits", lambda: pair_bits.transpose_bits(bits, n)
     yield "transpose_bits negatives", lambda: pair_bits.transpose_bits(_negatives(x), n)
+
+
+def _pair_average_cases(x: torch.Tensor) -> Iterator[Case]:
+    from hpkernels.ops.pair_average import triton as pair_average
+    from hpkernels.ops.pair_average.rows import Rows, Weights
+
+    n, images = len(x), len(x) // BATCHES[len(x)]
+    rows = Rows(*torch.empty(3, 2, n), *torch.empty(2, n))
+    for weighting in ("pairs", "anchors", "separate"):
+        for extra in (0.5, torch.zeros(())):
+            weights, inverses = Weights(extra, images, images, weighting), torch.empty(2, images)
+            average, grad = pair_average.pair_average, pair_average.pair_average_grad
+            yield f"pair_average {weighting}", functools.partial(average, rows, weights, 1.0)
+            yield f"pair_average_grad {weighting}", functools.partial(grad, torch.zeros(()), rows, weights, inverses)
 
 
 def _local_mix_cases(dtype: torch.dtype) -> Iterator[Case]:

@@ -31,10 +31,8 @@ def _unit_rows(x):
 @triton.jit
 def _normalize_rows_kernel(first_ptr, second_ptr, out_ptr, N, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """out_i = x_i / ||x_i||, of the first stream and of the second behind it."""
-    x_ptr = first_ptr
-    if tl.program_id(1) == 1:
-        x_ptr = second_ptr
-        out_ptr += tl.cast(N, tl.int64) * D
+    x_ptr = tl.where(tl.program_id(1) == 0, first_ptr, second_ptr)
+    out_ptr += tl.program_id(1).to(tl.int64) * N * D
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = (rows < N)[:, None] & (d < D)[None, :]
@@ -49,10 +47,9 @@ def _normalize_rows_grad_kernel(
     grad_ptr, first_ptr, second_ptr, first_out_ptr, second_out_ptr, N, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """out_i = (g_i - <g_i, y_i> y_i) / ||x_i||, of the first stream and of the second, whose g lie behind."""
-    x_ptr, out_ptr = first_ptr, first_out_ptr
-    if tl.program_id(1) == 1:
-        x_ptr, out_ptr = second_ptr, second_out_ptr
-        grad_ptr += tl.cast(N, tl.int64) * D
+    x_ptr = tl.where(tl.program_id(1) == 0, first_ptr, second_ptr)
+    out_ptr = tl.where(tl.program_id(1) == 0, first_out_ptr, second_out_ptr)
+    grad_ptr += tl.program_id(1).to(tl.int64) * N * D
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = (rows < N)[:, None] & (d < D)[None, :]

@@ -18,7 +18,8 @@ def pair_average(rows: Rows, weights: Weights, scale: float, backend: str) -> Te
     """scale times the average that reference.py says, differentiable in lse, pos, ext and lambda."""
     extra, number = (weights.extra, 0.0) if isinstance(weights.extra, Tensor) else (None, float(weights.extra))
     learned = extra is not None and extra.requires_grad
-    if backend not in ("triton", dispatch.FASTEST) or learned:  # plain autograd
+    on_triton = backend == "triton" or (backend == dispatch.FASTEST and rows.lse.is_cuda)
+    if learned or not on_triton:  # plain autograd
         return reference.pair_average(rows, weights) * scale
     loss, _ = _pair_average(*rows, extra, number, *weights[1:], scale)
     return loss

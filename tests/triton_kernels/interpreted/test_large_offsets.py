@@ -159,9 +159,9 @@ def test_random_bits():
 def test_normalize():
     x, g = torch.randn(2, 8, 16)
     far_x, far_g, out, grad = spread(x), spread(g), empty(8, torch.float32), empty(8, torch.float32)
-    normalize._normalize_rows_kernel[(1,)](far_x.start, out.start, 8, far_x.stride, BLOCK_M=8, BLOCK_D=16)
+    normalize._normalize_rows_kernel[(1,)](far_x.start, far_x.start, out.start, 8, far_x.stride, BLOCK_M=8, BLOCK_D=16)
     normalize._normalize_rows_grad_kernel[(1,)](
-        far_g.start, far_x.start, grad.start, 8, far_x.stride, BLOCK_M=8, BLOCK_D=16
+        far_g.start, far_x.start, far_x.start, grad.start, grad.start, 8, far_x.stride, BLOCK_M=8, BLOCK_D=16
     )
     assert torch.equal(out.read(16), normalize.normalize_rows(x, "x"))
     assert torch.equal(grad.read(16), normalize.normalize_rows_grad(g, x))
