@@ -96,14 +96,21 @@ def cdiv(a: float, b: float) -> int:
 # ------------------------------------------------------------------ rows and bits
 
 
-@_of("_normalize_rows_kernel")
+@_of("_normalize_rows_kernel", "_normalize_rows_grad_kernel")
 def _(a, problem):
-    return Note(hbm=size(a.x_ptr, a.out_ptr))
+    tables, streams = 3 if hasattr(a, "grad_ptr") else 2, a.grid[1] if len(a.grid) > 1 else 1
+    return Note(hbm=tables * streams * size(getattr(a, "first_ptr", None) or a.x_ptr))
 
 
-@_of("_normalize_rows_grad_kernel")
+@_of("_pair_average_kernel")
 def _(a, problem):
-    return Note(hbm=size(a.grad_ptr, a.x_ptr, a.out_ptr))
+    # Streams go four at a time, then the rest.
+    return Note("average", turns=((cdiv(a.tokens, a.BLOCK), a.streams // 4, a.streams % 4),))
+
+
+@_of("_pair_average_grad_kernel")
+def _(a, problem):
+    return Note("average", turns=(a.streams // 4, a.streams % 4))
 
 
 @_of("_random_bits_kernel")
@@ -147,6 +154,18 @@ def _(a, problem):
         products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * a.C,
         hbm=size(a.q_ptr, a.k_ptr, a.out_ptr),
         reuse=8,
+    )
+
+
+@_of("_max_similarity_panel_kernel", having="q_tiles")
+def _(a, problem):
+    tiles, steps = a.tiles_per_split, a.C // a.BLOCK_K  # one loop over both
+    return Note(
+        turns=((tiles * steps, 1 / steps),),
+        products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * a.C,
+        hbm=size(a.q_ptr, a.k_ptr, a.out_ptr),
+        reuse=8,
+        copy_bytes=(a.BLOCK_M + a.BLOCK_N) / 2 * a.BLOCK_K * a.q_ptr.dtype.itemsize,
     )
 
 
