@@ -28,12 +28,13 @@ class Stage:
     least: tuple[str, ...] = ()  # stages whose work this is, as they count it
 
 
+_NORMALIZE = ("normalize_rows", "normalize_rows_grad", "normalize_streams", "normalize_streams_grad")
 STEP = (
-    Stage("normalise, NaN check", ("normalize_rows", "normalize_rows_grad"), "large", ("normalise",), ("normalise",)),
+    Stage("normalise, NaN check", _NORMALIZE, "large", ("normalise",), ("normalise",)),
     Stage("pools", ("max_similarity",), "", ("pools",), ("pools",)),
     Stage("random columns", ("random_bits",), "", ("random columns",), ("random columns",)),
     Stage("search, both graphs", ("pairs_above",), "", ("search",), ("search",)),
-    Stage("counting bits, small calls", ("count_bits", "transpose_bits"), "small"),
+    Stage("counting bits, small calls", ("count_bits", "transpose_bits", "pair_average", "pair_average_grad"), "small"),
     Stage("statistics", ("contrastive_stats",), "", (), ("statistics",)),
     Stage("gradient", ("contrastive_grad",), "", (), ("gradient", "positives")),
 )

@@ -96,14 +96,21 @@ def cdiv(a: float, b: float) -> int:
 # ------------------------------------------------------------------ rows and bits
 
 
-@_of("_normalize_rows_kernel")
+@_of("_normalize_rows_kernel", "_normalize_rows_grad_kernel")
 def _(a, problem):
-    return Note(hbm=size(a.x_ptr, a.out_ptr))
+    tables, streams = 3 if hasattr(a, "grad_ptr") else 2, a.grid[1] if len(a.grid) > 1 else 1
+    return Note(hbm=tables * streams * size(getattr(a, "first_ptr", None) or a.x_ptr))
 
 
-@_of("_normalize_rows_grad_kernel")
+@_of("_pair_average_kernel")
 def _(a, problem):
-    return Note(hbm=size(a.grad_ptr, a.x_ptr, a.out_ptr))
+    # Streams go four at a time, then the rest.
+    return Note("average", turns=((cdiv(a.tokens, a.BLOCK), a.streams // 4, a.streams % 4),))
+
+
+@_of("_pair_average_grad_kernel")
+def _(a, problem):
+    return Note("average", turns=(a.streams // 4, a.streams % 4))
 
 
 @_of("_random_bits_kernel")
@@ -147,6 +154,18 @@ def _(a, problem):
         products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * a.C,
         hbm=size(a.q_ptr, a.k_ptr, a.out_ptr),
         reuse=8,
+    )
+
+
+@_of("_max_similarity_panel_kernel", having="q_tiles")
+def _(a, problem):
+    tiles, steps = a.tiles_per_split, a.C // a.BLOCK_K  # one loop over both
+    return Note(
+        turns=((tiles * steps, 1 / steps),),
+        products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * a.C,
+        hbm=size(a.q_ptr, a.k_ptr, a.out_ptr),
+        reuse=8,
+        copy_bytes=(a.BLOCK_M + a.BLOCK_N) / 2 * a.BLOCK_K * a.q_ptr.dtype.itemsize,
     )
 
 
@@ -265,14 +284,18 @@ def _(a, problem):
 @_of("_contrastive_listed_grad_kernel")
 def _(a, problem):
     tiles, bits = _listed(a, problem)
-    steps = 0 if a.RESIDENT else a.D // a.BLOCK_K
     return Note(
         "random columns, row side" if a.NEGATIVES else "pairs of P and Q",
-        turns=((tiles, steps),),
-        products=tiles * 2 * a.BLOCK_C * a.BLOCK_R * (a.D + a.BLOCK_D),
+        turns=(tiles if a.RESIDENT else (tiles, a.D // a.BLOCK_K),),
+        products=tiles * 2 * a.BLOCK_C * a.BLOCK_R * (_copies(a) * a.D + a.BLOCK_D),
         hbm=size(a.x_ptr) + bits + size(a.out_ptr) * (2 if a.ADD else 1),
         reuse=8 if a.NEGATIVES else 2,
     )
+
+
+def _copies(a) -> int:
+    """How often logits are made: with x_i resident all warps take them as a tile of 64, which four warps can make."""
+    return a.num_warps // 4 if a.RESIDENT else 1
 
 
 def _windows(a, problem) -> float:
@@ -304,6 +327,52 @@ def _(a, problem):
         turns=((columns, cdiv(problem.rate * a.R, a.BLOCK_S) + 0.5, (0,)),),
         hbm=size(a.workspace_ptr) + size(a.partial_ptr, a.out_ptr) / windows,
         active=STREAMS * windows / a.same,
+    )
+
+
+@_of("_contrastive_union_kernel")
+def _(a, problem):
+    masks = (a.a_ptr, a.b_ptr, a.c_ptr, a.d_ptr)[: a.MASKS]
+    return Note("lists", hbm=size(*masks, a.out_ptr))
+
+
+@_of("_contrastive_fill_lists_kernel")
+def _(a, problem):
+    words = cdiv(a.W, 128)
+    bits = problem.rate * 32 if a.bits_ptr.shape[0] * 16 < a.N else problem.union(16) / a.W  # of a word
+    most = _largest(bits, 128)  # taken four at a time, then the rest; first comes the loop of lists without room
+    return Note("lists", turns=(0, (words, most // 4, most % 4)), hbm=size(a.bits_ptr))
+
+
+@_of("_contrastive_rank_kernel")
+def _(a, problem):
+    return Note("lists", turns=(cdiv(a.W, a.BLOCK_W),), hbm=size(a.turned_ptr, a.ranks_ptr))
+
+
+@_of("_contrastive_column_side_kernel", having="progress_ptr")
+def _(a, problem):
+    # A loop over items: waits, sums of 16 columns at a time over their slots, waits, products of a window's columns.
+    slots = problem.rate * a.R  # of a column
+    windows = slots * a.blocks * a.N / a.quota
+    of_products = a.R * a.blocks * (a.D // a.BLOCK_D)
+    items = (windows + 1) * (of_products + a.sum_items)
+    product, summing = windows * of_products / items, windows * a.sum_items / items
+    tiles = problem.rate * a.N / windows / a.BLOCK_C + 0.5
+    groups = a.N / windows / a.SUM_COLUMNS / a.sum_items
+    of_items = (
+        items / a.programs,
+        summing,
+        (summing * groups, _largest(slots, a.SUM_COLUMNS)),
+        product,
+        product * tiles,
+    )
+    return Note(
+        "random columns, column side",
+        turns=(of_items,),
+        products=items / a.programs * product * tiles * 2 * a.BLOCK_C * a.BLOCK_R * (_copies(a) * a.D + a.BLOCK_D),
+        hbm=size(a.x_ptr, a.partial_ptr, a.out_ptr),
+        reuse=4,
+        shared_work=True,
     )
 
 
