@@ -233,7 +233,7 @@ def _(a, problem):
 
 @_of("_contrastive_triangle_stats_kernel")
 def _(a, problem):
-    sides = [min(a.side, a.N - first) for first in range(0, a.N, a.side)]  # of a region
+    sides = [min(a.SIDE, a.N - first) for first in range(0, a.N, a.SIDE)]  # of a region
     panels, columns = [cdiv(side, a.BLOCK_M) for side in sides], [cdiv(side, a.BLOCK_N) for side in sides]
     tiles = sum(panels[r] * columns[c] for r in range(len(sides)) for c in range(r, len(sides)))
     tiles, steps = tiles / a.grid[0], a.D // a.BLOCK_K  # some programs have no region
@@ -243,6 +243,17 @@ def _(a, problem):
         hbm=size(a.x_ptr, a.parts_ptr) + (2 if a.HAS_EXTRA else 1) * size(a.positives_ptr) * a.grid[1],
         reuse=8,
         shared_work=True,
+    )
+
+
+@_of("_contrastive_grad_kernel")
+def _(a, problem):
+    tiles, bits = cdiv(a.N, a.BLOCK_N), (2 if a.HAS_EXTRA else 1) * a.n * a.W * 4
+    return Note(
+        turns=(tiles,),
+        products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * (_copies(a) * a.D + a.BLOCK_D),
+        hbm=size(a.x_ptr, a.out_ptr) + bits * a.grid[2],
+        reuse=8,
     )
 
 

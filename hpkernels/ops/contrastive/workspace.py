@@ -11,7 +11,7 @@ from hpkernels import tuning
 from hpkernels.ops.common.gpu import tf32_accepted
 
 WORKSPACE_BYTES = 256 << 20  # of the windows of columns
-WEIGHTS_BYTES = 128 << 20  # of a block of G + G^T
+WEIGHTS_BYTES = 216 << 20  # of a block of G + G^T
 _LIBRARY_SUMS_IN_FP32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 8)  # torch.mm(..., out_dtype)
 
 
@@ -53,7 +53,7 @@ def grad_by_workspace(
             first = max(block_row, first_row)  # the first block may reach before the anchors
             weights = workspace[first - block_row : block_rows, :total]
             part = out[s, first - first_row : block_row + block_rows - first_row]
-            part.copy_(_product(weights, x[s]) * out_scale)
+            torch.mul(_product(weights, x[s]), out_scale, out=part)
     return out
 
 

@@ -120,6 +120,45 @@ def _contrastive_grad_kernel(
 
 
 @triton.jit
+def _write_weights(
+    z, tile_rows, first_anchor, first_col,
+    positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr,
+    lse_ptr, factor_ptr, grad_pos_ptr, grad_ext_ptr, out_ptr, block_row, block_rows, first_row, n, N, R, W, W_out, shift,
+    ALL: tl.constexpr, SYMMETRIC_POSITIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, SYMMETRIC_EXTRA: tl.constexpr,
+    HAS_NEGATIVES: tl.constexpr, SHARED_EXPONENTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Weights of a tile of logits, 32 columns at a time: masked values of more do not fit in registers beside it."""
+    if BLOCK_N > 32:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(z, [BLOCK_M, 2, HALF]), [0, 2, 1]))
+        _write_weights(
+            left, tile_rows, first_anchor, first_col,
+            positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr, lse_ptr, factor_ptr, grad_pos_ptr,
+            grad_ext_ptr, out_ptr, block_row, block_rows, first_row, n, N, R, W, W_out, shift,
+            ALL, SYMMETRIC_POSITIVES, HAS_EXTRA, SYMMETRIC_EXTRA, HAS_NEGATIVES, SHARED_EXPONENTIAL, BLOCK_M, HALF,
+        )  # fmt: skip
+        _write_weights(
+            right, tile_rows, first_anchor, first_col + HALF,
+            positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr, lse_ptr, factor_ptr, grad_pos_ptr,
+            grad_ext_ptr, out_ptr, block_row, block_rows, first_row, n, N, R, W, W_out, shift,
+            ALL, SYMMETRIC_POSITIVES, HAS_EXTRA, SYMMETRIC_EXTRA, HAS_NEGATIVES, SHARED_EXPONENTIAL, BLOCK_M, HALF,
+        )  # fmt: skip
+    else:
+        rows = block_row + tile_rows
+        mask_rows = tl.minimum(tl.maximum(rows - first_row, 0), n - 1)
+        cols = first_col + tl.arange(0, BLOCK_N)
+        weight = _pair_weights(
+            z, rows, first_row + mask_rows, mask_rows, first_anchor, cols, tl.minimum(cols, N - 1), first_col // 32,
+            positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr,
+            lse_ptr, factor_ptr, grad_pos_ptr, grad_ext_ptr, N, R, W, shift,
+            ALL, SYMMETRIC_POSITIVES, HAS_EXTRA, SYMMETRIC_EXTRA, HAS_NEGATIVES, SHARED_EXPONENTIAL, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        out_at = tile_rows.to(tl.int64)[:, None] * W_out + cols[None, :]
+        mask = (tile_rows < block_rows)[:, None] & (cols < W_out)[None, :]
+        tl.store(out_ptr + out_at, weight.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _contrastive_weights_kernel(
     x_ptr, positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr,
     lse_ptr, factor_ptr, grad_pos_ptr, grad_ext_ptr, out_ptr,
@@ -133,22 +172,16 @@ def _contrastive_weights_kernel(
     Rows outside the anchors repeat the nearest anchor's pairs; the caller leaves them out.
     """
     tile_rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_anchor = block_row + tl.program_id(1) * BLOCK_M
-    rows = block_row + tile_rows
-    mask_rows = tl.minimum(tl.maximum(rows - first_row, 0), n - 1)
-    valid_rows = first_row + mask_rows
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid_cols = tl.minimum(cols, N - 1)
-    z = tile_product(x_ptr, x_ptr, valid_rows, valid_cols, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    weight = _pair_weights(
-        z * scale, rows, valid_rows, mask_rows, first_anchor, cols, valid_cols, tl.program_id(0) * (BLOCK_N // 32),
-        positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr,
-        lse_ptr, factor_ptr, grad_pos_ptr, grad_ext_ptr, N, R, W, shift,
+    rows = tl.minimum(tl.maximum(block_row + tile_rows - first_row, 0), n - 1) + first_row
+    first_col = tl.program_id(0) * BLOCK_N
+    cols = tl.minimum(first_col + tl.arange(0, BLOCK_N), N - 1)
+    z = tile_product(x_ptr, x_ptr, rows, cols, D, D, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    _write_weights(
+        z * scale, tile_rows, block_row + tl.program_id(1) * BLOCK_M, first_col,
+        positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr, lse_ptr, factor_ptr, grad_pos_ptr,
+        grad_ext_ptr, out_ptr, block_row, block_rows, first_row, n, N, R, W, W_out, shift,
         ALL, SYMMETRIC_POSITIVES, HAS_EXTRA, SYMMETRIC_EXTRA, HAS_NEGATIVES, SHARED_EXPONENTIAL, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    out_at = tile_rows.to(tl.int64)[:, None] * W_out + cols[None, :]
-    mask = (tile_rows < block_rows)[:, None] & (cols < W_out)[None, :]
-    tl.store(out_ptr + out_at, weight.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def grad(x: Tensor, masks: Masks, temperature: float, tables: list[Tensor], out_scale: Tensor) -> Tensor:
