@@ -16,7 +16,7 @@ GIB = 1 << 30
 STEP = functools.cache(dry.loss_step)
 
 
-@pytest.mark.parametrize("rate, gib, launches, calls", [(0.02, 1.0, 40, 60), (1.0, 1.03, 55, 131)])
+@pytest.mark.parametrize("rate, gib, launches, calls", [(0.02, 1.0, 40, 60), (1.0, 1.0, 63, 108)])
 def test_triton_stays_within_its_bounds(rate, gib, launches, calls):
     step = STEP(rate, "triton")
     found = step.peak_bytes / GIB, len(step.launches), step.torch_calls()

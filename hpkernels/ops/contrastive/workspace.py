@@ -12,7 +12,6 @@ from hpkernels.ops.common.gpu import tf32_accepted
 
 WORKSPACE_BYTES = 256 << 20  # of the windows of columns
 WEIGHTS_BYTES = 216 << 20  # of a block of G + G^T
-_LIBRARY_SUMS_IN_FP32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 8)  # torch.mm(..., out_dtype)
 
 
 def uses_workspace(dtype: torch.dtype, d: int, n: int, device: torch.device) -> bool:
@@ -20,7 +19,7 @@ def uses_workspace(dtype: torch.dtype, d: int, n: int, device: torch.device) -> 
     TF32)."""
     if tuning.lookup("contrastive_grad", dtype, d, n, device)["route"] != "workspace":
         return False
-    return not tf32_accepted() if dtype == torch.float32 else _LIBRARY_SUMS_IN_FP32
+    return dtype != torch.float32 or not tf32_accepted()
 
 
 def grad_by_workspace(

@@ -2,7 +2,7 @@
 
     fused       a row panel owns its output: the tile of x_j is loaded once for both products, z = x_i x_j^T and
                 dX_i += (G + G^T) x_j. Nothing of size N x N is stored.
-    workspace   a kernel writes W = G + G^T for a block of anchors (rows x N, x's dtype, at most 128 MiB), and a library
+    workspace   a kernel writes W = G + G^T for a block of anchors (rows x N, x's dtype, at most 216 MiB), and a library
                 product makes the block's gradient of it in one piece: no sum is carried from block to block.
 
 Which one is the tuning table's choice. Both accumulate in fp32 and round W to x's dtype. Logits are in base 2.
@@ -123,7 +123,8 @@ def _contrastive_grad_kernel(
 def _write_weights(
     z, tile_rows, first_anchor, first_col,
     positives_ptr, positives_t_ptr, extra_ptr, extra_t_ptr, negatives_ptr,
-    lse_ptr, factor_ptr, grad_pos_ptr, grad_ext_ptr, out_ptr, block_row, block_rows, first_row, n, N, R, W, W_out, shift,
+    lse_ptr, factor_ptr, grad_pos_ptr, grad_ext_ptr, out_ptr,
+    block_row, block_rows, first_row, n, N, R, W, W_out, shift,
     ALL: tl.constexpr, SYMMETRIC_POSITIVES: tl.constexpr, HAS_EXTRA: tl.constexpr, SYMMETRIC_EXTRA: tl.constexpr,
     HAS_NEGATIVES: tl.constexpr, SHARED_EXPONENTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
