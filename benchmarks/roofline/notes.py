@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 from benchmarks.dry import Launch, Operand
-from benchmarks.plan import STREAMS
 
 # Columns that any of so many consecutive rows has a positive in, P or Q: benchmarks.features.make_batch(64), every
 # twelfth panel of 128 rows (python -m benchmarks.roofline --unions).
@@ -47,13 +46,12 @@ class Note:
     hbm: float = 0.0  # bytes from and to memory, of the launch
     reuse: float = 1.0  # lanes that share a word of a plain load, so that it comes from the second-level cache once
     copy_bytes: float = 0.0  # of one bulk copy (TMA)
-    active: float = 1.0  # share of such launches that find work; the others end at once
     shared_work: bool = False  # programs take items from one queue, or evenly: turns are the mean of all programs
     programs: int = 1  # of the launch; `note` fills it in
 
 
 Rule = Callable[[SimpleNamespace, Problem], Note]
-RULES: dict[str, list[tuple[str, Rule]]] = {}  # by kernel: an argument that it has to have, or "", and the rule
+RULES: dict[str, Rule] = {}  # by kernel
 
 
 class Unfit(ValueError):
@@ -62,23 +60,21 @@ class Unfit(ValueError):
 
 def note(launch: Launch, problem: Problem, same: int = 1) -> Note:
     """Of a launch; `same`: launches of this kernel in the step."""
-    names = dict(zip(launch.function.arg_names, launch.arguments)) | launch.options
-    fitting = [rule for having, rule in RULES.get(launch.name, ()) if not having or having in names]
-    if not fitting:
+    if launch.name not in RULES:
         raise Unfit(f"{launch.name}: no note says how often its loops run")
+    names = dict(zip(launch.function.arg_names, launch.arguments)) | launch.options
     given = SimpleNamespace(**names, grid=launch.grid, same=same, programs=math.prod(launch.grid))
     try:
-        return replace(fitting[-1](given, problem), programs=given.programs)
+        return replace(RULES[launch.name](given, problem), programs=given.programs)
     except (AttributeError, IndexError, TypeError, ZeroDivisionError) as error:
         raise Unfit(f"{launch.name}: its note is of another kernel ({error})") from error
 
 
-def _of(*kernels: str, having: str = "") -> Callable[[Rule], Rule]:
-    """Registers a rule; `having` tells two forms of a kernel by an argument that only one has."""
+def _of(*kernels: str) -> Callable[[Rule], Rule]:
+    """Registers a rule."""
 
     def register(rule: Rule) -> Rule:
-        for kernel in kernels:
-            RULES.setdefault(kernel, []).append((having, rule))
+        RULES.update(dict.fromkeys(kernels, rule))
         return rule
 
     return register
@@ -128,14 +124,6 @@ def _(a, problem):
     return Note("lists", hbm=size(a.bits_ptr, a.out_ptr))
 
 
-@_of("_contrastive_count_columns_kernel", "_contrastive_fill_columns_kernel")
-def _(a, problem):
-    words = cdiv(a.W, a.BLOCK_W)
-    masks = size(*(a.a_ptr, a.b_ptr, a.c_ptr, a.d_ptr)[: a.MASKS])
-    of_rows = (words, a.rows // 4, a.rows % 4) if a.rows > 1 else words  # four rows at a time, then the rest
-    return Note("lists", turns=(of_rows,), hbm=masks)
-
-
 @_of("_merge_parts_kernel")
 def _(a, problem):
     parts = [] if a.ONE_SHIFT else [a.parts]
@@ -148,17 +136,6 @@ def _(a, problem):
 
 @_of("_max_similarity_panel_kernel")
 def _(a, problem):
-    tiles = a.tiles_per_split
-    return Note(
-        turns=((tiles, a.C // a.BLOCK_K),),
-        products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * a.C,
-        hbm=size(a.q_ptr, a.k_ptr, a.out_ptr),
-        reuse=8,
-    )
-
-
-@_of("_max_similarity_panel_kernel", having="q_tiles")
-def _(a, problem):
     tiles, steps = a.tiles_per_split, a.C // a.BLOCK_K  # one loop over both
     return Note(
         turns=((tiles * steps, 1 / steps),),
@@ -170,16 +147,6 @@ def _(a, problem):
 
 
 @_of("_pairs_above_triangle_kernel")
-def _(a, problem):
-    return Note(
-        turns=(a.C // a.BLOCK_K,),
-        products=2 * a.BLOCK_M * a.BLOCK_N * a.C,
-        hbm=size(a.x_ptr, a.bits_ptr),
-        reuse=32,
-    )
-
-
-@_of("_pairs_above_triangle_kernel", having="count")
 def _(a, problem):
     tiles, steps = a.count / a.programs, a.C // a.BLOCK_K  # one loop over both; a tile's first and last step do more
     return Note(
@@ -220,17 +187,6 @@ def _largest(mean: float, count: int) -> float:
 # ------------------------------------------------------------------ every pair of the loss
 
 
-@_of("_contrastive_stats_kernel")
-def _(a, problem):
-    tiles = a.tiles_per_split
-    return Note(
-        turns=((tiles, a.D // a.BLOCK_K),),
-        products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * a.D,
-        hbm=size(a.x_ptr) + (2 if a.HAS_EXTRA else 1) * size(a.positives_ptr) * a.grid[2],
-        reuse=8,
-    )
-
-
 @_of("_contrastive_triangle_stats_kernel")
 def _(a, problem):
     sides = [min(a.SIDE, a.N - first) for first in range(0, a.N, a.SIDE)]  # of a region
@@ -243,17 +199,6 @@ def _(a, problem):
         hbm=size(a.x_ptr, a.parts_ptr) + (2 if a.HAS_EXTRA else 1) * size(a.positives_ptr) * a.grid[1],
         reuse=8,
         shared_work=True,
-    )
-
-
-@_of("_contrastive_grad_kernel")
-def _(a, problem):
-    tiles, bits = cdiv(a.N, a.BLOCK_N), (2 if a.HAS_EXTRA else 1) * a.n * a.W * 4
-    return Note(
-        turns=(tiles,),
-        products=tiles * 2 * a.BLOCK_M * a.BLOCK_N * (_copies(a) * a.D + a.BLOCK_D),
-        hbm=size(a.x_ptr, a.out_ptr) + bits * a.grid[2],
-        reuse=8,
     )
 
 
@@ -314,33 +259,6 @@ def _windows(a, problem) -> float:
     return problem.rate * a.N * a.R * a.x_ptr.dtype.itemsize * a.D / size(a.workspace_ptr)
 
 
-@_of("_contrastive_column_side_kernel")
-def _(a, problem):
-    windows = _windows(a, problem)
-    tiles = (problem.rate * a.N / windows / a.BLOCK_C + 0.5) / a.grid[1]
-    blocks = cdiv(a.N // a.R, a.BLOCK_R)
-    return Note(
-        "random columns, column side",
-        turns=((tiles, (blocks, a.D // a.BLOCK_K)),),
-        products=tiles * blocks * 2 * a.BLOCK_C * a.BLOCK_R * (a.D + a.BLOCK_D),
-        hbm=size(a.x_ptr, a.workspace_ptr),
-        reuse=4,
-        active=STREAMS * windows / a.same,
-    )
-
-
-@_of("_contrastive_column_sum_kernel")
-def _(a, problem):
-    windows = _windows(a, problem)
-    columns = a.N / windows / a.grid[0]
-    return Note(
-        "column sums",
-        turns=((columns, cdiv(problem.rate * a.R, a.BLOCK_S) + 0.5, (0,)),),
-        hbm=size(a.workspace_ptr) + size(a.partial_ptr, a.out_ptr) / windows,
-        active=STREAMS * windows / a.same,
-    )
-
-
 @_of("_contrastive_union_kernel")
 def _(a, problem):
     masks = (a.a_ptr, a.b_ptr, a.c_ptr, a.d_ptr)[: a.MASKS]
@@ -360,7 +278,7 @@ def _(a, problem):
     return Note("lists", turns=(cdiv(a.W, a.BLOCK_W),), hbm=size(a.turned_ptr, a.ranks_ptr))
 
 
-@_of("_contrastive_column_side_kernel", having="progress_ptr")
+@_of("_contrastive_column_side_kernel")
 def _(a, problem):
     # A loop over items: waits, sums of 16 columns at a time over their slots, waits, products of a window's columns.
     slots = problem.rate * a.R  # of a column
@@ -391,11 +309,6 @@ def _(a, problem):
 
 
 @_of("_neighbor_weights_kernel")
-def _(a, problem):
-    return Note("weights", turns=(a.heads, 32, 9), hbm=size(a.attention_ptr, a.out_ptr))
-
-
-@_of("_neighbor_weights_kernel", having="exponent_scale")
 def _(a, problem):
     # Heads of the taps four at a time; 7.5 pivots are the mean of rows of normal logits (ops/local_mix/README.md).
     turns = (a.heads // 4, a.heads % 4, a.heads, (1, 7.5))

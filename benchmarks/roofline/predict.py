@@ -139,13 +139,9 @@ def predict(job: Job, step: dry.Step, figures: dict[str, dict], gpu: Gpu) -> lis
         block = block_cost(kernel, launch, note, gpu)
         seconds, bound = launch_time(kernel, block, note, gpu)
         part = parts[note.part or launch.name.strip("_")]
-        part.add(note.active * (seconds + gpu.launch), bound)
-        part.operations += note.active * note.programs * operations(block, gpu)
-        part.l2_bytes += note.active * note.programs * block.busy["l2"] * gpu.l2_clock
-        if note.active < 1:
-            idle = program(kernel["cost"], _none(kernel["cost"]))
-            seconds, bound = launch_time(kernel, idle, Note(programs=note.programs), gpu)
-            parts["empty windows"].add((1 - note.active) * (seconds + gpu.launch), bound)
+        part.add(seconds + gpu.launch, bound)
+        part.operations += note.programs * operations(block, gpu)
+        part.l2_bytes += note.programs * block.busy["l2"] * gpu.l2_clock
     for call in step.calls:
         if call.kind == "work":
             product, moved = call.products / gpu.matrix, call.moved / gpu.hbm
