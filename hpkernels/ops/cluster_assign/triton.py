@@ -18,7 +18,7 @@ from hpkernels.tuning import dtype_class
 
 _LABEL_TILES = {
     "half": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
-    "single": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
+    "single": dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
 }
 _SUM_TILES = {
     "half": dict(BLOCK_C=64, BLOCK_N=64, BLOCK_D=64, num_warps=4, num_stages=3),
@@ -109,7 +109,7 @@ def cluster_assign(
     with on_device(x):
         _cluster_assign_label_kernel[(triton.cdiv(n, config["BLOCK_M"]),)](
             x, torch.cat(parts), centroids, bias.contiguous(), labels, distances, n, k, width,
-            PARTS=len(parts), PRECISION=precision(x.dtype), **config,
+            PARTS=len(parts), PRECISION=precision(x.dtype, full=True), **config,
         )  # fmt: skip
     sums, counts = _sums(x, labels, k)
     return labels, distances, sums[:, :depth].contiguous(), counts
@@ -128,6 +128,6 @@ def _sums(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     counts = torch.empty(out.shape[:2], dtype=torch.int32, device=x.device)
     with on_device(x):
         _cluster_assign_sum_kernel[(cluster_tiles, pieces, out.shape[0])](
-            x, labels, out, counts, n, k, d, per_split, PRECISION=precision(x.dtype), **config
+            x, labels, out, counts, n, k, d, per_split, PRECISION=precision(x.dtype, full=True), **config
         )
     return out.sum(0, dtype=torch.float64).float(), counts.sum(0)

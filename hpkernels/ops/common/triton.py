@@ -44,16 +44,17 @@ def knows_bf16x6(version: str) -> bool:
 HAS_BF16X6 = knows_bf16x6(triton.__version__)
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, full: bool = False) -> str:
     """`input_precision` of tl.dot for fp32 operands; 16-bit ones ignore it.
 
     "bf16x6" on NVIDIA GPUs: each operand is split in three bf16 numbers, and the six largest of the nine products run
     on the matrix units. Its error is that of an IEEE product (tests/triton_kernels/test_precision.py). Never plain
     TF32: comparisons of similarities would not be those of fp32. IEEE products where the user asks for them (see
     `gpu.ieee_requested`) and on AMD GPUs, whose matrix units multiply fp32. Triton 3.5 has no "bf16x6": there IEEE, or
-    three TF32 products where the user accepts TF32.
+    three TF32 products where the user accepts TF32. Kernels whose registers are `full` of what they find take IEEE
+    products, too: the parts of the operands would be spilled.
     """
-    if dtype != torch.float32 or torch.version.hip or gpu.ieee_requested():
+    if dtype != torch.float32 or full or torch.version.hip or gpu.ieee_requested():
         return "ieee"
     if HAS_BF16X6:
         return "bf16x6"

@@ -172,6 +172,6 @@ def group_lse_grad(rows: Grouped, temperature: float, lse: Tensor, grad_lse: Ten
             x, columns, groups, column_groups, lse2, factor, lse2, factor, out_scale, out,
             x.shape[0], columns.shape[0], x.shape[1], out.shape[1], LOG2E / temperature, LOG2E / temperature,
             OF_ROWS=not of_keys, OF_COLUMNS=of_keys or meets_itself, SHARED_EXPONENTIAL=shared,
-            PRECISION=precision(x.dtype), **config,
+            PRECISION=precision(x.dtype, full=True), **config,
         )  # fmt: skip
     return out

@@ -61,12 +61,12 @@ def _normalize_rows_grad_kernel(
     tl.store(out_ptr + at, (tangent * inverse[:, None] / scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _layout(x: Tensor, streams: int) -> tuple[int, int, tuple[int, int], dict[str, int]]:
-    """Rows, width, grid and block sizes for `streams` tensors as x (..., D)."""
+def _layout(x: Tensor, streams: int, tables: int = 1) -> tuple[int, int, tuple[int, int], dict[str, int]]:
+    """Rows, width, grid and block sizes for `streams` tensors as x (..., D), of which so many tables are held."""
     d = x.shape[-1]
     n = x.numel() // max(d, 1)
     block_d = triton.next_power_of_2(max(d, 16))
-    block_m = max(1, _BLOCK_NUMBERS // block_d)
+    block_m = max(1, _BLOCK_NUMBERS // (block_d * tables))
     return n, d, (triton.cdiv(n, block_m), streams), dict(BLOCK_M=block_m, BLOCK_D=block_d, num_warps=_WARPS)
 
 
@@ -104,7 +104,7 @@ def normalize_streams_grad(grad_out: Tensor, *streams: Tensor) -> list[Tensor]:
     grad_out, streams = grad_out.contiguous(), [x.contiguous() for x in streams]
     out = [torch.empty_like(x) for x in streams]
     if grad_out.numel():
-        n, d, grid, blocks = _layout(streams[0], len(streams))
+        n, d, grid, blocks = _layout(streams[0], len(streams), tables=2)
         with on_device(grad_out):
             _normalize_rows_grad_kernel[grid](grad_out, streams[0], streams[-1], out[0], out[-1], n, d, **blocks)
     return out

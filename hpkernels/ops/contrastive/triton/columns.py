@@ -28,7 +28,7 @@ from hpkernels.ops.contrastive.triton.lists import Lists, bits_at, list_rows, ti
 WINDOW_BYTES = 32 << 20  # of slots; two windows are at work
 _WORKERS_PER_PROCESSOR = 4
 _SUM_ITEMS = 132  # of the sums of a window
-_SUM_COLUMNS = 16  # that a program adds up at a time
+_SUM_COLUMNS, _SUM_NUMBERS = 16, 1024  # at most, that a program and one of its warps add up at a time
 _RANK_COLUMNS, _RANK_WORDS = 64, 32
 
 
@@ -78,17 +78,17 @@ def _contrastive_column_side_kernel(
     x_ptr, negatives_ptr, ranks_ptr, lists_start_ptr, lists_count_ptr, lists_ptr, turned_ptr, turned_ranks_ptr,
     starts_ptr, bounds_ptr, progress_ptr, workspace_ptr, rooms,
     lse_ptr, grad_lse_ptr, partial_ptr, out_scale_ptr, out_ptr, D_out,
-    quota, blocks, sum_items, first_row, n, N, D, R, W, W_turned, scale,
+    quota, blocks, products, sum_items, first_row, n, N, D, R, W, W_turned, scale,
     RESIDENT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PADDED_D: tl.constexpr, SUM_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_j = out_scale (partial_j + sum over the rows i whose M names j of grad_lse_i p_ij x_i), one stream.
 
-    progress: the queue, then two counters a window, of its products and of its sums.
+    progress: the queue, then two counters a window, of its products and of its sums. A window has R blocks ceil(D /
+    BLOCK_D) products.
     """
     windows = tl.maximum(tl.cdiv(tl.load(starts_ptr + N), quota), 1).to(tl.int32)
-    products = R * blocks * tl.cdiv(D, BLOCK_D)
     work = tl.atomic_add(progress_ptr, 1, sem="relaxed")
     cleared = 1  # windows up to it find room in the workspace
     while work < (windows + 1).to(tl.int64) * (products + sum_items):
@@ -157,7 +157,7 @@ def _column_products(
         weight = tl.where(rows[:, None] != cols[None, :], gl_i * tl.exp2(z * scale - lse_i), 0.0)
         sums = tl.dot(tl.trans(x_rows), weight.to(x_rows.dtype), input_precision=PRECISION)
         rank = _rank(turned_ptr, turned_ranks_ptr, cols, t + tl.zeros_like(cols), W_turned)
-        slot = tl.load(starts_ptr + cols) - origin + rank * blocks + block
+        slot = tl.load(starts_ptr + cols) - origin + rank.to(tl.int64) * blocks + block
         out_at = slot[None, :] * D + d[:, None]
         tl.store(workspace_ptr + out_at, sums.to(workspace_ptr.dtype.element_ty), mask=there[None, :])
 
@@ -214,14 +214,17 @@ class ColumnSide:
     ) -> None:
         """out = out_scale (partial + the column side) of one stream (N, d)."""
         workspace = x.new_empty(2 * self._rooms, x.shape[1])
+        products = len(self._negatives) * self._blocks * triton.cdiv(x.shape[1], self._config["BLOCK_D"])
+        padded = triton.next_power_of_2(x.shape[1])
+        sum_columns = max(1, min(_SUM_COLUMNS, _SUM_NUMBERS * self._config["num_warps"] // padded))
         progress = torch.zeros(1 + 2 * self._windows, dtype=torch.int64, device=x.device)
         _contrastive_column_side_kernel[(_WORKERS_PER_PROCESSOR * processor_count(x.device),)](
             x, self._negatives, self._ranks, *self._lists.arguments(), self._turned, self._turned_ranks,
             self._starts, self._bounds, progress, workspace, self._rooms,
             lse, grad_lse, partial, out_scale, out, out.shape[1],
-            self._quota, self._blocks, _SUM_ITEMS, *self._anchors, *x.shape,
+            self._quota, self._blocks, products, _SUM_ITEMS, *self._anchors, *x.shape,
             *self._negatives.shape, self._turned.shape[1], scale,
-            PADDED_D=triton.next_power_of_2(x.shape[1]), SUM_COLUMNS=_SUM_COLUMNS, PRECISION=precision(x.dtype),
+            PADDED_D=padded, SUM_COLUMNS=sum_columns, PRECISION=precision(x.dtype),
             **self._config,
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ from hpkernels.tuning import dtype_class
 # BLOCK_M x BLOCK_N pairs a tile, products in steps of BLOCK_K.
 _TILES = {
     "half": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    "single": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
+    "single": dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=3),
 }
 # The list of the k best takes registers, so long lists get smaller panels. Key: dtype class, largest k, ascending.
 _TOPK_TILES = {
@@ -32,8 +32,8 @@ _TOPK_TILES = {
     ("half", 32): dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
     ("half", 256): dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
     ("single", 32): dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=8, num_stages=2),
-    ("single", 128): dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
-    ("single", 256): dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
+    ("single", 128): dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=1),
+    ("single", 256): dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
 }
 _SMALLEST_LIST = 16  # places of a list of the k best; the tuning tables say how many it may have
 _KEY_BYTES = 256 << 20  # bound of the int64 keys alive at a time when k is longer than a list
@@ -224,7 +224,7 @@ def topk_similarity(
     arguments = (queries, keys, *groups, lists, n, m, c, queries.stride(0), keys.stride(0), tiles_per_split)
     options = dict(
         HAS_GROUPS=has_groups, EXCLUDE_SELF=exclude_self,
-        PRECISION=precision(queries.dtype), **config,
+        PRECISION=precision(queries.dtype, full=True), **config,
     )  # fmt: skip
     with on_device(queries):
         if k == 1:
@@ -252,7 +252,7 @@ def _topk_unfused(
             _topk_similarity_keys_kernel[(triton.cdiv(m, config["BLOCK_N"]), triton.cdiv(rows, block))](
                 queries, keys, *groups, scratch, first, first + rows, m, c, queries.stride(0), keys.stride(0),
                 HAS_GROUPS=has_groups, EXCLUDE_SELF=exclude_self,
-                PRECISION=precision(queries.dtype), **config,
+                PRECISION=precision(queries.dtype, full=True), **config,
             )  # fmt: skip
         best[first : first + rows] = scratch[:rows].topk(k, dim=1).values
     return decode_keys(best)
