@@ -295,7 +295,7 @@ def check() -> list[str]:
         kernels, where = part["kernels"][arch], f"Triton {of}, {arch}"
         known = {_form(name, of): figures["source"] for name, figures in kernels.items()}
         wrong += [
-            f"{where} {name}: {fault}" for name, figures in kernels.items() for fault in faults(name, arch, figures)
+            f"{where} {name}: {fault}" for name, figures in kernels.items() for fault in faults(name, arch, figures, of)
         ]
         stale = [name for name, launch in now.items() if known.get(_form(name, of)) != launch.source]
         wrong += [f"{where} {name}: changed or new; run `python -m tests.triton_kernels.aot`" for name in stale]
@@ -402,7 +402,7 @@ def main() -> int:
     for arch, kernels in rows.items():
         for name, figures in sorted(kernels.items()):
             print(f"{arch} {name}: " + ", ".join(f"{k} {v}" for k, v in figures.items() if k != "source"))
-            wrong += [f"{arch} {name}: {fault}" for fault in faults(name, arch, figures)]
+            wrong += [f"{arch} {name}: {fault}" for fault in faults(name, arch, figures, version())]
     used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(use.ru_utime + use.ru_stime for use in used)
     number = sum(map(len, rows.values()))
