@@ -7,55 +7,30 @@ contender, so rates compare as times do. Imported by the worker processes only, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import hpkernels
-from benchmarks import peers, plain, published
-from benchmarks.features import Batch, make_attention, make_batch, make_labels
+from benchmarks import label_losses, peers, plain, published
+from benchmarks.features import Batch, make_attention, make_batch
+from benchmarks.kinds import Contender, Kind, make_shaped, ours
 from benchmarks.plan import (
-    BACKENDS,
     CLUSTERS,
     COPY_NUMBERS,
     GROUPS,
     HEAD_CHANNELS,
     ITERATIONS,
     NEIGHBOURS,
-    OURS,
     SCALES,
     STREAMS,
     Shape,
 )  # fmt: skip
 
 HEAD_WEIGHT = 0.5
-TEMPERATURE = 0.1  # of the supervised loss
 PANEL = 392  # rows of one product of the torch.mm peers: a triangle of panels wastes few products, each large enough
-
-Contender = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Kind:
-    inputs: Callable[[Shape, str, torch.dtype], Any]
-    contenders: dict[str, Contender]
-    flop: Callable[[Shape], dict[int, float]] | None = None  # {inner dimension of the products: operations}
-    nbytes: Callable[[Shape, int], float] | None = None  # the int is the bytes of one number
-
-
-def ours(job: Callable[[Any, str | None], Any]) -> dict[str, Contender]:
-    """The library by itself, and by each backend asked for by name; job takes the inputs and the `backend` argument."""
-    named = {name: name.removeprefix(peers.PREFIX) for name in BACKENDS}
-    return {name: functools.partial(_with_backend, job, backend) for name, backend in ({OURS[0]: None} | named).items()}
-
-
-def _with_backend(job: Callable[[Any, str | None], Any], backend: str | None, inputs: Any) -> Any:
-    return job(inputs, backend)
-
 
 # ------------------------------------------------------------------ a training step
 
@@ -89,13 +64,6 @@ class StepInputs:
 
 def step_inputs(shape: Shape, device: str, dtype: torch.dtype) -> StepInputs:
     return StepInputs(make_shaped(shape, device, dtype), shape.rate)
-
-
-def make_shaped(shape: Shape, device: str, dtype: torch.dtype, **options) -> Batch:
-    return make_batch(
-        shape.images, shape.grid, channels=shape.channels, code=shape.code, pool=shape.pool, density=shape.density,
-        device=device, dtype=dtype, **options,
-    )  # fmt: skip
 
 
 def step(inputs: StepInputs, loss: Callable[..., Tensor], **options) -> Tensor:
@@ -242,75 +210,6 @@ def _mix_bytes(shape: Shape, size: int) -> float:
     return float(size * (shape.images * shape.heads * shape.tokens**2 + 4 * shape.rows * shape.code))
 
 
-# ------------------------------------------------------------------ supervised contrastive loss
-
-
-@dataclass
-class SupconInputs:
-    z: Tensor
-    labels: Tensor
-
-
-def _supcon_inputs(shape: Shape, device: str, dtype: torch.dtype) -> SupconInputs:
-    return SupconInputs(make_shaped(shape, device, dtype).z, make_labels(shape.images, shape.grid, device=device))
-
-
-def _supcon(loss: Callable[[Tensor, Tensor, float], Tensor]) -> Contender:
-    def run(inputs: SupconInputs) -> Tensor:
-        inputs.z.grad = None
-        value = loss(inputs.z, inputs.labels, TEMPERATURE)
-        value.backward()
-        return value.detach()
-
-    return run
-
-
-def _supcon_hpkernels(inputs: SupconInputs, backend: str | None) -> Tensor:
-    def loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        return hpkernels.supervised_contrastive_loss(z, labels, temperature=temperature, backend=backend)
-
-    return _supcon(loss)(inputs)
-
-
-def _supcon_plain(chunked: bool, compiled: bool) -> Contender:
-    def run(inputs: SupconInputs) -> Tensor:
-        inputs.z.grad = None
-        return plain.supcon_step(inputs.z, inputs.labels, TEMPERATURE, chunked=chunked, compiled=compiled)
-
-    return run
-
-
-@dataclass
-class InfonceInputs:
-    z: Tensor
-    keys: Tensor  # key i is the positive of row i
-
-
-def _infonce_inputs(shape: Shape, device: str, dtype: torch.dtype) -> InfonceInputs:
-    batch = make_shaped(shape, device, dtype)
-    return InfonceInputs(batch.z, batch.z_local)
-
-
-def _infonce(loss: Callable[[Tensor, Tensor, float], Tensor]) -> Contender:
-    def run(inputs: InfonceInputs) -> Tensor:
-        inputs.z.grad = inputs.keys.grad = None
-        value = loss(inputs.z, inputs.keys, TEMPERATURE)
-        value.backward()
-        return value.detach()
-
-    return run
-
-
-def _infonce_hpkernels(inputs: InfonceInputs, backend: str | None) -> Tensor:
-    def loss(z: Tensor, keys: Tensor, temperature: float) -> Tensor:
-        labels = torch.arange(len(z), device=z.device)
-        return hpkernels.supervised_contrastive_loss(
-            z, labels, keys=keys, key_labels=labels, temperature=temperature, backend=backend
-        )
-
-    return _infonce(loss)(inputs)
-
-
 # ------------------------------------------------------------------ density, k-means
 
 
@@ -426,31 +325,7 @@ KINDS: dict[str, Kind] = {
         contenders=ours(_mix_qk_hpkernels) | MIX_PEERS,
         flop=lambda shape: {HEAD_CHANNELS: 2.0 * shape.rows * shape.tokens * shape.heads * HEAD_CHANNELS},
     ),
-    "supcon": Kind(
-        inputs=_supcon_inputs,
-        contenders=ours(_supcon_hpkernels) | {
-            "torch": _supcon_plain(chunked=False, compiled=False),
-            "torch-compiled": _supcon_plain(chunked=False, compiled=True),
-            "chunked": _supcon_plain(chunked=True, compiled=False),
-            "chunked-compiled": _supcon_plain(chunked=True, compiled=True),
-            "pytorch-metric-learning": _supcon(peers.metric_learning_supcon),
-            "cut-cross-entropy": _supcon(peers.cut_cross_entropy_supcon),
-            "inf-cl": _supcon(peers.inf_cl_supcon),
-            "keops": _supcon(peers.keops_supcon),
-        },
-        flop=lambda shape: {shape.code: 2 * 2.0 * shape.rows**2 * shape.code},  # logits; the product of G + G^T
-    ),
-    "infonce": Kind(
-        inputs=_infonce_inputs,
-        contenders=ours(_infonce_hpkernels) | {
-            "torch": _infonce(plain.infonce),
-            "torch-linear-cross-entropy": _infonce(peers.torch_linear_cross_entropy),
-            "cut-cross-entropy": _infonce(peers.cut_cross_entropy_infonce),
-            "inf-cl": _infonce(peers.inf_cl_infonce),
-            "siglip-kernel": _infonce(peers.siglip_kernel),
-        },
-        flop=lambda shape: {shape.code: 3 * 2.0 * shape.rows**2 * shape.code},  # logits; the products of G and G^T
-    ),
+    **label_losses.KINDS,
     "density": Kind(
         inputs=_density_inputs,
         contenders=ours(_density_hpkernels) | {

@@ -18,16 +18,15 @@ import hpkernels
 from benchmarks import cases, peers, plain, published
 from benchmarks.cases import (
     KINDS,
-    TEMPERATURE,
     DensityInputs,
-    InfonceInputs,
     KmeansInputs,
     MixInputs,
     SearchInputs,
     StepInputs,
-    SupconInputs,
 )  # fmt: skip
 from benchmarks.features import Batch, make_attention, make_batch, make_labels
+from benchmarks.kinds import Contender
+from benchmarks.label_losses import TEMPERATURE, InfonceInputs, SupconInputs
 from benchmarks.plan import ITERATIONS, NEIGHBOURS, SCALES
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -69,7 +68,7 @@ def _missing(kind: str) -> str | None:
     return None
 
 
-def check_step(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+def check_step(contender: Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     """The loss and both gradients against the published algorithm, on the columns a seed draws."""
     batch = _batch(dtype)
     rate = max(rate, GATE_RATE)
@@ -83,7 +82,7 @@ def check_step(contender: cases.Contender, device: str, dtype: torch.dtype, rate
     _compare(_step_answer(inputs.batch, contender(inputs)), expected, dtype)
 
 
-def check_search(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+def check_search(contender: Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     """Every decision of the two searches that is not a matter of rounding. The torch.mm peer decides nothing."""
     batch = _converted(_batch(dtype), device, dtype)
     found = contender(SearchInputs(batch))
@@ -101,7 +100,7 @@ def check_search(contender: cases.Contender, device: str, dtype: torch.dtype, ra
             raise GateFailed(f"{name}: decisions differ from the similarity matrix")
 
 
-def check_topk(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+def check_topk(contender: Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     """The values, and that each index has its value. The torch.mm peer finds nothing: its products are checked."""
     queries, keys = (
         make_batch(IMAGES, GRID, channels=96, code=8, pool=1, seed=seed).features.to(device, dtype) for seed in range(2)
@@ -118,16 +117,16 @@ def check_topk(contender: cases.Contender, device: str, dtype: torch.dtype, rate
     )
 
 
-def check_local_mix(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+def check_local_mix(contender: Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     _check_mix(contender, device, dtype, make_attention(2, GRID, heads=3))
 
 
-def check_local_mix_qk(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+def check_local_mix_qk(contender: Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     generator = torch.Generator().manual_seed(9)
     _check_mix(contender, device, dtype, tuple(torch.randn(2, 3, 99, 16, generator=generator) for _ in range(2)))
 
 
-def check_supcon(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+def check_supcon(contender: Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     """Khosla et al. 2020, their loss "out": the mean over anchors that have a positive."""
     z = _batch(torch.float32, code=256).z.detach().to(dtype)
     labels = make_labels(IMAGES, GRID)
@@ -147,7 +146,7 @@ def check_supcon(contender: cases.Contender, device: str, dtype: torch.dtype, ra
     _compare(answer, {"loss": loss.detach(), "gradient": exact.z.grad}, dtype)
 
 
-def check_infonce(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+def check_infonce(contender: Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     """Cross-entropy of row i against all keys, key i the right one; of siglip-kernel, its pairs' sigmoids."""
     batch = _batch(torch.float32, code=256)
     z, keys = (x.detach().to(dtype) for x in (batch.z, batch.z_local))
@@ -168,7 +167,7 @@ def check_infonce(contender: cases.Contender, device: str, dtype: torch.dtype, r
     _compare(answer, expected, dtype)
 
 
-def check_density(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+def check_density(contender: Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     """The mean over the scales of the mean of the largest cosines within the class, anchor by anchor."""
     features, memory = (
         make_batch(IMAGES, GRID, channels=96, code=8, pool=1, seed=seed).features.to(dtype) for seed in range(2)
@@ -183,7 +182,7 @@ def check_density(contender: cases.Contender, device: str, dtype: torch.dtype, r
     _compare({"density": contender(inputs)}, {"density": torch.stack(expected)}, dtype)
 
 
-def check_kmeans(contender: cases.Contender, device: str, dtype: torch.dtype, rate: float) -> None:
+def check_kmeans(contender: Contender, device: str, dtype: torch.dtype, rate: float) -> None:
     """The centroids after the same iterations in fp64, of clusters so far apart that no rounding moves a row."""
     generator = torch.Generator().manual_seed(3)
     means = 3 * torch.randn(20, 48, generator=generator)
@@ -198,7 +197,7 @@ def check_kmeans(contender: cases.Contender, device: str, dtype: torch.dtype, ra
     _compare({"centroids": contender(inputs)}, {"centroids": centroids}, dtype)
 
 
-GATES: dict[str, Callable[[cases.Contender, str, torch.dtype, float], None]] = {
+GATES: dict[str, Callable[[Contender, str, torch.dtype, float], None]] = {
     "step": check_step,
     "search": check_search,
     "topk": check_topk,
@@ -254,7 +253,7 @@ def _step_answer(batch: Batch, loss: Tensor) -> Answer:
     }
 
 
-def _check_mix(contender: cases.Contender, device: str, dtype: torch.dtype, attention) -> None:
+def _check_mix(contender: Contender, device: str, dtype: torch.dtype, attention) -> None:
     generator = torch.Generator().manual_seed(3)
     code, grad = (torch.randn(2, 99, 40, generator=generator) for _ in range(2))
 

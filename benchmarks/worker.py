@@ -22,8 +22,9 @@ import torch
 
 import hpkernels
 from benchmarks import checks, peers, stages
-from benchmarks.cases import KINDS, Kind, make_shaped
+from benchmarks.cases import KINDS
 from benchmarks.features import density, one_positive_pool
+from benchmarks.kinds import Kind, make_shaped
 from benchmarks.plan import Shape
 
 FLUSH_BYTES = 1 << 29  # more than any GPU's last-level cache

@@ -34,7 +34,7 @@ AMD_FAMILY = "cdna"  # whatever the capability: AMD GPUs number theirs their own
 
 
 def dtype_class(dtype: torch.dtype) -> str:
-    """Key of the tables: "half" runs on the matrix units, "single" is fp32 arithmetic."""
+    """Key of the tables: "half" (bf16 and fp16) or "single" (fp32), whose tiles are smaller."""
     return "single" if dtype == torch.float32 else "half"
 
 
