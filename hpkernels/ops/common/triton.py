@@ -22,6 +22,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 _TRANSPOSE_ROWS, _TRANSPOSE_WORDS = 128, 4
 _COUNT_ROWS, _COUNT_WORDS = 8, 256
 _MERGE_ROWS = 512
+# Whether Triton multiplies fp32 as six bf16 products; its interpreter does not.
+HAS_BF16X6 = torch.torch_version.TorchVersion(triton.__version__) >= (3, 6) and not triton.knobs.runtime.interpret
 
 
 # ------------------------------------------------------------------ host side
@@ -34,14 +36,6 @@ def same_dtype(*tensors: Tensor) -> list[Tensor]:
     """Contiguous tensors of one dtype: unchanged where they agree, else each promoted to fp32 (exact)."""
     dtype = gpu.common_dtype(*tensors)
     return [tensor.to(dtype).contiguous() for tensor in tensors]
-
-
-def knows_bf16x6(version: str) -> bool:
-    """Whether this Triton multiplies fp32 as six bf16 products; the interpreter does not."""
-    return torch.torch_version.TorchVersion(version) >= (3, 6) and not triton.knobs.runtime.interpret
-
-
-HAS_BF16X6 = knows_bf16x6(triton.__version__)
 
 
 def precision(dtype: torch.dtype, full: bool = False) -> str:
