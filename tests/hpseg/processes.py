@@ -65,7 +65,10 @@ def killed_after(seconds, work):
 
 
 def spawn(command, **options):
+    """Starts a command whose stderr finish() reads. Its ranks share that pipe: they write whole lines, so that none is
+    cut by another's. Without a buffer each word of a print is a write of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("PYTHONUNBUFFERED", None)
     environment.update(options.pop("env", {}))
     return subprocess.Popen(
         [str(part) for part in command], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
