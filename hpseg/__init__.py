@@ -16,6 +16,7 @@ _HOMES = {
     "Segmenter": "hpseg.inference.segmenter",
     "predict_files": "hpseg.inference.predict_files",
     "show": "hpseg.inference.sheet",
+    "write_report": "hpseg.reporting.report",
     "export": "hpseg.interop.torch_export",
     "import_hp": "hpseg.interop.released_checkpoints",
     "export_hp": "hpseg.interop.released_checkpoints",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from hpseg.interop.released_checkpoints import export_hp as export_hp
     from hpseg.interop.released_checkpoints import import_hp as import_hp
     from hpseg.interop.torch_export import export as export
+    from hpseg.reporting.report import write_report as write_report
     from hpseg.run.config import Config as Config
     from hpseg.run.errors import UsageError as UsageError
     from hpseg.training.loop import train as train

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from hpseg.cli.report import add_no_report, leave_page
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -22,11 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of k-means")
     add("--strict", action="store_true", help="stop at a picture that cannot be decoded, instead of passing it over")
     add("--device", default="auto")
+    add_no_report(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from hpseg.evaluation.evaluate import evaluate, format_table
     from hpseg.evaluation.seeds import evaluate_seeds
 
-    score = evaluate_seeds if vars(args).pop("seeds") else evaluate
-    print(format_table(score(**vars(args))))
+    seeds, page = vars(args).pop("seeds"), vars(args).pop("report")
+    print(format_table((evaluate_seeds if seeds else evaluate)(**vars(args))))
+    if page and not seeds:
+        given = {name: getattr(args, name) for name in ("root", "split", "void", "device")}
+        leave_page(args.run, args.data, **given)

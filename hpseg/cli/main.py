@@ -25,6 +25,7 @@ VERBS = {  # verb -> (module, what it does)
     "eval": ("hpseg.cli.eval", "score a run against labels, beside k-means on the same frozen features"),
     "probe": ("hpseg.cli.probe", "fit a linear and a cluster probe to labels, on the frozen codes of a run"),
     "show": ("hpseg.cli.show", "draw a contact sheet: photographs, clusters, overlays, frozen features"),
+    "report": ("hpseg.cli.report", "write one page about a run: photographs, clusters, scores, curves"),
     "export": ("hpseg.cli.export", "write a run as one file for torch alone"),
     "import-hp": ("hpseg.cli.import_hp", "make a run of a released Hidden Positives checkpoint"),
     "demo": ("hpseg.cli.demo", "train on the photographs in this package and show the result; needs no network"),

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from hpseg.cli.report import add_no_report, leave_page
 from hpseg.run.settings.described import GROUPS, choices_of, flag, help_text, title
 from hpseg.run.settings.shared import RunSettings
 
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    add_no_report(parser)
     for action, field in add_setting_flags(parser).items():
         if not field.metadata["basic"]:
             hidden[action], action.help = action.help, argparse.SUPPRESS
@@ -71,4 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from hpseg.training.loop import train
 
+    page = vars(args).pop("report")
     train(**vars(args))
+    if page:
+        leave_page(args.out, device=vars(args).get("device", "auto"))

@@ -1,7 +1,8 @@
 """The run folder: config.json, model.safetensors, state.pt, log.csv, results.json, .lock, preview/ and tensorboard/.
 
-What eval and probe found is in eval.json, labels.json, probe.json and probe.safetensors; backbone.safetensors belongs
-to an imported run, auxiliary.safetensors and label_quality.json to one of method lookbeyond.
+What eval and probe found is in eval.json, labels.json, probe.json and probe.safetensors, the page about it all in
+report.html; backbone.safetensors belongs to an imported run, auxiliary.safetensors and label_quality.json to one of
+method lookbeyond.
 
 Every file is written under a temporary name, flushed to the disk and renamed, so a run killed at any moment leaves
 either the old file or the new one. `state.pt` alone is enough to resume; `model.safetensors` is what prediction reads.
@@ -25,10 +26,12 @@ from hpseg.run.config import MACHINE_FIELDS, Config
 from hpseg.run.errors import UsageError
 from hpseg.run.files import LOCK, RunLock, read_torch, remove_temporaries, require_folder, write_atomically, write_torch
 
+REPORT = "report.html"
 RUN_FILES = (
     *("config.json", "model.safetensors", "state.pt", "log.csv", "results.json", "backbone.safetensors"),
     *("auxiliary.safetensors", "label_quality.json"),
-    *("eval.json", "labels.json", "probe.json", "probe.safetensors"),  # of the old model, and wrong for the new one
+    # Of the old model, and wrong for the new one:
+    *("eval.json", "labels.json", "probe.json", "probe.safetensors", REPORT),
 )
 PREVIEWS, TENSORBOARD, EVENTS_SUFFIX = "preview", "tensorboard", ".hpseg"
 # What a run writes into folders of its own, by the patterns of pathlib; other files there are not the run's.

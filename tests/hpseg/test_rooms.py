@@ -18,7 +18,7 @@ TIERS = [
     ["inference"],  # its heads come from methods
     ["evaluation"],
     ["training"],  # previews and selection look through inference and evaluation
-    ["interop", "pretraining"],
+    ["interop", "pretraining", "reporting"],
     ["demo"],
     ["cli"],
 ]

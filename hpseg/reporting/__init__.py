@@ -1,0 +1,1 @@
+"""`hpseg report`: a run as one page that needs nothing beside it."""

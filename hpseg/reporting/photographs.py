@@ -1,0 +1,205 @@
+"""Photographs for a page: which are shown, and what each looks like as a picture, as clusters and with an overlay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hpseg.data.datasets import NAMES, LabelledSet, picture_folder, training_images
+from hpseg.data.folder import find_images
+from hpseg.data.transforms import UnreadableImage, load_image
+from hpseg.inference.label_map import NO_CLASS, Key, LabelMap
+from hpseg.inference.pictures import label_image, overlay
+from hpseg.inference.segmenter import Segmenter
+from hpseg.reporting.about import Run
+from hpseg.reporting.images import Embedded, embedded, fitted
+from hpseg.run.errors import UsageError
+
+SIDE = 720  # pixels of the long side of a photograph
+JUDGED_SIDE = 480  # the same of one beside its labels
+LEAST_SHARE = 0.01  # of a picture: what covers less is not in its legend
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Files, what reads one of them, and the folder that their names are given below."""
+
+    files: list[Path]
+    read: Callable[[Path], Image.Image]
+    folder: Path | None = None
+
+    def name(self, path: Path) -> str:
+        if self.folder is not None and path.is_relative_to(self.folder):
+            return path.relative_to(self.folder).as_posix()
+        return path.name
+
+    def spread(self, n: int) -> Iterator[tuple[Path, Image.Image]]:
+        """At most `n` of those that can be read, spread evenly over the files."""
+        first = [self.files[number * len(self.files) // n] for number in range(n)] if self.files else []
+        made = 0
+        for path in dict.fromkeys([*first, *self.files]):
+            if made == min(n, len(self.files)):
+                return
+            try:
+                picture = self.read(path)
+            except UnreadableImage:
+                continue
+            made += 1
+            yield path, picture
+
+
+def training_photographs(run: Run) -> Photographs | None:
+    """Those that the run was trained on; None where it knows of none, or they are not there any more."""
+    images, root = run.config.images, run.config.root
+    if not images:
+        return None
+    try:
+        files, read = training_images(images, root)
+    except (UsageError, OSError):
+        return None
+    return Photographs(files, read, None if images in NAMES else picture_folder(Path(images)))
+
+
+def labelled_photographs(labelled: LabelledSet) -> Photographs:
+    return Photographs(labelled.images, labelled.load_image)
+
+
+def folder_photographs(folder: Path) -> Photographs:
+    """UsageError for a folder without pictures."""
+    return Photographs(find_images(folder), load_image, folder)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a colour in a picture stands for, and its share of the picture."""
+
+    name: str
+    colour: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A photograph as one run sees it."""
+
+    clusters: Embedded
+    overlay: Embedded
+    legend: list[Entry]
+
+
+@dataclass(frozen=True)
+class Shown:
+    name: str
+    picture: Embedded
+    runs: list[Layers]
+
+    @property
+    def ratio(self) -> float:
+        return self.picture.width / self.picture.height
+
+
+def hex_colour(colours: Sequence[int], value: int) -> str:
+    """The colour of a number of a label map, as CSS has it."""
+    return "#{:02x}{:02x}{:02x}".format(*colours[3 * value : 3 * value + 3])
+
+
+@torch.no_grad()
+def labels_at(segmenter: Segmenter, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """The clusters of a picture, uint8 (H, W), as `Segmenter.predict` finds them but at another `size` (W, H)."""
+    pixels, _ = segmenter.prepare(picture)
+    maps = LabelMap(pixels.shape[2] // segmenter.backbone.patch, (size[1], size[0]))
+    for band in segmenter.bands(pixels, lambda part: {"maps": segmenter.similarities(segmenter(part))}):
+        maps.add(band["maps"])
+    return maps.labels
+
+
+def legend_of(labels: np.ndarray, key: Key) -> list[Entry]:
+    """What covers LEAST_SHARE of a label map or more, largest first."""
+    shares = np.bincount(labels.reshape(-1), minlength=256) / labels.size
+    order = [int(value) for value in np.argsort(-shares, kind="stable") if shares[value] >= LEAST_SHARE]
+    return [
+        Entry(key.names.get(value, str(value)), hex_colour(key.colours, value), float(shares[value])) for value in order
+    ]
+
+
+def show(
+    photographs: Photographs, n: int, segmenters: Sequence[Segmenter], most: int
+) -> tuple[list[Shown], list[Path]]:
+    """`n` photographs as every run sees them, and their files. most: bytes that one photograph may take."""
+    made, files, each = [], [], most // (2 + 3 * len(segmenters))  # a label map takes least
+    for path, picture in photographs.spread(n):
+        small = picture.resize(fitted(picture.size, SIDE), Image.Resampling.LANCZOS)
+        layers = []
+        for segmenter in segmenters:
+            labels, key = labels_at(segmenter, picture, small.size), segmenter.key()
+            clusters = embedded(label_image(labels, key.colours), SIDE, each)
+            overlaid = embedded(overlay(small, labels, colours=key.colours), SIDE, 2 * each)
+            layers.append(Layers(clusters, overlaid, legend_of(labels, key)))
+        made.append(Shown(photographs.name(path), embedded(small, SIDE, 2 * each), layers))
+        files.append(path)
+    return made, files
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A picture with its labels beside what the run says, in the colours of the classes."""
+
+    name: str
+    accuracy: float
+    miou: float | None
+    picture: Embedded
+    truth: Embedded
+    found: Embedded
+    legend: list[Entry]
+
+
+def judged(
+    results: dict[str, Any], labelled: LabelledSet, segmenter: Segmenter, n: int, most: int
+) -> tuple[list[Judged], list[Judged]]:
+    """The `n` best and the `n` worst pictures of an evaluation by their accuracy, none in both; fewer where files are
+    not there any more. most: bytes that one of them may take."""
+    ranked = sorted((entry for entry in results.get("pictures", ()) if entry["accuracy"] is not None), key=_accuracy)
+    best = [
+        _judged(entry, results, labelled, segmenter, most) for entry in ranked[::-1][: min(n, -(-len(ranked) // 2))]
+    ]
+    worst = [_judged(entry, results, labelled, segmenter, most) for entry in ranked[: min(n, len(ranked) // 2)]]
+    return [entry for entry in best if entry], [entry for entry in worst if entry]
+
+
+def _accuracy(entry: dict[str, Any]) -> float:
+    return float(entry["accuracy"])
+
+
+def _judged(
+    entry: dict[str, Any], results: dict[str, Any], labelled: LabelledSet, segmenter: Segmenter, most: int
+) -> Judged | None:
+    if segmenter.matching is None:
+        return None
+    try:
+        picture = labelled.load_image(Path(entry["image"]))
+        truth = labelled.labels(Path(entry["labels"]), picture.size)
+    except (UnreadableImage, UsageError):
+        return None
+    small = picture.resize(fitted(picture.size, JUDGED_SIDE), Image.Resampling.LANCZOS)
+    key = segmenter.key(as_classes=True)
+    key = Key({**dict(zip(results["class_ids"], results["classes"], strict=True)), **key.names}, key.colours)
+    ids = Image.fromarray(np.where(truth < 0, NO_CLASS, truth).astype(np.uint8))
+    maps = [
+        np.asarray(ids.resize(small.size, Image.Resampling.NEAREST)),
+        segmenter.matching.classes(labels_at(segmenter, picture, small.size)),
+    ]
+    pictures = [small, *(label_image(labels, key.colours) for labels in maps)]
+    legend = [part for part in legend_of(np.concatenate(maps), key) if part.name != key.names[NO_CLASS]]
+    return Judged(
+        Path(entry["image"]).name,
+        float(entry["accuracy"]),
+        None if entry.get("miou") is None else float(entry["miou"]),
+        *(embedded(one, JUDGED_SIDE, most // 3) for one in pictures),
+        legend,
+    )

@@ -1,0 +1,192 @@
+"""`hpseg report RUN [DATA] --out report.html`: what a run was and what it found, as one page that one can mail."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hpkernels import __version__
+from hpseg.data.datasets import LABELS, NAMES, LabelledSet, open_data
+from hpseg.evaluation.evaluate import evaluate
+from hpseg.inference.segmenter import Segmenter, load
+from hpseg.reporting.about import Run, changed_settings, duration, facts, method_title, notes
+from hpseg.reporting.curves import charts
+from hpseg.reporting.gallery import Seen, computed, gallery, look
+from hpseg.reporting.page import PICTURE_BYTES, render
+from hpseg.reporting.photographs import (
+    Photographs,
+    folder_photographs,
+    judged,
+    labelled_photographs,
+    show,
+    training_photographs,
+)
+from hpseg.reporting.scores import about, bars, matrix, methods, read_scores
+from hpseg.run.errors import UsageError
+from hpseg.run.files import require_file, write_atomically
+from hpseg.run.folder import REPORT
+
+logger = logging.getLogger(__name__)
+MOST_PHOTOGRAPHS = 60
+LOOKED_AT = 64  # photographs whose patches the gallery of clusters chooses among
+JUDGED = 3  # best pictures, and as many worst ones
+
+
+def write_report(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    compare: str | Path | None = None,
+    n: int = 12,
+    root: str | Path | None = None,
+    split: str = "val",
+    void: int = 255,
+    seconds: float = 60.0,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> Path:
+    """Writes a page about the run in folder `run` and returns its path: one HTML file below 10 MB, which loads nothing.
+
+    data: what to show and to score on, as `hpseg.evaluate` takes it with `root`, `split` and `void`; or a folder of
+    photographs without labels. None shows training photographs, and the scores in RUN/eval.json if there are some.
+    With labels that RUN/eval.json is not about, the run is evaluated, which writes that file.
+    out: None is RUN/report.html, which is replaced; another file that is there is an error unless `overwrite` is set.
+    compare: a second run, whose scores, curves and label maps stand beside those of the first.
+    n: photographs to show, 1 to 60. seconds: about how long the typical patches of the clusters are searched for.
+
+    What a run lacks is left out: one that was interrupted has curves only. UsageError for a folder that is no run.
+    """
+    runs = [Run.read(Path(folder)) for folder in ([run] if compare is None else [run, compare])]
+    if not 1 <= n <= MOST_PHOTOGRAPHS:
+        raise UsageError(f"n: expected 1 to {MOST_PHOTOGRAPHS} photographs, got {n}")
+    own = Path(run) / REPORT
+    out = own if out is None else Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"out: expected a name that ends in .html, got {str(out)!r}")
+    require_file("out", out, overwrite or os.path.realpath(out) == os.path.realpath(own))
+    labelled = open_data(data, root, split, void) if data is not None and _has_labels(data) else None
+    results = _scores(runs, data, labelled, dict(root=root, split=split, void=void, device=device))
+    with _unsaid():  # the page says it
+        segmenters = [load(one.folder, device) for one in runs if one.has_model and runs[0].has_model]
+    content = _about(runs) | _scored(runs, results)
+    content |= _seen(runs, segmenters, _photographs(runs[0], data, labelled), n, seconds)
+    content |= _judged(results, labelled or _labelled_again(results), segmenters)
+    page = render(content).encode()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, page)
+    return out
+
+
+def _has_labels(data: str | Path) -> bool:
+    return str(data) in NAMES or any((Path(data) / name).is_dir() for name in LABELS)
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Inside, what loading a run has to say of it is not said."""
+    said = logging.getLogger("hpseg.inference.segmenter")
+    before, said.disabled = said.disabled, True
+    try:
+        yield
+    finally:
+        said.disabled = before
+
+
+def _scores(
+    runs: list[Run], data: str | Path | None, labelled: LabelledSet | None, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The scores of every run, all on the same data; empty where there are none, for the second run also where its
+    own are on other data."""
+    found = []
+    for run in runs:
+        results = read_scores(run)
+        if labelled is not None and data is not None and run.has_model:
+            whole = about(results, data) and "confusion" in results["trained"] and "pictures" in results
+            results = results if whole else evaluate(run.folder, data, **options)
+        found.append(results)
+    if found[1:] and not (found[0] and about(found[1], found[0]["data"])):
+        found[1] = {}
+    return found
+
+
+def _photographs(run: Run, data: str | Path | None, labelled: LabelledSet | None) -> Photographs | None:
+    """Those to show: of `data`, else those that the run was trained on."""
+    if labelled is not None:
+        return labelled_photographs(labelled)
+    return training_photographs(run) if data is None else folder_photographs(Path(data))
+
+
+def _labelled_again(results: list[dict[str, Any]]) -> LabelledSet | None:
+    """The set that the scores are on, where it is a folder that is still there."""
+    data = results[0].get("data", "")
+    try:
+        return open_data(data) if data and _has_labels(data) else None
+    except UsageError:
+        return None
+
+
+def _about(runs: list[Run]) -> dict[str, Any]:
+    first, curves = runs[0], charts([one.log for one in runs])
+    return {
+        "version": __version__,
+        "date": datetime.date.today().isoformat(),
+        "runs": [{"name": one.name, "facts": facts(one), "notes": notes(one)} for one in runs],
+        "method": method_title(first.config).partition(" (")[0],
+        "clusters": first.config.classes,
+        "trained_on": first.results.get("photographs"),
+        "trained_data": first.data,
+        "time": duration(first.seconds),
+        "settings": [changed_settings(one.config) for one in runs],
+        "charts": curves,
+        "curves_data": [
+            [{"steps": line.steps, "values": line.values, "places": line.places} for line in chart.lines]
+            for chart in curves
+        ],
+    }
+
+
+def _scored(runs: list[Run], results: list[dict[str, Any]]) -> dict[str, Any]:
+    held = [one for one in results if one]
+    if not held or not results[0]:
+        return {"scores": None}
+    facts = {name: results[0].get(name) for name in ("images", "pixels", "protocol")}
+    return {
+        "scores": {
+            **facts,
+            "data": Path(str(results[0]["data"])).name,
+            "methods": [(run.name, methods(one)) for run, one in zip(runs, results) if one],
+            "bars": bars(held),
+            "matrix": matrix(results[0]),
+            "other_data": len(runs) > len(held),
+        }
+    }
+
+
+def _seen(
+    runs: list[Run], segmenters: list[Segmenter], photographs: Photographs | None, n: int, seconds: float
+) -> dict[str, Any]:
+    """Photographs and clusters; neither for a run without a model, or whose photographs are gone."""
+    if not segmenters or photographs is None:
+        return {"photographs": [], "gallery": [], "looked_at": 0, "missing": "model" if not segmenters else "pictures"}
+    shown, _ = show(photographs, n, segmenters, PICTURE_BYTES // 2 // n)
+    source = training_photographs(runs[0]) or photographs
+    seen: Seen = look(segmenters[0], computed(segmenters[0], source, LOOKED_AT), seconds)
+    return {
+        "photographs": shown,
+        "gallery": gallery(segmenters[0], seen, source, PICTURE_BYTES // 4 // seen.clusters),
+        "looked_at": seen.photographs,
+        "missing": None,
+    }
+
+
+def _judged(results: list[dict[str, Any]], labelled: LabelledSet | None, segmenters: list[Segmenter]) -> dict[str, Any]:
+    if not results[0] or labelled is None or not segmenters:
+        return {"best": [], "worst": []}
+    best, worst = judged(results[0], labelled, segmenters[0], JUDGED, PICTURE_BYTES // 4 // (2 * JUDGED))
+    return {"best": best, "worst": worst}
