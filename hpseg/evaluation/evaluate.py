@@ -20,7 +20,7 @@ from hpseg.data.datasets import NAMES, LabelledSet, open_data, training_images
 from hpseg.data.folder import find_images
 from hpseg.data.transforms import UnreadableImage, load_image, skip
 from hpseg.evaluation.contenders import KMEANS_ROWS, Segments, kmeans_baseline, label_maps, linear_probe, trained
-from hpseg.evaluation.metrics import confusion, score
+from hpseg.evaluation.metrics import Sparse, confusion, dense, score, sparse
 from hpseg.evaluation.protocols import PROTOCOLS
 from hpseg.inference.label_map import Matching
 from hpseg.inference.segmenter import load
@@ -124,7 +124,9 @@ def evaluate_runs(
         for run, segmenter, of_run, totals in zip(runs, segmenters, methods, counts, strict=True):
             of_run["linear"] = linear_probe(Path(run), segmenter, labelled)
             totals |= {name: np.zeros((256, 256), np.int64) for name in ["linear", *["linear_crf"] * crf]}
-    scored, unreadable = 0, []
+    scored: list[tuple[Path, Path]] = []
+    by_picture: list[list[Sparse]] = [[] for _ in runs]  # of the trained head
+    unreadable = []
     for image_path, label_path in tqdm(labelled.pairs, desc="eval", unit="image", disable=None, leave=False):
         try:
             picture = labelled.load_image(image_path)
@@ -136,16 +138,35 @@ def evaluate_runs(
         view = view_of(picture, truth, config.predict_size, first.backbone.patch)
         found = label_maps(segmenters, methods, lambda part: describe(part, flip), view, crf)
         for (number, name), labels in found.items():
-            counts[number][name] += confusion(labels, view.truth, len(counts[number][name]), 256)
-        scored += 1
-    facts = {"data": str(data), "protocol": protocol, "flip": flip, "fit_on": str(fit_on or ""), "images": scored}
+            of_picture = confusion(labels, view.truth, len(counts[number][name]), 256)
+            counts[number][name] += of_picture
+            if name == "trained":
+                by_picture[number].append(sparse(of_picture))
+        scored.append((image_path, label_path))
+    facts = {"data": str(data), "protocol": protocol, "flip": flip, "fit_on": str(fit_on or ""), "images": len(scored)}
     facts["unreadable"] = unreadable
     results = []
-    for number, (totals, segmenter) in enumerate(zip(counts, segmenters, strict=True)):
+    for number, (totals, segmenter, matrices) in enumerate(zip(counts, segmenters, by_picture, strict=True)):
         known = {**facts, "labels_used": segmenter.config.labels_used, "seed": seed + number}
         matched = {"linear": False, "linear_crf": False, **dict.fromkeys(TRAINED, not segmenter.config.learns_classes)}
         results.append(report(totals, labelled, known, matched))
+        results[-1]["pictures"] = scores_by_picture(scored, matrices, totals["trained"].shape, results[-1])
     return results
+
+
+def scores_by_picture(
+    pairs: list[tuple[Path, Path]], matrices: list[Sparse], shape: tuple[int, int], results: dict
+) -> list[dict]:
+    """Accuracy and mIoU in percent of the trained head on each picture, by the match over the whole set. Without a
+    labelled pixel they are None. A class that a picture neither shows nor is given stays out of its mIoU."""
+    class_ids, cluster_of = np.array(results["class_ids"]), np.array(results["trained"]["cluster_of"])
+    pictures = []
+    for (image, labels), matrix in zip(pairs, matrices, strict=True):
+        counts = dense(matrix, shape)[:, class_ids]
+        scores = score(counts, cluster_of) if counts.any() else None
+        accuracy, miou = (scores.accuracy, scores.miou) if scores else (None, None)
+        pictures.append({"image": str(image), "labels": str(labels), "accuracy": accuracy, "miou": miou})
+    return pictures
 
 
 def report(
@@ -153,6 +174,8 @@ def report(
 ) -> dict:
     """Scores of every confusion matrix (clusters, 256): over the classes of a named data set, else those that occur.
 
+    Each method's "confusion" holds its counts of pixels, a row per cluster, a column per entry of "class_ids". Where
+    rows are classes, those beyond the last that was predicted are left out.
     matched: whether a method's rows are clusters, to be matched to classes (default), or the classes themselves.
     """
     first = next(iter(counts.values()))
@@ -178,6 +201,7 @@ def report(
             "miou": scores.miou,
             "iou": scores.iou.tolist(),
             "cluster_of": scores.cluster_of.tolist(),
+            "confusion": _without_unused_rows(matrix[:, occurring], len(first)).tolist(),
         }
         if labelled.first_stuff is not None:
             parts = {"things": range(labelled.first_stuff), "stuff": range(labelled.first_stuff, len(occurring))}
@@ -185,6 +209,11 @@ def report(
                 ious = scores.iou[list(columns)]
                 results[name][f"miou_{part}"] = float(np.nanmean(ious)) if not np.isnan(ious).all() else float("nan")
     return results
+
+
+def _without_unused_rows(matrix: np.ndarray, least: int) -> np.ndarray:
+    used = np.flatnonzero(matrix.any(1))
+    return matrix[: max(least, used[-1] + 1 if len(used) else 0)]
 
 
 TITLES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -15,6 +16,22 @@ def confusion(predictions: np.ndarray, labels: np.ndarray, clusters: int, classe
     valid = (labels >= 0) & (labels < classes)
     pairs = predictions[valid].astype(np.int64) * classes + labels[valid]
     return np.bincount(pairs, minlength=clusters * classes).reshape(clusters, classes).astype(np.int64)
+
+
+Sparse: TypeAlias = tuple[np.ndarray, np.ndarray]  # places in the flat matrix and the counts there
+
+
+def sparse(counts: np.ndarray) -> Sparse:
+    """What a confusion matrix holds beside zeros: a picture shows few classes, and a data set has many pictures."""
+    places = np.flatnonzero(counts)
+    return places, counts.ravel()[places]
+
+
+def dense(counts: Sparse, shape: tuple[int, int]) -> np.ndarray:
+    """The matrix that `sparse` was given, int64."""
+    matrix = np.zeros(shape, np.int64)
+    matrix.ravel()[counts[0]] = counts[1]
+    return matrix
 
 
 @dataclass(frozen=True)

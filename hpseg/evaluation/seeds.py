@@ -17,11 +17,12 @@ def evaluate_seeds(run: str | Path, data: str | Path, **options) -> dict:
 
     options: see `hpseg.evaluation.evaluate.evaluate_runs`.
     In the place of a run's scores stand the means over the runs, beside them "sd", the sample standard deviations
-    (n - 1), and in "runs" the scores of each. k-means, too, is repeated with another seed for each run.
+    (n - 1), and in "runs" the scores of each, with its confusion matrices and pictures. k-means, too, is repeated with
+    another seed for each run.
     """
     names, seeds = zip(*find_seeds(Path(run)), strict=True)
     per_run = evaluate_runs([Path(run) / name for name in names], data, **options)
-    results = {name: value for name, value in per_run[0].items() if name not in (*TITLES, "seed")}
+    results = {name: value for name, value in per_run[0].items() if name not in (*TITLES, "seed", "pictures")}
     results |= {"run_seeds": list(seeds), "seeds": [scores["seed"] for scores in per_run]}
     for method in (name for name in TITLES if name in per_run[0]):
         values = {

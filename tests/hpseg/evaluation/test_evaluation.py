@@ -97,6 +97,40 @@ def test_eval(scored_run, tree):
     assert "trained head" in table and "k-means, frozen features" in table and "rock" in table
 
 
+def test_eval_writes_confusion_matrices_and_the_scores_of_each_picture(scored_run, tree):
+    """What a report draws. Counts are those of the maps that predict writes; the match is that of the whole set."""
+    import hpseg
+
+    (tree / "images" / "d.png").write_bytes(b"no picture")
+    Image.fromarray(np.full((40, 60), 255, np.uint8)).save(tree / "labels" / "b.png")
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(tree / "labels" / "d.png")
+    probe(scored_run, tree, score_on=tree, steps=2, device="cpu")
+    results = evaluate(scored_run, tree, linear=True, device="cpu")
+    written = json.loads((scored_run / "eval.json").read_text())
+    assert written == results
+
+    class_ids, cluster_of = results["class_ids"], results["trained"]["cluster_of"]
+    segmenter, total = hpseg.load(scored_run, device="cpu"), np.zeros((3, 2), int)
+    pairs = [pair for pair in open_folder(tree).pairs if pair[0].name != "d.png"]
+    assert class_ids == [0, 3] and [one["image"] for one in results["pictures"]] == [str(image) for image, _ in pairs]
+    for one, (image, label) in zip(results["pictures"], pairs, strict=True):
+        predicted, truth = segmenter.predict(image), read_ids(label)
+        counts = np.array([[((predicted == k) & (truth == c)).sum() for c in class_ids] for k in range(3)])
+        total += counts
+        assert one["labels"] == str(label)
+        if image.name == "b.jpg":
+            assert one["accuracy"] is None and one["miou"] is None
+            continue
+        hits = np.array([counts[k, c] if k >= 0 else 0 for c, k in enumerate(cluster_of)])
+        predicted_as = np.array([counts[k].sum() if k >= 0 else 0 for k in cluster_of])
+        assert one["accuracy"] == pytest.approx(100 * hits.sum() / counts.sum())
+        assert one["miou"] == pytest.approx(np.mean(100 * hits / (predicted_as + counts.sum(0) - hits)))
+    assert results["trained"]["confusion"] == total.tolist()
+    assert np.sum(results["kmeans_features"]["confusion"]) == results["pixels"] == total.sum()
+    assert np.shape(results["linear"]["confusion"]) == (4, 2)  # rows are classes 0 to 3
+    assert np.sum(results["linear"]["confusion"]) == results["pixels"]
+
+
 def test_eval_names_the_clusters_for_prediction(scored_run, tree):
     """The class ids that predict writes after an evaluation score as the evaluation did, without another match."""
     import hpseg
@@ -218,7 +252,9 @@ def test_mean_and_sd_over_seeds(seeds, tree, capsys):
     assert main(["eval", str(seeds), str(tree), "--seeds", "--seed", "5", "--device", "cpu"]) == 0
     results, table = json.loads((seeds / "eval.json").read_text()), capsys.readouterr().out
     assert results["run_seeds"] == [0, 2, 10] and list(results["runs"]) == ["seed0", "seed2", "seed10"]
-    assert results["seeds"] == [5, 6, 7]
+    assert results["seeds"] == [5, 6, 7] and "pictures" not in results and "confusion" not in results["trained"]
+    for scores in results["runs"].values():
+        assert len(scores["pictures"]) == 3 and np.sum(scores["trained"]["confusion"]) == results["pixels"]
     alone = [evaluate(seeds / name, tree, device="cpu") for name in results["runs"]]
     for method, each in (("trained", alone), ("kmeans_features", results["runs"].values())):
         for key in ("miou", "accuracy"):
