@@ -95,7 +95,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
             "backbone",
             ", ".join(filter(None, [config.backbone, weights, "trained too" if config.finetune else "frozen"])),
         ),
-        ("weights’ fingerprint", backbone.get("fingerprint")),
+        ("hash of the weights", backbone.get("fingerprint")),
         ("photographs", ", ".join(filter(None, [f"{count:,}" if count else None, run.data])) or None),
         ("classes" if config.learns_classes else "clusters", str(config.classes)),
         ("labels looked at", None if config.labels_used else "none"),

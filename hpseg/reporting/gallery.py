@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +81,7 @@ class Seen:
         return [*first.values(), *again][:n]
 
 
+@torch.no_grad()
 def likeness(segmenter: Segmenter, codes: Tensor) -> Tensor:
     """(K, rows, columns) of codes (1, D, rows, columns)."""
     if segmenter.config.learns_classes:
@@ -88,23 +89,14 @@ def likeness(segmenter: Segmenter, codes: Tensor) -> Tensor:
     return segmenter.similarities(F.normalize(codes.float(), dim=1))[0]
 
 
-@torch.no_grad()
-def look(segmenter: Segmenter, described: Iterable[tuple[Path, Tensor]], seconds: float) -> Seen:
-    """Goes through photographs, each with its codes (1, D, rows, columns), for as long as there are some and `seconds`
-    have not passed; at least one."""
-    seen, end = Seen(segmenter.config.classes), time.monotonic() + seconds
+def look(segmenter: Segmenter, seen: Seen, described: Iterable[tuple[Path, Tensor]], seconds: float) -> None:
+    """Adds photographs to `seen`, each given with its codes (1, D, rows, columns), for as long as there are some and
+    `seconds` have not passed."""
+    end = time.monotonic() + seconds
     for path, codes in described:
         seen.add(path, likeness(segmenter, codes).cpu())
         if time.monotonic() > end:
-            break
-    return seen
-
-
-@torch.no_grad()
-def computed(segmenter: Segmenter, photographs: Photographs, n: int) -> Iterator[tuple[Path, Tensor]]:
-    """Codes of `n` photographs by the backbone."""
-    for path, picture in photographs.spread(n):
-        yield path, segmenter.codes(segmenter.prepare(picture)[0])
+            return
 
 
 def gallery(segmenter: Segmenter, seen: Seen, photographs: Photographs, most: int) -> list[Cluster]:

@@ -37,7 +37,8 @@ def embedded(picture: Image.Image, side: int, most: int) -> Embedded:
             uri = _uri(shown, quality)
             if len(uri) <= most or (side <= SMALLEST and quality != QUALITIES[0]):
                 return Embedded(uri, *shown.size)
-        side = max(SMALLEST, min(side, max(shown.size)) * 4 // 5)
+        share = min(0.8, 0.95 * (most / len(uri)) ** 0.5)
+        side = max(SMALLEST, int(max(shown.size) * share))
 
 
 def _resized(picture: Image.Image, side: int) -> Image.Image:

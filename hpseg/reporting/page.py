@@ -39,7 +39,7 @@ def render(content: dict[str, Any]) -> str:
 
 def percent(value: float | None) -> str:
     """A score in percent, without the sign."""
-    return "–" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:.1f}"
 
 
 def share(value: float) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from hpseg.data.datasets import NAMES, LabelledSet, picture_folder, training_images
 from hpseg.data.folder import find_images
 from hpseg.data.transforms import UnreadableImage, load_image
-from hpseg.inference.label_map import NO_CLASS, Key, LabelMap
+from hpseg.inference.label_map import NO_CLASS, Key, label_map
 from hpseg.inference.pictures import label_image, overlay
 from hpseg.inference.segmenter import Segmenter
 from hpseg.reporting.about import Run
@@ -110,13 +111,14 @@ def hex_colour(colours: Sequence[int], value: int) -> str:
 
 
 @torch.no_grad()
-def labels_at(segmenter: Segmenter, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The clusters of a picture, uint8 (H, W), as `Segmenter.predict` finds them but at another `size` (W, H)."""
-    pixels, _ = segmenter.prepare(picture)
-    maps = LabelMap(pixels.shape[2] // segmenter.backbone.patch, (size[1], size[0]))
-    for band in segmenter.bands(pixels, lambda part: {"maps": segmenter.similarities(segmenter(part))}):
-        maps.add(band["maps"])
-    return maps.labels
+def codes_of(segmenter: Segmenter, picture: Image.Image) -> Tensor:
+    """(1, D, rows, columns), as `Segmenter.predict` decides by."""
+    return segmenter.codes(segmenter.prepare(picture)[0])
+
+
+def labels_of(segmenter: Segmenter, codes: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """The clusters (H, W) uint8 that `Segmenter.predict` finds by these codes, at another `size` (W, H)."""
+    return label_map(segmenter.similarities(codes), (size[1], size[0]))
 
 
 def legend_of(labels: np.ndarray, key: Key) -> list[Entry]:
@@ -128,22 +130,20 @@ def legend_of(labels: np.ndarray, key: Key) -> list[Entry]:
     ]
 
 
-def show(
-    photographs: Photographs, n: int, segmenters: Sequence[Segmenter], most: int
-) -> tuple[list[Shown], list[Path]]:
-    """`n` photographs as every run sees them, and their files. most: bytes that one photograph may take."""
-    made, files, each = [], [], most // (2 + 3 * len(segmenters))  # a label map takes least
-    for path, picture in photographs.spread(n):
-        small = picture.resize(fitted(picture.size, SIDE), Image.Resampling.LANCZOS)
-        layers = []
-        for segmenter in segmenters:
-            labels, key = labels_at(segmenter, picture, small.size), segmenter.key()
-            clusters = embedded(label_image(labels, key.colours), SIDE, each)
-            overlaid = embedded(overlay(small, labels, colours=key.colours), SIDE, 2 * each)
-            layers.append(Layers(clusters, overlaid, legend_of(labels, key)))
-        made.append(Shown(photographs.name(path), embedded(small, SIDE, 2 * each), layers))
-        files.append(path)
-    return made, files
+def draw(name: str, picture: Image.Image, seen: Sequence[tuple[Segmenter, Tensor]], most: int) -> Shown:
+    """A photograph as runs see it. seen: each run with its codes of the picture. most: bytes that it may take."""
+    small, layers = _small(picture, SIDE), []
+    each = most // (2 + 3 * len(seen))  # a label map takes least
+    for segmenter, codes in seen:
+        labels, key = labels_of(segmenter, codes, small.size), segmenter.key()
+        clusters = embedded(label_image(labels, key.colours), SIDE, each)
+        overlaid = embedded(overlay(small, labels, colours=key.colours), SIDE, 2 * each)
+        layers.append(Layers(clusters, overlaid, legend_of(labels, key)))
+    return Shown(name, embedded(small, SIDE, 2 * each), layers)
+
+
+def _small(picture: Image.Image, side: int) -> Image.Image:
+    return picture.resize(fitted(picture.size, side), Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)
@@ -186,20 +186,17 @@ def _judged(
         truth = labelled.labels(Path(entry["labels"]), picture.size)
     except (UnreadableImage, UsageError):
         return None
-    small = picture.resize(fitted(picture.size, JUDGED_SIDE), Image.Resampling.LANCZOS)
-    key = segmenter.key(as_classes=True)
+    small, key = _small(picture, JUDGED_SIDE), segmenter.key(as_classes=True)
     key = Key({**dict(zip(results["class_ids"], results["classes"], strict=True)), **key.names}, key.colours)
     ids = Image.fromarray(np.where(truth < 0, NO_CLASS, truth).astype(np.uint8))
-    maps = [
-        np.asarray(ids.resize(small.size, Image.Resampling.NEAREST)),
-        segmenter.matching.classes(labels_at(segmenter, picture, small.size)),
-    ]
-    pictures = [small, *(label_image(labels, key.colours) for labels in maps)]
-    legend = [part for part in legend_of(np.concatenate(maps), key) if part.name != key.names[NO_CLASS]]
+    labels = np.asarray(ids.resize(small.size, Image.Resampling.NEAREST))
+    found = segmenter.matching.classes(labels_of(segmenter, codes_of(segmenter, picture), small.size))
     return Judged(
         Path(entry["image"]).name,
         float(entry["accuracy"]),
         None if entry.get("miou") is None else float(entry["miou"]),
-        *(embedded(one, JUDGED_SIDE, most // 3) for one in pictures),
-        legend,
+        embedded(small, JUDGED_SIDE, most // 2),
+        embedded(label_image(labels, key.colours), JUDGED_SIDE, most // 4),
+        embedded(label_image(found, key.colours), JUDGED_SIDE, most // 4),
+        [part for part in legend_of(np.concatenate([labels, found]), key) if part.name != key.names[NO_CLASS]],
     )

@@ -16,14 +16,16 @@ from hpseg.evaluation.evaluate import evaluate
 from hpseg.inference.segmenter import Segmenter, load
 from hpseg.reporting.about import Run, changed_settings, duration, facts, method_title, notes
 from hpseg.reporting.curves import charts
-from hpseg.reporting.gallery import Seen, computed, gallery, look
+from hpseg.reporting.gallery import Seen, gallery, likeness, look
+from hpseg.reporting.kept import Kept
 from hpseg.reporting.page import PICTURE_BYTES, render
 from hpseg.reporting.photographs import (
     Photographs,
+    codes_of,
+    draw,
     folder_photographs,
     judged,
     labelled_photographs,
-    show,
     training_photographs,
 )
 from hpseg.reporting.scores import about, bars, matrix, methods, read_scores
@@ -34,7 +36,7 @@ from hpseg.run.folder import REPORT
 logger = logging.getLogger(__name__)
 MOST_PHOTOGRAPHS = 60
 LOOKED_AT = 64  # photographs whose patches the gallery of clusters chooses among
-JUDGED = 3  # best pictures, and as many worst ones
+JUDGED = 4  # best pictures, and as many worst ones
 
 
 def write_report(
@@ -174,12 +176,23 @@ def _seen(
     """Photographs and clusters; neither for a run without a model, or whose photographs are gone."""
     if not segmenters or photographs is None:
         return {"photographs": [], "gallery": [], "looked_at": 0, "missing": "model" if not segmenters else "pictures"}
-    shown, _ = show(photographs, n, segmenters, PICTURE_BYTES // 2 // n)
-    source = training_photographs(runs[0]) or photographs
-    seen: Seen = look(segmenters[0], computed(segmenters[0], source, LOOKED_AT), seconds)
+    first = segmenters[0]
+    shown, seen, kept = {}, Seen(first.config.classes), Kept(runs[0], first)
+    for path, picture in photographs.spread(n):
+        codes = [codes_of(segmenter, picture) for segmenter in segmenters]
+        most = PICTURE_BYTES // 2 // n
+        shown[path] = draw(photographs.name(path), picture, list(zip(segmenters, codes, strict=True)), most)
+        if not kept.photographs:
+            seen.add(path, likeness(first, codes[0]).cpu())
+    if kept.photographs:
+        look(first, seen, kept.codes(), seconds)
+        photographs = training_photographs(runs[0]) or photographs
+    else:
+        others = ((path, picture) for path, picture in photographs.spread(LOOKED_AT) if path not in shown)
+        look(first, seen, ((path, codes_of(first, picture)) for path, picture in others), seconds)
     return {
-        "photographs": shown,
-        "gallery": gallery(segmenters[0], seen, source, PICTURE_BYTES // 4 // seen.clusters),
+        "photographs": list(shown.values()),
+        "gallery": gallery(first, seen, photographs, PICTURE_BYTES // 4 // seen.clusters),
         "looked_at": seen.photographs,
         "missing": None,
     }

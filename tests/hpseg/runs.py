@@ -99,7 +99,8 @@ def flags(settings):
 
 
 def train_words(photos, out, weights, **changes):
-    return ["train", str(photos), "--out", str(out), *flags({**SETTINGS, "weights": weights, "steps": 2, **changes})]
+    settings = {**SETTINGS, "weights": weights, "steps": 2, **changes}
+    return ["train", str(photos), "--out", str(out), "--no-report", *flags(settings)]
 
 
 def assert_whole(folder):
