@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
-# What the other verbs leave takes seconds, on few photographs.
-FEW, SECONDS = 6, 4.0
+FEW, SECONDS = 6, 5.0  # photographs of the page that other verbs leave, and about how long it may look at them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

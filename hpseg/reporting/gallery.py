@@ -89,10 +89,9 @@ def likeness(segmenter: Segmenter, codes: Tensor) -> Tensor:
     return segmenter.similarities(F.normalize(codes.float(), dim=1))[0]
 
 
-def look(segmenter: Segmenter, seen: Seen, described: Iterable[tuple[Path, Tensor]], seconds: float) -> None:
-    """Adds photographs to `seen`, each given with its codes (1, D, rows, columns), for as long as there are some and
-    `seconds` have not passed."""
-    end = time.monotonic() + seconds
+def look(segmenter: Segmenter, seen: Seen, described: Iterable[tuple[Path, Tensor]], end: float) -> None:
+    """Adds photographs to `seen`, each given with its codes (1, D, rows, columns), until there are no more or the time
+    `end` of `time.monotonic` has passed."""
     for path, codes in described:
         seen.add(path, likeness(segmenter, codes).cpu())
         if time.monotonic() > end:

@@ -14,10 +14,10 @@ from hpseg.inference.segmenter import Segmenter
 from hpseg.methods.base import method_class
 from hpseg.models.backbone import Tokens
 from hpseg.reporting.about import Run
+from hpseg.reporting.photographs import scattered
 from hpseg.run.errors import UsageError
 
 MOST, SHARDS = 512, 8  # photographs, and the files that they are taken from: each is read as a whole
-GOLDEN = 0.6180339887  # steps of it around a circle come near every place, however soon they end
 
 
 class Kept:
@@ -57,10 +57,10 @@ class Kept:
 
     @torch.no_grad()
     def codes(self) -> Iterator[tuple[Path, Tensor]]:
-        """(1, D, rows, columns) of at most MOST photographs, in an order that goes everywhere before it is done."""
+        """(1, D, rows, columns) of at most MOST photographs, from everywhere among them."""
         files = list(self.photographs)
         device = next(self.segmenter.head.parameters()).device
-        for place in sorted(range(len(files)), key=lambda number: number * GOLDEN % 1)[:MOST]:
+        for place in scattered(len(files))[:MOST]:
             cache, index = self.photographs[files[place]]
             features, _, grid, colours = cache[index]
             tokens = Tokens(features.float().to(device), None, grid, None if colours is None else colours.to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ JUDGED_SIDE = 480  # the same of one beside its labels
 LEAST_SHARE = 0.01  # of a picture: what covers less is not in its legend
 
 
+def scattered(count: int) -> list[int]:
+    """0 to count - 1, in an order that comes near every number however soon it is left: by the golden ratio."""
+    return sorted(range(count), key=lambda number: number * 0.6180339887 % 1)
+
+
 @dataclass(frozen=True)
 class Photographs:
     """Files, what reads one of them, and the folder that their names are given below."""
@@ -41,8 +47,8 @@ class Photographs:
         return path.name
 
     def spread(self, n: int) -> Iterator[tuple[Path, Image.Image]]:
-        """At most `n` of those that can be read, spread evenly over the files."""
-        first = [self.files[number * len(self.files) // n] for number in range(n)] if self.files else []
+        """At most `n` of those that can be read, spread evenly over the files; so are those before the last."""
+        first = [self.files[number * len(self.files) // n] for number in scattered(n)] if self.files else []
         made = 0
         for path in dict.fromkeys([*first, *self.files]):
             if made == min(n, len(self.files)):
@@ -160,20 +166,22 @@ class Judged:
 
 
 def judged(
-    results: dict[str, Any], labelled: LabelledSet, segmenter: Segmenter, n: int, most: int
+    results: dict[str, Any], labelled: LabelledSet, segmenter: Segmenter, n: int, most: int, end: float
 ) -> tuple[list[Judged], list[Judged]]:
     """The `n` best and the `n` worst pictures of an evaluation by their accuracy, none in both; fewer where files are
-    not there any more. most: bytes that one of them may take."""
-    ranked = sorted((entry for entry in results.get("pictures", ()) if entry["accuracy"] is not None), key=_accuracy)
-    best = [
-        _judged(entry, results, labelled, segmenter, most) for entry in ranked[::-1][: min(n, -(-len(ranked) // 2))]
-    ]
-    worst = [_judged(entry, results, labelled, segmenter, most) for entry in ranked[: min(n, len(ranked) // 2)]]
-    return [entry for entry in best if entry], [entry for entry in worst if entry]
-
-
-def _accuracy(entry: dict[str, Any]) -> float:
-    return float(entry["accuracy"])
+    not there any more, or the time `end` of `time.monotonic` has passed. most: bytes that one of them may take."""
+    entries = [entry for entry in results.get("pictures", ()) if entry["accuracy"] is not None]
+    ranked = sorted(entries, key=lambda entry: (entry["accuracy"], entry["miou"] or 0))
+    half = min(n, len(ranked) // 2)
+    best: list[Judged] = []
+    worst: list[Judged] = []
+    for good, bad in zip(ranked[: -half - 1 : -1], ranked[:half]):
+        for entry, found in ((good, best), (bad, worst)):
+            shown = _judged(entry, results, labelled, segmenter, most)
+            found += [shown] if shown else []
+        if time.monotonic() > end:
+            break
+    return best, worst
 
 
 def _judged(

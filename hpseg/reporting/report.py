@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +37,9 @@ from hpseg.run.folder import REPORT
 
 logger = logging.getLogger(__name__)
 MOST_PHOTOGRAPHS = 60
-LOOKED_AT = 64  # photographs whose patches the gallery of clusters chooses among
+LOOKED_AT = 40  # photographs whose patches the gallery of clusters chooses among
 JUDGED = 4  # best pictures, and as many worst ones
+SHARES = (0.5, 0.7)  # of the time there is, when photographs are drawn, and when patches are chosen
 
 
 def write_report(
@@ -49,7 +52,7 @@ def write_report(
     root: str | Path | None = None,
     split: str = "val",
     void: int = 255,
-    seconds: float = 60.0,
+    seconds: float | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ) -> Path:
@@ -60,7 +63,8 @@ def write_report(
     With labels that RUN/eval.json is not about, the run is evaluated, which writes that file.
     out: None is RUN/report.html, which is replaced; another file that is there is an error unless `overwrite` is set.
     compare: a second run, whose scores, curves and label maps stand beside those of the first.
-    n: photographs to show, 1 to 60. seconds: about how long the typical patches of the clusters are searched for.
+    n: photographs to show, 1 to 60. seconds: about how long photographs are looked at; there are fewer of them where
+    that is not enough for all. None looks at all.
 
     What a run lacks is left out: one that was interrupted has curves only. UsageError for a folder that is no run.
     """
@@ -77,8 +81,10 @@ def write_report(
     with _unsaid():  # the page says it
         segmenters = [load(one.folder, device) for one in runs if one.has_model and runs[0].has_model]
     content = _about(runs) | _scored(runs, results)
-    content |= _seen(runs, segmenters, _photographs(runs[0], data, labelled), n, seconds)
-    content |= _judged(results, labelled or _labelled_again(results), segmenters)
+    start, budget = time.monotonic(), math.inf if seconds is None else seconds
+    photographs = _photographs(runs[0], data, labelled)
+    content |= _seen(runs, segmenters, photographs, n, [start + part * budget for part in SHARES])
+    content |= _judged(results, labelled or _labelled_again(results), segmenters, start + budget)
     page = render(content).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
@@ -171,7 +177,7 @@ def _scored(runs: list[Run], results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _seen(
-    runs: list[Run], segmenters: list[Segmenter], photographs: Photographs | None, n: int, seconds: float
+    runs: list[Run], segmenters: list[Segmenter], photographs: Photographs | None, n: int, ends: list[float]
 ) -> dict[str, Any]:
     """Photographs and clusters; neither for a run without a model, or whose photographs are gone."""
     if not segmenters or photographs is None:
@@ -184,22 +190,26 @@ def _seen(
         shown[path] = draw(photographs.name(path), picture, list(zip(segmenters, codes, strict=True)), most)
         if not kept.photographs:
             seen.add(path, likeness(first, codes[0]).cpu())
+        if time.monotonic() > ends[0]:
+            break
     if kept.photographs:
-        look(first, seen, kept.codes(), seconds)
+        look(first, seen, kept.codes(), ends[1])
         photographs = training_photographs(runs[0]) or photographs
     else:
         others = ((path, picture) for path, picture in photographs.spread(LOOKED_AT) if path not in shown)
-        look(first, seen, ((path, codes_of(first, picture)) for path, picture in others), seconds)
+        look(first, seen, ((path, codes_of(first, picture)) for path, picture in others), ends[1])
     return {
-        "photographs": list(shown.values()),
+        "photographs": [shown[path] for path in sorted(shown)],
         "gallery": gallery(first, seen, photographs, PICTURE_BYTES // 4 // seen.clusters),
         "looked_at": seen.photographs,
         "missing": None,
     }
 
 
-def _judged(results: list[dict[str, Any]], labelled: LabelledSet | None, segmenters: list[Segmenter]) -> dict[str, Any]:
+def _judged(
+    results: list[dict[str, Any]], labelled: LabelledSet | None, segmenters: list[Segmenter], end: float
+) -> dict[str, Any]:
     if not results[0] or labelled is None or not segmenters:
         return {"best": [], "worst": []}
-    best, worst = judged(results[0], labelled, segmenters[0], JUDGED, PICTURE_BYTES // 4 // (2 * JUDGED))
+    best, worst = judged(results[0], labelled, segmenters[0], JUDGED, PICTURE_BYTES // 4 // (2 * JUDGED), end)
     return {"best": best, "worst": worst}

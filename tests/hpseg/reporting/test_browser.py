@@ -10,7 +10,6 @@ from PIL import Image
 
 import hpseg
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the driver
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 
@@ -47,6 +46,7 @@ def visit(browser):
     def open_page(file, size="desk", scheme="light"):
         width, height = SIZES[size]
         contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme))
+        contexts[-1].set_default_timeout(120_000)  # of a busy machine
         page = contexts[-1].new_page()
         page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -138,9 +138,9 @@ def test_what_is_not_the_pages_own_does_not_run(page_file, visit, tmp_path):
     added.write_text(text.replace("</main>", '<script>document.title = "ran"</script></main>'))
     page = visit(page_file)
     assert page.locator(".slider input").first.get_attribute("aria-valuetext") == "overlay"
-    assert page.title() == "run – hpseg report"
+    assert page.title() == "run, hpseg report"
     context = page.context.browser.new_context()
     other = context.new_page()
     other.goto(added.as_uri())
-    assert other.title() == "run – hpseg report"
+    assert other.title() == "run, hpseg report"
     context.close()
