@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class LabelledSet:
     """Pictures and their label maps. `pairs` are (image, label) paths; `classes` the names of ids 0, 1, ...
 
     first_stuff: things are the classes before it, stuff those from it on; None where the set makes no difference.
+    colours: RGB of ids 0, 1, ..., one for each of `classes`; empty where the set has none of its own.
     """
 
     name: str
@@ -60,6 +61,7 @@ class LabelledSet:
     classes: list[str]
     to_class: Callable[[np.ndarray], np.ndarray]  # ids as stored -> class numbers, -1 for void
     first_stuff: int | None = None
+    colours: Sequence[tuple[int, int, int]] = ()
     load_image: Callable[[Path], Image.Image] = load_image
     read_ids: Callable[[Path], np.ndarray] = field(default=read_ids)
 
@@ -79,6 +81,14 @@ class LabelledSet:
                 "does not count"
             )
         return truth
+
+    def name_of(self, number: int) -> str:
+        """Of a class; its number where the set names no such class."""
+        return self.classes[number] if number < len(self.classes) else str(number)
+
+    def colour_of(self, number: int) -> tuple[int, int, int] | None:
+        """Of a class; None where the set has no colour for it."""
+        return self.colours[number] if number < len(self.colours) else None
 
     def labels(self, path: Path, size: tuple[int, int]) -> np.ndarray:
         """The label map of a picture of `size` (width, height). UsageError if it has another size."""
@@ -162,7 +172,8 @@ def require(root: Path, *parts: str, name: str) -> Path:
 
 
 def open_folder(root: Path, void: int = 255) -> LabelledSet:
-    """ROOT/images and ROOT/labels with the same path below them up to the ending; names from ROOT/classes.json.
+    """ROOT/images and ROOT/labels with the same path below them up to the ending; names, and colours where it has
+    some, from ROOT/classes.json.
 
     `imgs/` and `img_dir/` serve as images/, `ann_dir/` as labels/. Ids are classes, `void` does not count.
     """
@@ -183,15 +194,15 @@ def open_folder(root: Path, void: int = 255) -> LabelledSet:
         )
     if len(pairs) < len(images):
         logger.warning(f"{len(images) - len(pairs)} of {len(images)} images have no label and are left out")
-    return LabelledSet(
-        root.name, pairs, _class_names(root / "classes.json"), lambda ids: np.where(ids == void, -1, ids)
-    )
+    names, colours = _read_classes(root / "classes.json")
+    return LabelledSet(root.name, pairs, names, lambda ids: np.where(ids == void, -1, ids), colours=colours)
 
 
-def _class_names(path: Path) -> list[str]:
-    """Names of classes 0, 1, ... from a list in JSON or the list "classes" of an object; none without the file."""
+def _read_classes(path: Path) -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Names of classes 0, 1, ... from a list in JSON or the list "classes" of an object, and the colours in its list
+    "palette", where it has one: as many triples of red, green and blue in 0..255. None of both without the file."""
     if not path.is_file():
-        return []
+        return [], []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -199,7 +210,20 @@ def _class_names(path: Path) -> list[str]:
     names = content.get("classes") if isinstance(content, dict) else content
     if not isinstance(names, list):
         raise UsageError(f'data: {path}: expected a list of class names, or {{"classes": [...]}}')
-    return [str(name) for name in names]
+    colours = content.get("palette", []) if isinstance(content, dict) else []
+    if not isinstance(colours, list) or len(colours) not in (0, len(names)):
+        got = f"{len(colours)} of them" if isinstance(colours, list) else repr(colours)
+        raise UsageError(f"data: {path}: palette: expected {len(names)} colours, one for each class, got {got}")
+    for name, colour in zip(names, colours):
+        if not (isinstance(colour, list) and len(colour) == 3 and all(_is_byte(value) for value in colour)):
+            raise UsageError(
+                f"data: {path}: palette: expected [red, green, blue] in 0 to 255 for {name!r}, got {colour!r}"
+            )
+    return [str(name) for name in names], [(red, green, blue) for red, green, blue in colours]
+
+
+def _is_byte(value: object) -> bool:
+    return type(value) is int and 0 <= value <= 255
 
 
 def read_list(path: Path) -> list[str]:

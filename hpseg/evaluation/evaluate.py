@@ -186,13 +186,13 @@ def report(
         raise UsageError(f"data: no labelled pixel in {labelled.name}")
     if not (matched or {}).get("trained", True) and occurring[-1] >= len(first):
         raise UsageError(f"data: {labelled.name} has class {occurring[-1]}, the run has classes 0 to {len(first) - 1}")
-    names = labelled.classes + [str(number) for number in range(len(labelled.classes), int(occurring[-1]) + 1)]
     results = {
         **facts,
         "clusters": len(first),
         "pixels": int(first.sum()),
-        "classes": [names[c] for c in occurring],
+        "classes": [labelled.name_of(c) for c in occurring.tolist()],
         "class_ids": occurring.tolist(),
+        "colours": [labelled.colour_of(c) for c in occurring.tolist()],
     }
     for name, matrix in counts.items():
         scores = score(matrix[:, occurring], None if (matched or {}).get(name, True) else occurring)

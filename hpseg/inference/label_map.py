@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpseg.data.datasets import NAMES
-from hpseg.inference.pictures import palette
+from hpseg.data.datasets import LabelledSet
+from hpseg.inference.palette import RGB, as_rgb, palette, spread
 from hpseg.run.errors import UsageError
 from hpseg.run.files import write_json
 
 LABEL_FLOATS = 1 << 24  # of maps brought to full size at once
-NO_CLASS = 255  # in a map of class ids: a cluster that no class was matched to
+NO_CLASS = 255  # in a map of class ids: a cluster that no class was matched to; in one of the truth: void
+LEAST_SHARE = 0.01  # of the pixels: what covers less is not in a legend
 
 
 class LabelMap:
@@ -71,22 +74,28 @@ class Matching:
 
     data: str
     class_of: dict[int, int]  # cluster -> class id; clusters without a class are left out
-    names: dict[int, str]  # class id -> name
+    names: dict[int, str]  # class id -> name, of every class of the data set that occurs
+    colours: dict[int, RGB] = field(default_factory=dict)  # class id -> its colour, where the data set has one
 
     @staticmethod
     def save(run: Path, results: dict) -> None:
-        """Writes RUN/labels.json from the results of an evaluation: class name, id and IoU in percent per cluster."""
-        scores = results["trained"]
+        """Writes RUN/labels.json from the results of an evaluation: class name, id and IoU in percent per cluster; name
+        and colour per class."""
+        scores, ids = results["trained"], results["class_ids"]
         matched = {
             cluster: {"cluster": cluster, "id": number, "class": name, "iou": None if math.isnan(iou) else iou}
             for cluster, number, name, iou in zip(
-                scores["cluster_of"], results["class_ids"], results["classes"], scores["iou"], strict=True
+                scores["cluster_of"], ids, results["classes"], scores["iou"], strict=True
             )
         }
         free = {"id": None, "class": None, "iou": None}
         clusters = [matched.get(cluster, {"cluster": cluster, **free}) for cluster in range(results["clusters"])]
+        classes = [
+            {"id": number, "class": name, "colour": colour}
+            for number, name, colour in zip(ids, results["classes"], results["colours"], strict=True)
+        ]
         facts = {name: results[name] for name in ("data", "protocol", "images")}
-        write_json(run / "labels.json", {**facts, "clusters": clusters})
+        write_json(run / "labels.json", {**facts, "clusters": clusters, "classes": classes})
 
     @staticmethod
     def load(run: Path) -> Matching | None:
@@ -97,15 +106,34 @@ class Matching:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found = [entry for entry in content["clusters"] if entry["id"] is not None]
+            classes = content.get("classes", found)  # older files name the classes that have a cluster, no others
             return Matching(
                 content["data"],
                 {int(entry["cluster"]): int(entry["id"]) for entry in found},
-                {int(entry["id"]): str(entry["class"]) for entry in found},
+                {int(entry["id"]): str(entry["class"]) for entry in classes},
+                {int(entry["id"]): as_rgb(entry["colour"]) for entry in classes if entry.get("colour")},
             )
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"run: {path} is not what `hpseg eval` writes ({type(error).__name__}: {error}); remove it"
             ) from None
+
+    @staticmethod
+    def fit(labelled: LabelledSet, maps: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> Matching:
+        """The one-to-one match that agrees most on label maps (H, W) uint8 and what they should be, NO_CLASS for void:
+        for pictures of a data set that the run was not scored on."""
+        counts = np.zeros((256, 256), np.int64)
+        for labels, truth in zip(maps, truths, strict=True):
+            counts += np.bincount((labels.astype(np.int64) * 256 + truth).ravel(), minlength=1 << 16).reshape(256, 256)
+        counts[:, NO_CLASS] = 0
+        numbers = {*np.flatnonzero(counts.any(0)).tolist(), *range(len(labelled.classes))}
+        pairs = zip(*linear_sum_assignment(counts, maximize=True), strict=True)
+        return Matching(
+            labelled.name,
+            {int(cluster): int(number) for cluster, number in pairs if counts[cluster, number]},
+            {number: labelled.name_of(number) for number in sorted(numbers)},
+            dict(enumerate(labelled.colours)),
+        )
 
     def classes(self, labels: np.ndarray) -> np.ndarray:
         """Class ids of a map of clusters, uint8; NO_CLASS where the cluster has none."""
@@ -117,32 +145,61 @@ class Matching:
 
 @dataclass(frozen=True)
 class Key:
-    """What the numbers in a label map stand for: a name each, and 256 colours, flat."""
+    """What the numbers in a label map stand for: a name each, and 256 colours, flat.
+
+    One class has one colour in all pictures: that of its data set, or else the palette's of its id. A cluster has the
+    colour of the class that it was matched to; one without a class has a colour that no class has. Of clusters that
+    share a class the first has its colour.
+    """
 
     names: dict[int, str]
     colours: list[int]
 
-    def of(self, labels: np.ndarray) -> dict[int, str]:
-        """The names of the numbers that occur."""
-        return {int(value): self.names[int(value)] for value in np.unique(labels)}
-
     @staticmethod
     def make(clusters: int, matching: Matching | None, as_classes: bool = False) -> Key:
-        """For maps of clusters, or of class ids; a data set's own colours where it has some."""
-        own, of_class = {}, matching.names if matching else {}
-        if matching is not None and matching.data in NAMES:
-            module = importlib.import_module(f"hpseg.data.sets.{NAMES[matching.data]}")
-            own = dict(enumerate(getattr(module, "COLOURS", ())))
+        """For maps of clusters, or of class ids."""
+        if matching is None:
+            return Key({cluster: f"cluster {cluster}" for cluster in range(clusters)}, palette())
+        of_class = Key({**matching.names, NO_CLASS: "no class"}, _flat(matching.colours))
         if as_classes:
-            colours, names = own, {**of_class, NO_CLASS: "no class"}
-        else:
-            class_of = matching.class_of if matching else {}
-            colours = {cluster: own[number] for cluster, number in class_of.items() if number in own}
-            names = {
-                cluster: of_class[class_of[cluster]] if cluster in class_of else f"cluster {cluster}"
-                for cluster in range(clusters)
-            }
-        flat = palette()
-        for value, colour in colours.items():
-            flat[3 * value : 3 * value + 3] = colour
-        return Key(names, flat)
+            return of_class
+        first: dict[int, int] = {}
+        for cluster, number in sorted(matching.class_of.items()):
+            first.setdefault(number, cluster)
+        colours = {cluster: of_class.colour(number) for number, cluster in first.items()}
+        others = [cluster for cluster in range(clusters) if cluster not in colours]
+        taken = {of_class.colour(number) for number in matching.names}
+        colours |= zip(others, spread(sorted(taken), len(others)), strict=False)
+        names = {
+            cluster: of_class.names[matching.class_of[cluster]]
+            if cluster in matching.class_of
+            else f"cluster {cluster}"
+            for cluster in range(clusters)
+        }
+        return Key(names, _flat(colours))
+
+    def colour(self, value: int) -> RGB:
+        return as_rgb(self.colours[3 * value : 3 * value + 3])
+
+    @staticmethod
+    def covering(*shown: tuple[Key, Sequence[np.ndarray]], least: float = LEAST_SHARE) -> Key:
+        """For a legend of label maps and their keys: what covers at least this share of the maps of one key, the
+        largest first, numbered 0, 1, ... Two keys' entries of the same name and colour are one. Never empty."""
+        shares: Counter[tuple[str, RGB]] = Counter()
+        for key, maps in shown:
+            areas = np.sum([np.bincount(labels.ravel(), minlength=256) for labels in maps], axis=0)
+            for value in np.flatnonzero(areas).tolist():
+                entry = (key.names.get(value, str(value)), key.colour(value))
+                shares[entry] = max(shares[entry], areas[value] / areas.sum())
+        ordered = shares.most_common()
+        entries = [entry for entry, share in ordered if share >= least] or [entry for entry, _ in ordered[:1]]
+        names = {number: name for number, (name, _) in enumerate(entries)}
+        return Key(names, _flat({number: colour for number, (_, colour) in enumerate(entries)}))
+
+
+def _flat(colours: dict[int, RGB]) -> list[int]:
+    """The palette with these colours in their places."""
+    flat = palette()
+    for number, colour in colours.items():
+        flat[3 * number : 3 * number + 3] = colour
+    return flat

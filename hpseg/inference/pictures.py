@@ -1,29 +1,21 @@
-"""Pictures for the eye: palettes, label maps in colour, overlays, legends and contact sheets. PIL and numpy only."""
+"""Pictures for the eye: label maps in colour, overlays, legends and contact sheets. PIL and numpy only."""
 
 from __future__ import annotations
 
-import colorsys
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from hpseg.data.transforms import ImageLike, as_picture
+from hpseg.inference.palette import palette
 from hpseg.run.errors import UsageError
 
-
-def palette() -> list[int]:
-    """256 RGB colours, flat: each well apart from its neighbours, white last.
-
-    Not the bit-reversed palette of VOC, whose number 0 is black, as for a background: a cluster is nothing of the kind,
-    and under an overlay black and its dark neighbours cannot be told from shadows. Here hues follow the golden ratio,
-    at three strengths and three brightnesses.
-    """
-    colours: list[int] = []
-    for i in range(255):
-        rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.75, 0.45, 0.95)[i % 3], (0.95, 0.75, 0.55)[i // 3 % 3])
-        colours.extend(round(255 * value) for value in rgb)
-    return [*colours, 255, 255, 255]
+TINT = 0.4  # opacity at which both the photograph and its regions can be read
+PIXELS_PER_BORDER = 500  # of the picture's short side, to one pixel of border on either side of it
+SHEET_WIDTH = 1600  # pixels; one picture alone may be wider
+GAP = 6
 
 
 def label_image(labels: np.ndarray, colours: Sequence[int] | None = None) -> Image.Image:
@@ -34,12 +26,36 @@ def label_image(labels: np.ndarray, colours: Sequence[int] | None = None) -> Ima
 
 
 def overlay(
-    image: ImageLike, labels: np.ndarray, alpha: float = 0.5, colours: Sequence[int] | None = None
+    image: ImageLike,
+    labels: np.ndarray,
+    alpha: float = TINT,
+    colours: Sequence[int] | None = None,
+    *,
+    border: int | None = None,
 ) -> Image.Image:
-    """The photograph with its label colours laid over it; alpha 0 is the photograph, 1 the colours."""
+    """The photograph with its label colours laid over it; alpha 0 is the photograph, 1 the colours.
+
+    border: pixels along the edge of every region in which its colour is stronger, so that a light tint is enough; None
+    takes one for small pictures and more for large ones, 0 none.
+    """
     if not 0 <= alpha <= 1:
         raise UsageError(f"overlay: expected an opacity in [0, 1], got {alpha}")
-    return Image.blend(as_picture(image), label_image(labels, colours).convert("RGB"), alpha)
+    if border is not None and border < 0:
+        raise UsageError(f"border: expected at least 0 pixels, got {border}")
+    photograph, flat = as_picture(image), label_image(labels, colours).convert("RGB")
+    tinted = Image.blend(photograph, flat, alpha)
+    width = max(1, round(min(flat.size) / PIXELS_PER_BORDER)) if border is None else border
+    if width:
+        tinted.paste(Image.blend(photograph, flat, 1 - (1 - alpha) ** 4), mask=_edges(labels, width))
+    return tinted
+
+
+def _edges(labels: np.ndarray, width: int) -> Image.Image:
+    """Where another label is at most `width` pixels away."""
+    low = high = Image.fromarray(labels)
+    for _ in range(width):
+        low, high = low.filter(ImageFilter.MinFilter(3)), high.filter(ImageFilter.MaxFilter(3))
+    return ImageChops.difference(low, high).point(lambda apart: 255 if apart else 0)
 
 
 def legend(names: dict[int, str], width: int, font_size: int = 16, colours: Sequence[int] | None = None) -> Image.Image:
@@ -52,7 +68,7 @@ def legend(names: dict[int, str], width: int, font_size: int = 16, colours: Sequ
     line = font_size + 2 * pad
     places, x, y, longest = [], pad, 0, 0
     for value, name in names.items():
-        entry = font_size + pad + int(font.getlength(name)) + 2 * pad
+        entry = font_size + pad + int(font.getlength(name)) + 3 * pad
         if x > pad and x + entry > width:
             x, y = pad, y + line
         places.append((value, name, x, y))
@@ -67,32 +83,65 @@ def legend(names: dict[int, str], width: int, font_size: int = 16, colours: Sequ
     return strip
 
 
-def with_legend(picture: Image.Image, names: dict[int, str], colours: Sequence[int] | None = None) -> Image.Image:
+def with_legend(
+    picture: Image.Image, names: dict[int, str], colours: Sequence[int] | None = None, font_size: int | None = None
+) -> Image.Image:
     """The picture with a legend below it, in letters that stay readable when the picture is shown at screen size."""
-    strip = legend(names, picture.width, max(14, picture.width // 50), colours)
+    strip = legend(names, picture.width, font_size or max(14, picture.width // 50), colours)
     sheet = Image.new("RGB", (strip.width, picture.height + strip.height), "white")
     sheet.paste(picture, (0, 0))
     sheet.paste(strip, (0, picture.height))
     return sheet
 
 
-def contact_sheet(rows: list[list[Image.Image]], titles: list[str], height: int = 120) -> Image.Image:
-    """Rows of pictures under column titles; every picture is brought to the same height, or less where it would become
-    wider than three heights, every column to one width."""
-    rows = [[_fitted(picture, height) for picture in row] for row in rows]
-    width, gap = max(p.width for row in rows for p in row), 4
-    sheet = Image.new("RGB", (len(titles) * (width + gap) + gap, len(rows) * (height + gap) + 20), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (width + gap) + width // 2, 10), title, fill="black", anchor="mm")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            left = gap + x * (width + gap) + (width - picture.width) // 2
-            sheet.paste(picture, (left, 20 + y * (height + gap) + (height - picture.height) // 2))
-    return sheet
-
-
-def _fitted(picture: Image.Image, height: int) -> Image.Image:
+def fitted(picture: Image.Image, height: int) -> Image.Image:
+    """The picture at this height, or less where it would become wider than three heights. Labels stay labels."""
     scale = min(height / picture.height, 3 * height / picture.width)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    return picture.convert("RGB").resize((width, height))
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    labels = picture.mode in ("L", "P")
+    return picture.resize(size, Image.Resampling.NEAREST if labels else Image.Resampling.LANCZOS)
+
+
+def fitted_map(labels: np.ndarray, height: int) -> np.ndarray:
+    """The label map (H, W) uint8 at the size that `fitted` gives its picture."""
+    return np.asarray(fitted(Image.fromarray(labels), height))
+
+
+def letters(height: int) -> int:
+    """Font size of titles and legends of a sheet whose pictures have this height."""
+    return max(13, height // 8)
+
+
+def contact_sheet(
+    pictures: list[list[Image.Image]], titles: list[str], height: int = 160, width: int = SHEET_WIDTH
+) -> Image.Image:
+    """Pictures side by side, the views of each one below the other, as many pictures to a band as `width` pixels hold.
+
+    titles: of the views, at the left of every band. Each view is brought to `height`, see `fitted`; one that has that
+    size already is taken as it is.
+    """
+    font = ImageFont.load_default(letters(height))
+    words = ["\n".join(textwrap.wrap(title, 12, break_long_words=False)) for title in titles]
+    drawing = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = GAP + max(round(drawing.multiline_textbbox((0, 0), text, font=font)[2]) for text in words) + 2 * GAP
+    bands: list[list[list[Image.Image]]] = []
+    for views in pictures:
+        column = [fitted(view, height).convert("RGB") for view in views]
+        if not bands or left + sum(c[0].width + GAP for c in bands[-1]) + column[0].width + GAP > width:
+            bands.append([])
+        bands[-1].append(column)
+    lines = [max(view.height for view in line) for band in bands for line in zip(*band, strict=True)]
+    across = max(left + sum(column[0].width + GAP for column in band) for band in bands)
+    tall = GAP + sum(line + GAP for line in lines) + 2 * GAP * (len(bands) - 1)
+    sheet = Image.new("RGB", (across, tall), "white")
+    draw, y = ImageDraw.Draw(sheet), GAP
+    for band in bands:
+        for number, text in enumerate(words):
+            line, x = max(column[number].height for column in band), left
+            draw.multiline_text((left - 2 * GAP, y + line // 2), text, "black", font, anchor="rm", align="right")
+            for column in band:
+                sheet.paste(column[number], (x, y + (line - column[number].height) // 2))
+                x += column[number].width + GAP
+            y += line + GAP
+        y += 2 * GAP
+    return sheet

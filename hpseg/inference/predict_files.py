@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from hpseg.data.folder import find_images
 from hpseg.data.transforms import UnreadableImage, as_picture, load_image, skip
+from hpseg.inference.label_map import Key
 from hpseg.inference.pictures import label_image, overlay, with_legend
 from hpseg.inference.segmenter import load
 from hpseg.run.errors import UsageError
@@ -80,7 +81,8 @@ def predict_files(
         if overlay_alpha is not None:
             shown = overlay(picture, labels, overlay_alpha, key.colours)
             if legend:
-                shown = with_legend(shown, key.of(labels), key.colours)
+                covering = Key.covering((key, [labels]))
+                shown = with_legend(shown, covering.names, covering.colours)
             write_image(overlaid[0], shown, quality=92)
     if len(unreadable) == len(targets):
         raise UsageError(f"images: none of the {len(targets)} pictures can be decoded, e.g. {unreadable[0]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hpseg.data.datasets import LABELS, NAMES, PICTURES, LabelledSet, open_data, picture_folder
 from hpseg.data.transforms import UnreadableImage, skip
-from hpseg.inference.pictures import contact_sheet, label_image, overlay, with_legend
-from hpseg.inference.predict_files import find_jobs
-from hpseg.inference.segmenter import load
+from hpseg.inference.label_map import NO_CLASS, Key, Matching
+from hpseg.inference.pictures import contact_sheet, fitted, fitted_map, label_image, letters, overlay, with_legend
+from hpseg.inference.predict_files import Job, find_jobs
+from hpseg.inference.segmenter import Segmenter, load
 from hpseg.run.errors import UsageError
 from hpseg.run.files import require_file, write_image
 
 MAX_HEIGHT = 2000  # of a row in pixels
-TITLES = ["image", "clusters", "overlay", "frozen features, PCA"]
 
 
 @torch.no_grad()
@@ -29,6 +31,10 @@ def show(
     images: Iterable[str | Path],
     out: str | Path = "sheet.png",
     *,
+    root: str | Path | None = None,
+    split: str = "val",
+    void: int = 255,
+    truth: bool = True,
     n: int = 16,
     height: int = 160,
     overwrite: bool = False,
@@ -38,11 +44,14 @@ def show(
 ) -> Image.Image:
     """Writes and returns a contact sheet of `n` of the pictures, spread evenly over their sorted names.
 
-    A row shows the picture, its clusters, both together, and the three principal components of its frozen features as
-    red, green and blue; the components are those of all the pictures shown. height: of a row in pixels.
-    strict: a picture that cannot be read is a UsageError. options: of `Segmenter.predict`.
+    Below each picture stand its clusters, both together, and the three principal components of its frozen features as
+    red, green and blue; the components are those of all the pictures shown. Where the one thing given is a data set,
+    by its name and `root` or as a folder with images/ and labels/ (`split` and `void` as for `open_data`), the classes
+    that its labels say come in between; a run that was not scored on it has its clusters matched to the classes of the
+    pictures shown. truth: False leaves labels alone.
+    height: of a row in pixels. strict: a picture that cannot be read is a UsageError. options: of `Segmenter.predict`.
     """
-    out = Path(out)
+    out, given = Path(out), [Path(image) for image in images]
     for name, value, most in (("n", n, math.inf), ("height", height, MAX_HEIGHT)):
         if not 1 <= value <= most:
             expected = "at least 1" if most == math.inf else f"1 to {most}"
@@ -50,40 +59,80 @@ def show(
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UsageError(f"out: expected a name that ends in .png, .jpg or .webp, got {str(out)!r}")
     require_file("out", out, overwrite)
-    jobs = find_jobs(images)
+    labelled = _labelled(given, root, split, void)
+    if labelled is None:
+        jobs = find_jobs(picture_folder(path) if path.is_dir() else path for path in given)
+    else:
+        jobs = [Job(path, partial(labelled.load_image, path), Path(path.name)) for path in labelled.images]
+        labelled = labelled if truth else None
     if overwrite and os.path.realpath(out) in {os.path.realpath(job.source) for job in jobs}:
         raise UsageError(f"out: {out} is one of the pictures to show; choose another name")
-    chosen = [jobs[index] for index in np.linspace(0, len(jobs) - 1, min(n, len(jobs))).round().astype(int)]
+    chosen = np.linspace(0, len(jobs) - 1, min(n, len(jobs))).round().astype(int).tolist()
     segmenter = load(run, device)
-    key, rows, features = segmenter.key(options.get("as_classes", False)), [], []
-    occurring: dict[int, str] = {}
+    pictures, maps, truths, features = [], [], [], []
 
     def frozen(part: Tensor) -> dict[str, Tensor]:
         tokens = segmenter.backbone(part)
         return {"features": tokens.features.transpose(1, 2).unflatten(2, tokens.grid)}
 
-    for job in chosen:
+    for index in chosen:
         try:
-            picture = job.read()
+            picture = jobs[index].read()
         except UnreadableImage as error:
             skip(error, strict)
             continue
-        labels = segmenter.predict(picture, **options)
+        if labelled:
+            ids = labelled.labels(labelled.pairs[index][1], picture.size)
+            truths.append(fitted_map(np.where(ids < 0, NO_CLASS, ids).astype(np.uint8), height))
+        maps.append(fitted_map(segmenter.predict(picture, **options), height))
         bands = segmenter.bands(segmenter.prepare(picture)[0], frozen)
         features.append(torch.cat([band["features"] for band in bands], 2)[0].cpu())
-        row = [picture, label_image(labels, key.colours).convert("RGB"), overlay(picture, labels, 0.5, key.colours)]
-        for large in row:
-            large.thumbnail((4 * height, 2 * height))  # a sheet of large photographs holds small ones
-        rows.append(row)
-        occurring |= key.of(labels)
-    if not rows:
-        raise UsageError(f"images: none of the {len(chosen)} pictures chosen can be decoded, e.g. {chosen[0].source}")
-    for row, colours in zip(rows, principal_colours(features), strict=True):
-        row.append(Image.fromarray(colours).resize(row[0].size, Image.Resampling.BILINEAR))
-    sheet = with_legend(contact_sheet(rows, TITLES, height), dict(sorted(occurring.items())), key.colours)
+        pictures.append(fitted(picture, height))  # a sheet of large photographs holds small ones
+    if not pictures:
+        raise UsageError(f"images: none of the {len(chosen)} pictures chosen can be decoded, e.g. {jobs[0].source}")
+    key, of_truth = _keys(segmenter, given[0], labelled, maps, truths, options.get("as_classes", False))
+    titles = ["photograph", *["truth"] * bool(labelled), "clusters", "overlay", "frozen features, PCA"]
+    columns = []
+    for number, (picture, labels, colours) in enumerate(zip(pictures, maps, principal_colours(features), strict=True)):
+        views = [picture, *(label_image(part[number], of_truth.colours) for part in [truths] if part)]
+        views += [label_image(labels, key.colours), overlay(picture, labels, colours=key.colours)]
+        columns.append([*views, Image.fromarray(colours).resize(picture.size, Image.Resampling.BILINEAR)])
+    legend = Key.covering((key, maps), *([(of_truth, truths)] if truths else []))
+    sheet = with_legend(contact_sheet(columns, titles, height), legend.names, legend.colours, letters(height))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_image(out, sheet)
     return sheet
+
+
+def _labelled(given: list[Path], root: str | Path | None, split: str, void: int) -> LabelledSet | None:
+    """The data set that was given, by its name or as a folder; None for pictures alone."""
+    if len(given) == 1 and (str(given[0]) in NAMES or all(_has(given[0], part) for part in (PICTURES, LABELS))):
+        return open_data(str(given[0]), root, split, void)
+    if root is not None:
+        raise UsageError(f"root: goes with a data set's name ({', '.join(NAMES)}), got {', '.join(map(str, given))}")
+    return None
+
+
+def _has(folder: Path, names: Iterable[str]) -> bool:
+    return any((folder / name).is_dir() for name in names)
+
+
+def _keys(
+    segmenter: Segmenter,
+    data: Path,
+    labelled: LabelledSet | None,
+    maps: list[np.ndarray],
+    truths: list[np.ndarray],
+    as_classes: bool,
+) -> tuple[Key, Key]:
+    """Names and colours of the maps, and of the truth, in which a class looks the same."""
+    matching = segmenter.matching
+    if labelled is not None and (matching is None or os.path.realpath(matching.data) != os.path.realpath(data)):
+        if as_classes:
+            raise UsageError(f"as_classes: the clusters have no classes of {data}; run `hpseg eval RUN {data}` first")
+        matching = Matching.fit(labelled, maps, truths)
+    clusters = segmenter.config.classes
+    return Key.make(clusters, matching, as_classes), Key.make(clusters, matching, matching is not None)
 
 
 def principal_colours(features: list[Tensor], seed: int = 0) -> list[np.ndarray]:

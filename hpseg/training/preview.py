@@ -8,12 +8,12 @@ from pathlib import Path
 from PIL import Image
 
 from hpseg.data.transforms import UnreadableImage, short_side
-from hpseg.inference.pictures import contact_sheet, label_image, overlay
+from hpseg.inference.pictures import contact_sheet, fitted, fitted_map, label_image, overlay
 from hpseg.inference.segmenter import Segmenter
 from hpseg.run.files import write_image
 from hpseg.run.folder import PREVIEWS
 
-SHOWN = 4
+SHOWN, HEIGHT = 4, 160
 TITLES = ["photograph", "clusters", "overlay"]
 
 
@@ -35,11 +35,11 @@ class Previews:
         """Draws the sheet, writes and returns it; None if no picture can be read any more. Nothing here is random."""
         if not self.pictures:
             return None
-        rows = []
+        colours, views = segmenter.key().colours, []
         for picture in self.pictures:
-            labels = segmenter.predict(picture)
-            rows.append([picture, label_image(labels), overlay(picture, labels)])
-        sheet = contact_sheet(rows, TITLES, height=160)
+            small, labels = fitted(picture, HEIGHT), fitted_map(segmenter.predict(picture), HEIGHT)
+            views.append([small, label_image(labels, colours), overlay(small, labels, colours=colours)])
+        sheet = contact_sheet(views, TITLES, HEIGHT)
         self.folder.mkdir(exist_ok=True)
         write_image(self.folder / f"step_{step:06d}.png", sheet)
         return sheet

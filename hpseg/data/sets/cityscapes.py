@@ -28,11 +28,13 @@ IMAGE, LABEL = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 def open_split(root: Path, split: str) -> LabelledSet:
     return open_classes(
-        "cityscapes", root, split, CLASSES, {FIRST_ID + number: number for number in range(len(CLASSES))}
+        "cityscapes", root, split, CLASSES, COLOURS, {FIRST_ID + number: number for number in range(len(CLASSES))}
     )
 
 
-def open_classes(name: str, root: Path, split: str, classes: list[str], table: dict[int, int]) -> LabelledSet:
+def open_classes(
+    name: str, root: Path, split: str, classes: list[str], colours: list[tuple[int, int, int]], table: dict[int, int]
+) -> LabelledSet:
     """The split as the data set `name`, with classes by a table of label ids; ids that it lacks are void."""
     images = require(root, "leftImg8bit", split, name=name)
     found = sorted(images.glob(f"*/*{IMAGE}"))
@@ -40,4 +42,4 @@ def open_classes(name: str, root: Path, split: str, classes: list[str], table: d
         raise UsageError(f"root: {name} expects <city>/*{IMAGE} in {images}, found none")
     labels = root / "gtFine" / split
     pairs = [(image, labels / image.parent.name / (image.name.removesuffix(IMAGE) + LABEL)) for image in found]
-    return LabelledSet(name, pairs, classes, class_table(table))
+    return LabelledSet(name, pairs, classes, class_table(table), colours=colours)

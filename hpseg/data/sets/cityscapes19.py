@@ -16,4 +16,4 @@ COLOURS = [cityscapes.COLOURS[number] for number in KEPT]
 
 def open_split(root: Path, split: str) -> LabelledSet:
     table = {cityscapes.FIRST_ID + number: new for new, number in enumerate(KEPT)}
-    return cityscapes.open_classes("cityscapes19", root, split, CLASSES, table)
+    return cityscapes.open_classes("cityscapes19", root, split, CLASSES, COLOURS, table)

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 import hpseg
 from hpseg.cli.main import main
+from hpseg.data.sets import cityscapes
 from hpseg.inference.label_map import NO_CLASS, LabelMap, Matching, label_map
-from hpseg.inference.pictures import legend, palette, with_legend
+from hpseg.inference.palette import palette
+from hpseg.inference.pictures import legend, with_legend
 from hpseg.inference.predict_files import predict_files
 from hpseg.inference.windows import MAX_TOKENS, Windows
 from hpseg.run.errors import UsageError
@@ -94,8 +96,24 @@ def test_overlay_and_palette(photos):
         np.array(hpseg.overlay(photos / "a.jpg", labels, 0.0)), np.array(Image.open(photos / "a.jpg"))
     )
     assert np.array(hpseg.overlay(photos / "a.jpg", labels, 1.0))[0, 0].tolist() == palette()[:3]
-    colours = np.array(palette()).reshape(256, 3)
-    assert len(np.unique(colours, axis=0)) == 256
+
+
+def test_the_tint_of_an_overlay_is_light_and_its_borders_thin(photos):
+    photograph = np.array(Image.open(photos / "a.jpg"), float)
+    labels = np.zeros((40, 50), np.uint8)
+    labels[:, 20:] = 1
+    flat = np.array(palette(), float)[: 2 * 3].reshape(2, 3)[labels]
+    shown = {border: np.array(hpseg.overlay(photos / "a.jpg", labels, 0.4, border=border)) for border in (0, None, 3)}
+    tinted = 0.6 * photograph + 0.4 * flat
+    for border, width in ((0, 0), (None, 1), (3, 3)):
+        inside = np.ones(50, bool)
+        inside[20 - width : 20 + width] = False
+        assert np.abs(shown[border] - tinted)[:, inside].max() <= 1
+        assert (np.abs(shown[border] - flat) <= np.abs(tinted - flat) / 2 + 1)[:, ~inside].all()  # by its own colour
+    for alpha, same in ((0.0, photograph), (1.0, flat)):
+        assert np.array_equal(np.array(hpseg.overlay(photos / "a.jpg", labels, alpha)), same)
+    with pytest.raises(UsageError, match="border: expected at least 0 pixels, got -1"):
+        hpseg.overlay(photos / "a.jpg", labels, border=-1)
 
 
 def test_load_says_what_is_missing(tmp_path):
@@ -229,6 +247,7 @@ def test_clusters_get_the_names_and_colours_of_their_classes(run, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
     results = {"data": "cityscapes", "protocol": "default", "images": 1, "clusters": 3}
     results |= {"classes": ["road", "sky", "car"], "class_ids": [0, 16, 19]}
+    results["colours"] = [cityscapes.COLOURS[number] for number in results["class_ids"]]
     results["trained"] = {"cluster_of": [2, 0, -1], "iou": [50.0, float("nan"), 0.0]}
     Matching.save(run, results)
     entries = json.loads((run / "labels.json").read_text())["clusters"]
@@ -239,9 +258,9 @@ def test_clusters_get_the_names_and_colours_of_their_classes(run, tmp_path):
     assert np.array_equal(classes, np.array([16, NO_CLASS, 0], np.uint8)[clusters])
     key = segmenter.key()
     assert key.names == {0: "sky", 1: "cluster 1", 2: "road"}
-    assert key.colours[:9] == [70, 130, 180, *palette()[3:6], 128, 64, 128]  # Cityscapes' own, where it has one
+    assert key.colours[:9] == [70, 130, 180, *key.colour(1), 128, 64, 128]  # Cityscapes' own, where it has one
     of_classes = segmenter.key(as_classes=True)
-    assert of_classes.colours[48:51] == [70, 130, 180] and of_classes.of(classes).get(16, "sky") == "sky"
+    assert of_classes.colours[48:51] == [70, 130, 180] and of_classes.names[16] == "sky"
     picture.save(tmp_path / "a.png")
     predict_files(run, [tmp_path / "a.png"], tmp_path / "out", as_classes=True, overlay_alpha=0.5, device="cpu")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a.png")), classes)

@@ -1,4 +1,7 @@
-"""Contact sheets: a row per picture, four columns, a legend; principal components as colours."""
+"""Contact sheets: pictures side by side, their views below, truth where there is one, a legend; PCA as colours."""
+
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,8 +9,10 @@ import torch
 from PIL import Image
 from tiny import paint
 
+import hpseg
 from hpseg.cli.main import main
-from hpseg.inference.pictures import palette
+from hpseg.inference.palette import palette
+from hpseg.inference.pictures import GAP, contact_sheet, letters
 from hpseg.inference.sheet import principal_colours, show
 from hpseg.run.errors import UsageError
 
@@ -16,13 +21,13 @@ def test_a_sheet_of_some_of_the_pictures(run, photos, tmp_path):
     out = tmp_path / "deep" / "sheet.png"
     assert main(["show", str(run), str(photos), "--n", "3", "--out", str(out), "--device", "cpu"]) == 0
     sheet = np.array(Image.open(out))
-    assert sheet.shape[0] > 20 + 3 * 164 and sheet.shape[1] > 4 * 160
-    colours = {tuple(colour) for colour in sheet[20 + 3 * 164 :].reshape(-1, 3)}
+    below = GAP + 4 * (160 + GAP)  # photograph, clusters, overlay, features: three pictures fit side by side
+    assert below < sheet.shape[0] < below + 160 and sheet.shape[1] > 3 * 160
+    colours = {tuple(colour) for colour in sheet[below:].reshape(-1, 3)}
     assert tuple(palette()[:3]) in colours or tuple(palette()[3:6]) in colours  # the legend names a cluster
-    first = np.array(Image.open(photos / "a.jpg").resize((200, 160)), float)  # of 50 x 40 pixels
-    column = (sheet.shape[1] - 4) // 4
-    left = 4 + (column - 4 - 200) // 2
-    assert np.abs(sheet[20:180, left : left + 200] - first).mean() < 3
+    first = np.array(Image.open(photos / "a.jpg").resize((200, 160), Image.Resampling.LANCZOS), float)  # of 50 x 40
+    left = sheet.shape[1] - sum(round(160 * w / h) + GAP for w, h in ((50, 40), (70, 54), (80, 61)))
+    assert np.abs(sheet[GAP : GAP + 160, left : left + 200] - first).mean() < 1
     assert np.array_equal(sheet, np.array(show(run, [photos], tmp_path / "again.png", n=3, device="cpu")))
 
 
@@ -37,6 +42,7 @@ def test_nothing_is_replaced_and_mistakes_are_named(run, photos, tmp_path):
         ({"out": tmp_path / "s.png", "n": 0}, "n: expected at least 1, got 0"),
         ({"out": tmp_path / "s.png", "height": 10**6}, "height: expected 1 to 2000, got 1000000"),
         ({"out": tmp_path / "s.png", "as_classes": True}, "as_classes: the clusters have no classes yet"),
+        ({"out": tmp_path / "s.png", "root": tmp_path}, "root: goes with a data set's name"),
     ):
         with pytest.raises(UsageError, match=text):
             show(run, [mine], **options)
@@ -51,7 +57,54 @@ def test_a_long_picture_does_not_blow_up_the_sheet(run, tmp_path):
     paint(48 * 30, 48, 0).save(tmp_path / "long.png")
     paint(48, 48 * 30, 0).save(tmp_path / "tall.png")
     sheet = show(run, [tmp_path / "long.png", tmp_path / "tall.png"], tmp_path / "s.png", height=50, device="cpu")
-    assert sheet.width == 4 * (150 + 4) + 4
+    assert sheet.width < 150 + 2 * (50 + 2 * GAP) + 100 and sheet.height < 4 * (50 + GAP) + 100
+
+
+def test_as_many_pictures_stand_side_by_side_as_fit():
+    def views(*sizes):
+        return [[Image.new("RGB", size, "red")] * 2 for size in sizes]
+
+    one, two = (contact_sheet(views(*[(40, 40)] * n), ["a", "b"], 40, width=130) for n in (2, 3))
+    assert one.width == two.width <= 130 and one.height == 2 * (40 + GAP) + GAP and two.height > 2 * one.height - GAP
+    assert contact_sheet(views((120, 40)), ["a", "b"], 40, width=60).width > 120  # a picture alone is not cut
+    large = contact_sheet(views((40, 40)), ["a", "b"], 400).crop((0, 0, 60, 806))
+    assert letters(400) > 2 * letters(160) and np.array(large).min() < 50  # titles grow with the pictures
+
+
+def sheet_of(run, given, tmp_path, **options):
+    """The sheet, and its colours in one view of every picture, from the top: photograph, truth, clusters, ..."""
+    sheet = np.array(show(run, given, tmp_path / "s.png", height=48, overwrite=True, device="cpu", **options))
+
+    def colours(view):
+        lines = sheet[GAP + view * (48 + GAP) :][:48, -(48 + GAP) :]
+        return {tuple(colour.tolist()) for colour in np.unique(lines[:, :48].reshape(-1, 3), axis=0)}
+
+    return sheet, colours
+
+
+def test_truth_stands_beside_prediction_in_the_same_colours(run, data, tmp_path):
+    blocks = shutil.copytree(data, tmp_path / "blocks")
+    red, green, blue = palette()[:3], palette()[3:6], palette()[6:9]
+    sheet, colours = sheet_of(run, [blocks], tmp_path, n=4)
+    assert len(sheet) > GAP + 5 * (48 + GAP)
+    assert colours(1) == {tuple(red), tuple(green), tuple(blue)}  # the palette's, in the order of class ids
+    assert colours(2) & colours(1)  # clusters are matched to classes of the pictures shown
+    own = [[250, 10, 10], [10, 250, 10], [10, 10, 250]]
+    (blocks / "classes.json").write_text(json.dumps({"classes": ["one", "two", "three"], "palette": own}))
+    _, colours = sheet_of(run, [blocks], tmp_path, n=4)
+    assert colours(1) == set(map(tuple, own)) and colours(2) & colours(1)
+    sheet, _ = sheet_of(run, [blocks], tmp_path, n=4, truth=False)
+    without, _ = sheet_of(run, [blocks / "images"], tmp_path, n=4)
+    assert np.array_equal(sheet, without)
+
+
+def test_a_run_scored_elsewhere_has_no_classes_of_this_data(scored_run, data, tmp_path):
+    hpseg.evaluate(scored_run, data, device="cpu", baselines=False)
+    other = shutil.copytree(data, tmp_path / "other")
+    sheet_of(scored_run, [data], tmp_path, n=1, as_classes=True)
+    sheet_of(scored_run, [other], tmp_path, n=1)  # matched anew, on the picture
+    with pytest.raises(UsageError, match=r"as_classes: the clusters have no classes of .*other; run `hpseg eval RUN"):
+        sheet_of(scored_run, [other], tmp_path, n=1, as_classes=True)
 
 
 def test_principal_colours_follow_the_components():
