@@ -83,6 +83,17 @@ def method_title(config: Config) -> str:
     return (OF_METHOD[config.method].__doc__ or config.method).partition(":")[0].rstrip(".")
 
 
+def lead(run: Run) -> str:
+    """The run in a sentence."""
+    method, count, kind = method_title(run.config).partition(" (")[0], run.results.get("photographs"), "clusters"
+    if run.config.learns_classes:
+        kind = "classes"
+    if not count:
+        return f"{method}, {run.config.classes} {kind}."
+    took = (duration(run.seconds) or "").replace(" ", "\u00a0")  # on one line
+    return f"{method} sorted the patches of {count:,} photographs into {run.config.classes} {kind}, in {took}."
+
+
 def facts(run: Run) -> list[tuple[str, str]]:
     """What was run, a line each: (what, in words)."""
     config, results = run.config, run.results
@@ -96,7 +107,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
             ", ".join(filter(None, [config.backbone, weights, "trained too" if config.finetune else "frozen"])),
         ),
         ("hash of the weights", backbone.get("fingerprint")),
-        ("photographs", ", ".join(filter(None, [f"{count:,}" if count else None, run.data])) or None),
+        ("photographs", f"{count:,} ({run.data})" if count else run.data),
         ("classes" if config.learns_classes else "clusters", str(config.classes)),
         ("labels looked at", None if config.labels_used else "none"),
         ("steps", f"{run.steps:,} of {config.steps:,}" if run.steps != config.steps else f"{run.steps:,}"),
@@ -144,7 +155,8 @@ def notes(run: Run) -> list[str]:
 
 def changed_settings(config: Config) -> list[tuple[str, str, str]]:
     """(flag, value, default) of the settings that are not what the method alone would have had. Of paths the name."""
-    start = PRESETS[METHOD_PRESETS.get(config.method, "small")]
+    preset = METHOD_PRESETS.get(config.method, "small")
+    start = {"preset": preset, **PRESETS[preset]}
     found = []
     for group in GROUPS:
         for field in dataclasses.fields(group):

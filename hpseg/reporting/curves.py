@@ -14,7 +14,7 @@ POINTS = 240  # of a line: more than a chart has pixels for
 WIDTH, HEIGHT = 420, 190  # of a chart, in the units of its view box
 LEFT, RIGHT, TOP, BOTTOM = 48, 8, 10, 24  # margins of the part where lines run
 NOT_DRAWN = ("step", "images_per_s", "seconds")
-TITLES = {"loss": "loss", "lambda": "weight of task-specific positives", "grad_norm": "norm of the gradient"}
+TITLES = {"loss": "loss", "lambda": "task-specific weight", "grad_norm": "gradient norm"}
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ def charts(logs: Sequence[dict[str, tuple[np.ndarray, np.ndarray]]]) -> list[Cha
     made = []
     for name in shown:
         held = {run: log[name] for run, log in enumerate(logs) if name in log}
-        constant = len({value for _, values in held.values() for value in np.unique(values)[:2].tolist()}) == 1
-        if name == "loss" or not constant:
+        if name != "loss":  # what a method has no use for stays at one value
+            held = {run: numbers for run, numbers in held.items() if np.ptp(numbers[1])}
+        if held:
             made.append(_chart(name, held))
     return made
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from hpseg.inference.segmenter import Segmenter
 from hpseg.reporting.images import Embedded, embedded
-from hpseg.reporting.photographs import Photographs, hex_colour
+from hpseg.reporting.photographs import Photographs, css_colour
 
 SIDE = 120  # pixels of a patch on the page
 CONTEXT = 0.22  # side of what is cut out around a patch, as a share of the photograph's short side
@@ -111,7 +111,7 @@ def gallery(segmenter: Segmenter, seen: Seen, photographs: Photographs, most: in
     return [
         Cluster(
             key.names.get(cluster, f"cluster {cluster}"),
-            hex_colour(key.colours, cluster),
+            css_colour(key, cluster),
             float(shares[cluster]),
             [cut[patch] for patch in chosen[cluster]],
         )

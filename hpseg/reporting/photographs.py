@@ -16,7 +16,7 @@ from torch import Tensor
 from hpseg.data.datasets import NAMES, LabelledSet, picture_folder, training_images
 from hpseg.data.folder import find_images
 from hpseg.data.transforms import UnreadableImage, load_image
-from hpseg.inference.label_map import NO_CLASS, Key, label_map
+from hpseg.inference.label_map import LEAST_SHARE, NO_CLASS, Key, label_map
 from hpseg.inference.pictures import label_image, overlay
 from hpseg.inference.segmenter import Segmenter
 from hpseg.reporting.about import Run
@@ -25,7 +25,6 @@ from hpseg.run.errors import UsageError
 
 SIDE = 720  # pixels of the long side of a photograph
 JUDGED_SIDE = 480  # the same of one beside its labels
-LEAST_SHARE = 0.01  # of a picture: what covers less is not in its legend
 
 
 def scattered(count: int) -> list[int]:
@@ -111,9 +110,9 @@ class Shown:
         return self.picture.width / self.picture.height
 
 
-def hex_colour(colours: Sequence[int], value: int) -> str:
-    """The colour of a number of a label map, as CSS has it."""
-    return "#{:02x}{:02x}{:02x}".format(*colours[3 * value : 3 * value + 3])
+def css_colour(key: Key, value: int) -> str:
+    """The colour of a number of a label map."""
+    return "#{:02x}{:02x}{:02x}".format(*key.colour(value))
 
 
 @torch.no_grad()
@@ -131,9 +130,7 @@ def legend_of(labels: np.ndarray, key: Key) -> list[Entry]:
     """What covers LEAST_SHARE of a label map or more, largest first."""
     shares = np.bincount(labels.reshape(-1), minlength=256) / labels.size
     order = [int(value) for value in np.argsort(-shares, kind="stable") if shares[value] >= LEAST_SHARE]
-    return [
-        Entry(key.names.get(value, str(value)), hex_colour(key.colours, value), float(shares[value])) for value in order
-    ]
+    return [Entry(key.names.get(value, str(value)), css_colour(key, value), float(shares[value])) for value in order]
 
 
 def draw(name: str, picture: Image.Image, seen: Sequence[tuple[Segmenter, Tensor]], most: int) -> Shown:

@@ -16,7 +16,7 @@ from hpkernels import __version__
 from hpseg.data.datasets import LABELS, NAMES, LabelledSet, open_data
 from hpseg.evaluation.evaluate import evaluate
 from hpseg.inference.segmenter import Segmenter, load
-from hpseg.reporting.about import Run, changed_settings, duration, facts, method_title, notes
+from hpseg.reporting.about import Run, changed_settings, facts, lead, notes
 from hpseg.reporting.curves import charts
 from hpseg.reporting.gallery import Seen, gallery, likeness, look
 from hpseg.reporting.kept import Kept
@@ -140,16 +140,11 @@ def _labelled_again(results: list[dict[str, Any]]) -> LabelledSet | None:
 
 
 def _about(runs: list[Run]) -> dict[str, Any]:
-    first, curves = runs[0], charts([one.log for one in runs])
+    curves = charts([one.log for one in runs])
     return {
         "version": __version__,
         "date": datetime.date.today().isoformat(),
-        "runs": [{"name": one.name, "facts": facts(one), "notes": notes(one)} for one in runs],
-        "method": method_title(first.config).partition(" (")[0],
-        "clusters": first.config.classes,
-        "trained_on": first.results.get("photographs"),
-        "trained_data": first.data,
-        "time": duration(first.seconds),
+        "runs": [{"name": one.name, "lead": lead(one), "facts": facts(one), "notes": notes(one)} for one in runs],
         "settings": [changed_settings(one.config) for one in runs],
         "charts": curves,
         "curves_data": [
