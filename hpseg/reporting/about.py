@@ -83,11 +83,14 @@ def method_title(config: Config) -> str:
     return (OF_METHOD[config.method].__doc__ or config.method).partition(":")[0].rstrip(".")
 
 
+def kind_of(run: Run) -> str:
+    """What its label maps tell apart."""
+    return "classes" if run.config.learns_classes else "clusters"
+
+
 def lead(run: Run) -> str:
     """The run in a sentence."""
-    method, count, kind = method_title(run.config).partition(" (")[0], run.results.get("photographs"), "clusters"
-    if run.config.learns_classes:
-        kind = "classes"
+    method, count, kind = method_title(run.config).partition(" (")[0], run.results.get("photographs"), kind_of(run)
     if not count:
         return f"{method}, {run.config.classes} {kind}."
     took = (duration(run.seconds) or "").replace(" ", "\u00a0")  # on one line
@@ -108,8 +111,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ),
         ("hash of the weights", backbone.get("fingerprint")),
         ("photographs", f"{count:,} ({run.data})" if count else run.data),
-        ("classes" if config.learns_classes else "clusters", str(config.classes)),
-        ("labels looked at", None if config.labels_used else "none"),
+        (kind_of(run), str(config.classes)),
+        ("labels looked at", None if config.labels_used else "none in this run"),
         ("steps", f"{run.steps:,} of {config.steps:,}" if run.steps != config.steps else f"{run.steps:,}"),
         ("time", duration(run.seconds)),
         ("machine", _machine(results)),

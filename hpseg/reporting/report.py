@@ -16,7 +16,7 @@ from hpkernels import __version__
 from hpseg.data.datasets import LABELS, NAMES, LabelledSet, open_data
 from hpseg.evaluation.evaluate import evaluate
 from hpseg.inference.segmenter import Segmenter, load
-from hpseg.reporting.about import Run, changed_settings, facts, lead, notes
+from hpseg.reporting.about import Run, changed_settings, facts, kind_of, lead, notes
 from hpseg.reporting.curves import charts
 from hpseg.reporting.gallery import Seen, gallery, likeness, look
 from hpseg.reporting.kept import Kept
@@ -145,6 +145,7 @@ def _about(runs: list[Run]) -> dict[str, Any]:
         "version": __version__,
         "date": datetime.date.today().isoformat(),
         "runs": [{"name": one.name, "lead": lead(one), "facts": facts(one), "notes": notes(one)} for one in runs],
+        "kind": kind_of(runs[0]),
         "settings": [changed_settings(one.config) for one in runs],
         "charts": curves,
         "curves_data": [

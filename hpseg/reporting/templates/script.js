@@ -1,5 +1,6 @@
 "use strict";
-const NAMES = ["picture", "overlay", "clusters"];
+const photographs = document.getElementById("photographs");
+const NAMES = photographs ? ["picture", "overlay", photographs.dataset.kind] : [];
 
 // A place on a slider: 0 the picture, 100 the overlay, 200 the clusters, in between both of two.
 function place(slider, value) {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import train_until, train_words
-from tiny import SMALL, paint
+from tiny import DGCL, SMALL, paint
 
 import hpseg
 from hpseg.cli.main import main
@@ -80,7 +80,7 @@ def test_without_labels(run, photos, tmp_path):
     for term in ("loss", "contrastive", "cluster", "consistency"):
         assert term in page.words["training"]
     assert "--pool-size32 instead of 2048" in page.words["settings"].replace("\n", "")
-    assert re.search(r"labels looked at\s*none", page.words["settings"])
+    assert re.search(r"labels looked at\s*none in this run", page.words["settings"])
     assert str(photos) not in page.html and str(tmp_path) not in page.html  # no folders of this machine
 
 
@@ -214,6 +214,14 @@ def test_a_picture_takes_no_more_room_than_it_may(most):
         opened = Image.open(io.BytesIO(base64.b64decode(shown.uri.partition(",")[2])))
         assert opened.size == (shown.width, shown.height) and (opened.mode == "P") == (picture.mode == "P")
     assert embedded(paint(60, 40, 0), 500, 10**6)[1:] == (60, 40)  # nothing is enlarged
+
+
+def test_a_run_that_learns_classes(data, vit_file, tmp_path):
+    hpseg.train(data, tmp_path / "run", weights=vit_file, steps=2, **DGCL)
+    page = report(tmp_path / "run", data)
+    assert "into 3 classes" in page.words[""] and "Labels were trained on: 1/4." in page.words[""]
+    assert page.words["clusters"].startswith("\nClasses") and "matched" not in page.words["scores"]
+    assert "labels looked at" not in page.words["settings"]
 
 
 def test_an_interrupted_run(photos, vit_file, tmp_path):
