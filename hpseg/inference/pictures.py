@@ -14,7 +14,7 @@ from hpseg.run.errors import UsageError
 
 TINT = 0.4  # opacity at which both the photograph and its regions can be read
 PIXELS_PER_BORDER = 500  # of the picture's short side, to one pixel of border on either side of it
-SHEET_WIDTH = 1600  # pixels; one picture alone may be wider
+SHEET_WIDTH = 10  # heights of a picture in it; one that is alone may be wider
 GAP = 6
 
 
@@ -135,18 +135,21 @@ def _bands(columns: list[Column], width: int) -> list[list[Column]]:
 
 
 def contact_sheet(
-    pictures: list[list[Image.Image]], titles: list[str], height: int = 160, width: int = SHEET_WIDTH
+    pictures: list[list[Image.Image]], titles: list[str], height: int = 160, width: int | None = None
 ) -> Image.Image:
-    """Pictures side by side, the views of each one below the other, in as few bands of `width` pixels as hold them.
+    """Pictures side by side, the views of each one below the other, in as few bands as `width` allows.
 
     titles: of the views, at the left of every band. Each view is brought to `height`, see `fitted`; one that has that
-    size already is taken as it is.
+    size already is taken as it is. width: of the sheet in pixels, None for SHEET_WIDTH heights.
     """
     font = ImageFont.load_default(letters(height))
     words = ["\n".join(textwrap.wrap(title, 12, break_long_words=False)) for title in titles]
     drawing = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = GAP + max(round(drawing.multiline_textbbox((0, 0), text, font=font)[2]) for text in words) + 2 * GAP
-    bands = _bands([[fitted(view, height).convert("RGB") for view in views] for views in pictures], width - left)
+    bands = _bands(
+        [[fitted(view, height).convert("RGB") for view in views] for views in pictures],
+        (width or SHEET_WIDTH * height) - left,
+    )
     lines = [max(view.height for view in line) for band in bands for line in zip(*band, strict=True)]
     across = max(left + sum(column[0].width + GAP for column in band) for band in bands)
     tall = GAP + sum(line + GAP for line in lines) + 2 * GAP * (len(bands) - 1)
