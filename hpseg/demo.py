@@ -129,7 +129,8 @@ def photographs(out: Path, common: dict) -> None:
 def write_page(run: Path, out: Path, device: str) -> None:
     """The page about a run, where this package can make one."""
     if importlib.util.find_spec("hpseg.reporting"):
-        importlib.import_module("hpseg.reporting.report").write_report(run, out=out, overwrite=True, device=device)
+        write_report = importlib.import_module("hpseg.reporting.report").write_report
+        write_report(run, out=out, n=16, seconds=15, overwrite=True, device=device)
 
 
 def mosaics(base: Path, train_images: int, test_images: int, seed: int, common: dict) -> dict:

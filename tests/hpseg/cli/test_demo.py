@@ -24,6 +24,7 @@ def test_demo_shows_photographs_first_and_measures_mosaics(tmp_path, monkeypatch
     for stem in demo.SHOWN:
         shutil.copy(PHOTOS / f"{stem}.jpg", few_photographs)
     monkeypatch.setattr(demo, "PHOTOS", few_photographs)
+    monkeypatch.setattr(demo, "write_page", lambda run, page, device: page.write_text(run.name))
     small = dict(size=32, predict_size=32, batch_size=2, dim=16, pool_size=16, workers=0, consistency_weight=0.0)
     monkeypatch.setattr(demo, "MOSAIC_SETTINGS", {**demo.MOSAIC_SETTINGS, **small})
     monkeypatch.setattr(demo, "PHOTO_SETTINGS", {**demo.PHOTO_SETTINGS, **small})
@@ -41,7 +42,8 @@ def test_demo_shows_photographs_first_and_measures_mosaics(tmp_path, monkeypatch
     assert {path.stem for path in (out / "overlays").iterdir()} == set(demo.SHOWN)
     assert (out / "photographs" / "model.safetensors").is_file()
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("photographs: look at ") and str(out / "photographs.jpg") in printed[0]
+    seen = ", ".join(str(out / name) for name in ("report.html", "photographs.jpg", "overlays"))
+    assert printed[0] == f"photographs: look at {seen}" and (out / "report.html").read_text() == "photographs"
     assert printed[1].startswith("mosaics, seed 0: mIoU ") and "trained head" in printed[-2] and "mean" in printed[-5]
     assert run("--out", out) == 2 and "hpseg demo: error: --out: " in capsys.readouterr().err
 
