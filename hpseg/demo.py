@@ -1,20 +1,21 @@
 """`hpseg demo`: the whole path in a few minutes on two cores, without a network.
 
-For every seed it draws texture mosaics with known masks, trains the Hidden Positives head on them without looking at a
-mask, and scores it on unseen mosaics beside k-means on the same frozen features and on plain colours. A last run
-trains on the photographs in this package, for the eye only. The classes of the mosaics are textures: each region has
-its own random colours, so colour says nothing about the class.
+First it trains the Hidden Positives head on the photographs in this package and shows what it found, for the eye. Then
+it measures: for every seed it draws texture mosaics with known masks, trains on them without looking at a mask, and
+scores the head on unseen mosaics beside k-means on the same frozen features and on plain colours. The classes of the
+mosaics are textures: each region has its own random colours, so colour says nothing about the class.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from hpseg.assets import PHOTOS
 from hpseg.run.errors import UsageError
@@ -26,8 +27,16 @@ REGIONS = 5  # of a mosaic
 # On top of the preset for small folders, the learning rate and temperature of the published runs: here they do better.
 PUBLISHED = dict(lr=5e-4, projection_lr=5e-4, temperature=0.8, lambda_warmup=100, pool_size=1024, renew_interval=100)
 MOSAIC_SETTINGS = dict(size=SIDE, predict_size=SIDE, classes=len(TEXTURES), crop="center", **PUBLISHED)
-PHOTO_SETTINGS = dict(size=224, predict_size=224, classes=6, batch_size=4, **PUBLISHED)
-SHOWN = ("usgov_19064748793", "usgov_33887522274", "usgov_18124840932", "chelsea")  # in the contact sheet
+PHOTO_SETTINGS = dict(size=224, predict_size=224, classes=12, batch_size=4, **PUBLISHED)
+SHOWN = (  # of the photographs, in the picture
+    "openimages_f1c765dc8f6c9bc0",
+    "chelsea",
+    "openimages_e34eb589a5bbe49b",
+    "lomiri_aitzgorri",
+    "usgov_19064748793",
+    "sklearn_china",
+)
+HEIGHT = 160  # of each
 METHODS = {"kmeans_rgb": "k-means, RGB", "kmeans_features": "k-means, frozen features", "trained": "trained head"}
 
 
@@ -67,34 +76,13 @@ def write_mosaics(folder: Path, count: int, seed: list[int], labels: bool) -> No
             label_image(mask.astype(np.uint8)).save(folder / "labels" / f"{number:03d}.png")
 
 
-def blank(text: str, size: tuple[int, int]) -> Image.Image:
-    """A white picture with a word in the middle."""
-    picture = Image.new("RGB", size, "white")
-    ImageDraw.Draw(picture).text((size[0] // 2, size[1] // 2), text, fill="gray", anchor="mm", font_size=size[1] // 10)
-    return picture
-
-
-def same_colours(maps: list[np.ndarray], like: list[np.ndarray]) -> list[np.ndarray]:
-    """Renumber the clusters of `maps` one to one so that they agree with the maps `like` on most pixels."""
-    from scipy.optimize import linear_sum_assignment
-
-    from hpseg.evaluation.metrics import confusion
-
-    counts = sum(confusion(one, other, 256, 256) for one, other in zip(maps, like, strict=True))
-    renumbered = linear_sum_assignment(counts, maximize=True)[1].astype(np.uint8)
-    return [renumbered[one] for one in maps]
-
-
-def pictures(run: Path, train_images: Path, files: list[Path], labels: Path | None, seed: int):
-    """One row of the contact sheet per file: image, truth, k-means, head, overlay.
-
-    Clusters take the colours of the classes they match best, without labels the head's those of the k-means.
-    """
+def label(run: Path, train_images: Path, files: list[Path], seed: int):
+    """The run, the pictures in `files`, and their clusters (H, W) uint8 by k-means on the frozen features of the
+    training images and by the trained head."""
     import torch
 
     from hpseg.data.folder import find_images
     from hpseg.evaluation.contenders import KMeans
-    from hpseg.inference.pictures import label_image, overlay
     from hpseg.inference.segmenter import load
 
     segmenter = load(run)
@@ -108,18 +96,77 @@ def pictures(run: Path, train_images: Path, files: list[Path], labels: Path | No
         fitted_to = [segmenter.prepare(path)[0] for path in find_images(train_images)]
         kmeans = KMeans(features, segmenter.config.classes, fitted_to, seed)
         by_kmeans = [kmeans.predict(*segmenter.prepare(image)) for image in images]
-    by_head = [segmenter.predict(image) for image in images]
-    truths = [blank("no labels", image.size) for image in images]
-    if labels:
-        truths = [Image.open(labels / path.name) for path in files]
-        by_kmeans = same_colours(by_kmeans, [np.asarray(truth) for truth in truths])
-        by_head = same_colours(by_head, [np.asarray(truth) for truth in truths])
-    else:
-        by_head = same_colours(by_head, by_kmeans)
-    return [
-        [image, truth, label_image(one), label_image(other), overlay(image, other, 0.5)]
-        for image, truth, one, other in zip(images, truths, by_kmeans, by_head, strict=True)
+    return segmenter, images, by_kmeans, [segmenter.predict(image) for image in images]
+
+
+def photographs(out: Path, common: dict) -> None:
+    """Trains on the photographs: OUT/photographs, a run; OUT/photographs.jpg; OUT/overlays/, one for each; and the page
+    about the run."""
+    from scipy.optimize import linear_sum_assignment
+
+    from hpseg.inference.label_map import agreement
+    from hpseg.inference.pictures import contact_sheet, fitted, fitted_map, label_image, overlay
+    from hpseg.training.loop import train
+
+    run, files = out / "photographs", sorted(PHOTOS.glob("*.jpg"))
+    train(PHOTOS, run, seed=0, **PHOTO_SETTINGS, **common)
+    segmenter, images, by_kmeans, by_head = label(run, PHOTOS, files, 0)
+    # k-means takes the numbers, and so the colours, of the head's clusters that agree most with its own.
+    numbers = linear_sum_assignment(agreement(by_kmeans, by_head), maximize=True)[1].astype(np.uint8)
+    colours, columns = segmenter.key().colours, {}
+    (out / "overlays").mkdir(exist_ok=True)
+    for path, image, one, other in zip(files, images, by_kmeans, by_head, strict=True):
+        overlay(image, other, colours=colours).save(out / "overlays" / path.name, quality=90)
+        small, one, other = fitted(image, HEIGHT), fitted_map(numbers[one], HEIGHT), fitted_map(other, HEIGHT)
+        maps = [label_image(labels, colours) for labels in (one, other)]
+        columns[path.stem] = [small, *maps, overlay(small, other, colours=colours)]
+    titles = ["photograph", "k-means, frozen features", "trained head", "overlay"]
+    sheet = contact_sheet([columns[stem] for stem in SHOWN], titles, HEIGHT)
+    sheet.save(out / "photographs.jpg", quality=90, subsampling=0)  # whole colours: borders are thin
+    write_page(run, out / "report.html", common["device"])
+
+
+def write_page(run: Path, out: Path, device: str) -> None:
+    """The page about a run, where this package can make one."""
+    if importlib.util.find_spec("hpseg.reporting"):
+        write_report = importlib.import_module("hpseg.reporting.report").write_report
+        write_report(run, out=out, n=16, seconds=15, overwrite=True, device=device)
+
+
+def mosaics(base: Path, train_images: int, test_images: int, seed: int, common: dict) -> dict:
+    """Scores on the mosaics of a seed, in the folder `base`."""
+    from hpseg.evaluation.evaluate import evaluate
+    from hpseg.training.loop import train
+
+    write_mosaics(base / "train", train_images, [seed, 0], labels=False)
+    write_mosaics(base / "test", test_images, [seed, 1], labels=True)
+    train(base / "train", base / "run", seed=seed, **MOSAIC_SETTINGS, **common)
+    return evaluate(base / "run", base / "test", rgb=True, seed=seed, device=common["device"])
+
+
+def draw_mosaics(base: Path, seed: int, out: Path) -> None:
+    """Some mosaics of a seed, what they are, and what k-means and the head make of them."""
+    from hpseg.data.datasets import open_data
+    from hpseg.inference.label_map import Key, Matching
+    from hpseg.inference.pictures import contact_sheet, fitted, fitted_map, label_image, letters, with_legend
+
+    labelled = open_data(base / "test")
+    pairs = labelled.pairs[:6]
+    segmenter, images, by_kmeans, by_head = label(base / "run", base / "train", [image for image, _ in pairs], seed)
+    truths = [np.asarray(Image.open(path)) for _, path in pairs]
+    matching = Matching.fit(labelled, by_kmeans, truths)
+    of_class, of_head = segmenter.key(as_classes=True), segmenter.key()
+    keys = (of_class, Key.make(segmenter.config.classes, matching), of_head)
+    columns = [
+        [
+            fitted(image, HEIGHT),
+            *(label_image(fitted_map(labels, HEIGHT), key.colours) for labels, key in zip(maps, keys, strict=True)),
+        ]
+        for image, *maps in zip(images, truths, by_kmeans, by_head, strict=True)
     ]
+    sheet = contact_sheet(columns, ["mosaic", "truth", "k-means, frozen features", "trained head"], HEIGHT)
+    legend = Key.covering((of_class, truths), (of_head, by_head))
+    with_legend(sheet, legend.names, legend.colours, letters(HEIGHT)).save(out, optimize=True)
 
 
 def demo(
@@ -133,44 +180,26 @@ def demo(
     backbone: str,
     weights: Path | None,
     device: str,
-    scored: Callable[[int, dict], None],
+    news: Callable[[str], None],
 ) -> tuple[Path, dict]:
-    """Does everything `hpseg demo` does; leaves results.json, contact_sheet.png and overlays/ in a folder and returns
-    it, with the results. scored: called with each seed and its scores as soon as there are any."""
-    from hpseg.evaluation.evaluate import evaluate
-    from hpseg.inference.pictures import contact_sheet
-    from hpseg.training.loop import train
-
+    """Does everything `hpseg demo` does; leaves photographs.jpg, overlays/, mosaics.png, results.json and the runs in a
+    folder and returns it, with the results. news: called with a line for people whenever there is something to look at.
+    """
     counts = {"seeds": seeds, "steps": steps, "train-images": train_images, "test-images": test_images}
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"--{name}: expected at least 1, got {count}")
     started, out = time.perf_counter(), output_folder(out, overwrite)
     common = dict(steps=steps, backbone=backbone, weights=weights, device=device, overwrite=overwrite)
-    rows, scores = [], []
+    photographs(out, common)
+    seen = [out / name for name in ("report.html", "photographs.jpg", "overlays") if (out / name).exists()]
+    news(f"photographs: look at {', '.join(map(str, seen))}")
+    scores = []
     for seed in range(seeds):
-        base = out / f"seed{seed}"
-        write_mosaics(base / "train", train_images, [seed, 0], labels=False)
-        write_mosaics(base / "test", test_images, [seed, 1], labels=True)
-        train(base / "train", base / "run", seed=seed, **MOSAIC_SETTINGS, **common)
-        scores.append(evaluate(base / "run", base / "test", rgb=True, seed=seed, device=device))
-        scored(seed, scores[-1])
-        if seed == 0:
-            files = sorted((base / "test" / "images").iterdir())
-            rows += pictures(base / "run", base / "train", files, base / "test" / "labels", seed)[:4]
-
-    train(PHOTOS, out / "photographs", seed=0, **PHOTO_SETTINGS, **common)
-    photographs = sorted(PHOTOS.glob("*.jpg"))
-    shown = pictures(out / "photographs", PHOTOS, photographs, None, 0)
-    (out / "overlays").mkdir(exist_ok=True)
-    for number, row in enumerate(rows):
-        row[-1].save(out / "overlays" / f"mosaic{number}.jpg", quality=90)
-    for path, row in zip(photographs, shown, strict=True):
-        row[-1].save(out / "overlays" / path.name, quality=90)
-    rows += [row for path, row in zip(photographs, shown, strict=True) if path.stem in SHOWN]
-    sheet = contact_sheet(rows, ["image", "truth", "k-means, frozen features", "trained head", "overlay"])
-    sheet.quantize(256).save(out / "contact_sheet.png", optimize=True)
-
+        scores.append(mosaics(out / f"seed{seed}", train_images, test_images, seed, common))
+        values = ", ".join(f"{title} {scores[-1][method]['miou']:.1f}" for method, title in METHODS.items())
+        news(f"mosaics, seed {seed}: mIoU {values}")
+    draw_mosaics(out / "seed0", 0, out / "mosaics.png")
     results = {
         "seconds": round(time.perf_counter() - started, 1),
         "textures": TEXTURES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 
@@ -20,12 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hpseg.demo import METHODS, demo, table
+    from hpseg.demo import demo, table
 
-    def scored(seed: int, scores: dict) -> None:
-        values = ", ".join(f"{title} {scores[method]['miou']:.1f}" for method, title in METHODS.items())
-        print(f"seed {seed}: mIoU {values}", flush=True)
-
-    out, results = demo(**vars(args), scored=scored)
+    out, results = demo(**vars(args), news=partial(print, flush=True))
     print(table(results))
-    print(f"{results['seconds']:.0f} seconds; contact sheet, overlays, results and runs are in {out}")
+    print(f"{results['seconds']:.0f} seconds; pictures, results and runs are in {out}")

@@ -68,6 +68,14 @@ def label_map(similarity: Tensor, size: tuple[int, int]) -> np.ndarray:
     return labels.labels
 
 
+def agreement(maps: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
+    """Pixels (256, 256) int64 by their numbers in label maps (H, W) uint8 of two kinds."""
+    counts = np.zeros(1 << 16, np.int64)
+    for one, other in zip(maps, others, strict=True):
+        counts += np.bincount((one.astype(np.int64) * 256 + other).ravel(), minlength=1 << 16)
+    return counts.reshape(256, 256)
+
+
 @dataclass(frozen=True)
 class Matching:
     """Which class each cluster of a run was matched to, on which data set: RUN/labels.json, written by `hpseg eval`."""
@@ -122,9 +130,7 @@ class Matching:
     def fit(labelled: LabelledSet, maps: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> Matching:
         """The one-to-one match that agrees most on label maps (H, W) uint8 and what they should be, NO_CLASS for void:
         for pictures of a data set that the run was not scored on."""
-        counts = np.zeros((256, 256), np.int64)
-        for labels, truth in zip(maps, truths, strict=True):
-            counts += np.bincount((labels.astype(np.int64) * 256 + truth).ravel(), minlength=1 << 16).reshape(256, 256)
+        counts = agreement(maps, truths)
         counts[:, NO_CLASS] = 0
         numbers = {*np.flatnonzero(counts.any(0)).tolist(), *range(len(labelled.classes))}
         pairs = zip(*linear_sum_assignment(counts, maximize=True), strict=True)

@@ -14,7 +14,7 @@ from hpseg.run.errors import UsageError
 
 TINT = 0.4  # opacity at which both the photograph and its regions can be read
 PIXELS_PER_BORDER = 500  # of the picture's short side, to one pixel of border on either side of it
-SHEET_WIDTH = 1600  # pixels; one picture alone may be wider
+SHEET_WIDTH = 10  # heights of a picture in it; one that is alone may be wider
 GAP = 6
 
 
@@ -112,24 +112,44 @@ def letters(height: int) -> int:
     return max(13, height // 8)
 
 
+Column = list[Image.Image]  # the views of a picture, from the top
+
+
+def _bands(columns: list[Column], width: int) -> list[list[Column]]:
+    """Columns in their order, in as few bands as `width` allows, of about the same length."""
+
+    def filled(limit: float) -> list[list[Column]]:
+        bands: list[list[Column]] = []
+        room = 0.0
+        for column in columns:
+            room -= column[0].width + GAP
+            if not bands or room < 0:
+                bands.append([])
+                room = limit - column[0].width - GAP
+            bands[-1].append(column)
+        return bands
+
+    fewest = len(filled(width))
+    limits = np.linspace(sum(column[0].width + GAP for column in columns) / fewest, width, 100)
+    return next((bands for bands in map(filled, limits) if len(bands) == fewest), filled(width))
+
+
 def contact_sheet(
-    pictures: list[list[Image.Image]], titles: list[str], height: int = 160, width: int = SHEET_WIDTH
+    pictures: list[list[Image.Image]], titles: list[str], height: int = 160, width: int | None = None
 ) -> Image.Image:
-    """Pictures side by side, the views of each one below the other, as many pictures to a band as `width` pixels hold.
+    """Pictures side by side, the views of each one below the other, in as few bands as `width` allows.
 
     titles: of the views, at the left of every band. Each view is brought to `height`, see `fitted`; one that has that
-    size already is taken as it is.
+    size already is taken as it is. width: of the sheet in pixels, None for SHEET_WIDTH heights.
     """
     font = ImageFont.load_default(letters(height))
     words = ["\n".join(textwrap.wrap(title, 12, break_long_words=False)) for title in titles]
     drawing = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = GAP + max(round(drawing.multiline_textbbox((0, 0), text, font=font)[2]) for text in words) + 2 * GAP
-    bands: list[list[list[Image.Image]]] = []
-    for views in pictures:
-        column = [fitted(view, height).convert("RGB") for view in views]
-        if not bands or left + sum(c[0].width + GAP for c in bands[-1]) + column[0].width + GAP > width:
-            bands.append([])
-        bands[-1].append(column)
+    bands = _bands(
+        [[fitted(view, height).convert("RGB") for view in views] for views in pictures],
+        (width or SHEET_WIDTH * height) - left,
+    )
     lines = [max(view.height for view in line) for band in bands for line in zip(*band, strict=True)]
     across = max(left + sum(column[0].width + GAP for column in band) for band in bands)
     tall = GAP + sum(line + GAP for line in lines) + 2 * GAP * (len(bands) - 1)

@@ -97,7 +97,8 @@ def show(
         views = [picture, *(label_image(part[number], of_truth.colours) for part in [truths] if part)]
         views += [label_image(labels, key.colours), overlay(picture, labels, colours=key.colours)]
         columns.append([*views, Image.fromarray(colours).resize(picture.size, Image.Resampling.BILINEAR)])
-    legend = Key.covering((key, maps), *([(of_truth, truths)] if truths else []))
+    labelled_parts = [labels[labels != NO_CLASS] for labels in truths]
+    legend = Key.covering((key, maps), *([(of_truth, labelled_parts)] if truths else []))
     sheet = with_legend(contact_sheet(columns, titles, height), legend.names, legend.colours, letters(height))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_image(out, sheet)

@@ -1,6 +1,8 @@
 """The demo end to end with tiny settings, and the pictures it draws."""
 
+import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +18,13 @@ def run(*argv):
     return main(["demo", *(str(argument) for argument in argv)])
 
 
-def test_demo_writes_results_overlays_and_contact_sheet(tmp_path, monkeypatch, capsys, vit_file):
+def test_demo_shows_photographs_first_and_measures_mosaics(tmp_path, monkeypatch, capsys, vit_file):
+    few_photographs = tmp_path / "some"
+    few_photographs.mkdir()
+    for stem in demo.SHOWN:
+        shutil.copy(PHOTOS / f"{stem}.jpg", few_photographs)
+    monkeypatch.setattr(demo, "PHOTOS", few_photographs)
+    monkeypatch.setattr(demo, "write_page", lambda run, page, device: page.write_text(run.name))
     small = dict(size=32, predict_size=32, batch_size=2, dim=16, pool_size=16, workers=0, consistency_weight=0.0)
     monkeypatch.setattr(demo, "MOSAIC_SETTINGS", {**demo.MOSAIC_SETTINGS, **small})
     monkeypatch.setattr(demo, "PHOTO_SETTINGS", {**demo.PHOTO_SETTINGS, **small})
@@ -28,13 +36,30 @@ def test_demo_writes_results_overlays_and_contact_sheet(tmp_path, monkeypatch, c
     assert set(results["miou"]) == set(demo.METHODS) and all(len(v) == 2 for v in results["miou"].values())
     assert all(0 <= v <= 100 for values in results["miou"].values() for v in values)
     assert results["miou_mean"]["trained"] == pytest.approx(np.mean(results["miou"]["trained"]))
-    with Image.open(out / "contact_sheet.png") as sheet:
-        assert sheet.width > 500
-    photographs = {path.name for path in PHOTOS.glob("*.jpg")}
-    assert photographs and photographs < {path.name for path in (out / "overlays").iterdir()}
-    printed = capsys.readouterr().out
-    assert "seed 1" in printed and "trained head" in printed and "mean" in printed
+    for name, views in (("photographs.jpg", 4), ("mosaics.png", 4)):
+        with Image.open(out / name) as sheet:
+            assert sheet.width > 500 and sheet.height > views * demo.HEIGHT
+    assert {path.stem for path in (out / "overlays").iterdir()} == set(demo.SHOWN)
+    assert (out / "photographs" / "model.safetensors").is_file()
+    printed = capsys.readouterr().out.splitlines()
+    seen = ", ".join(str(out / name) for name in ("report.html", "photographs.jpg", "overlays"))
+    assert printed[0] == f"photographs: look at {seen}" and (out / "report.html").read_text() == "photographs"
+    assert printed[1].startswith("mosaics, seed 0: mIoU ") and "trained head" in printed[-2] and "mean" in printed[-5]
     assert run("--out", out) == 2 and "hpseg demo: error: --out: " in capsys.readouterr().err
+
+
+def test_every_photograph_has_an_author_a_licence_and_a_source():
+    with open(PHOTOS / "ATTRIBUTION.tsv", encoding="utf-8", newline="") as file:
+        listed = list(csv.DictReader(file, delimiter="\t"))
+    files = sorted(path.name for path in PHOTOS.iterdir() if path.suffix != ".tsv")
+    assert [entry["file"] for entry in listed] == files and len(files) > 50
+    for entry in listed:
+        assert all(entry.values()) and len(entry) == 5
+        assert entry["licence"].startswith(("public domain", "CC0 1.0", "CC BY 2.0", "CC BY 4.0"))
+        with Image.open(PHOTOS / entry["file"]) as picture:
+            assert 256 <= min(picture.size) <= 384 and not picture.getexif()
+    assert sum((PHOTOS / file).stat().st_size for file in files) < 2_300_000
+    assert {f"{stem}.jpg" for stem in demo.SHOWN} <= set(files)
 
 
 def test_default_folder_finds_a_free_name(tmp_path, monkeypatch):

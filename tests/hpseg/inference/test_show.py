@@ -120,3 +120,11 @@ def test_principal_colours_follow_the_components():
         assert found[:, channel].min() == 0 and found[:, channel].max() == 255
     assert np.array_equal(found, np.concatenate([c.reshape(-1, 3) for c in principal_colours(features)]))
     assert all((colours == 0).all() for colours in principal_colours([torch.ones(8, 3, 3)]))  # nothing varies
+
+
+def test_bands_are_about_as_long_as_each_other():
+    pictures = [[Image.new("RGB", (40, 40), "red")] for _ in range(7)]
+    left = contact_sheet(pictures[:1], ["a"], 40).width - 40 - GAP
+    sheet = np.array(contact_sheet(pictures, ["a"], 40, width=left + 6 * (40 + GAP)))
+    assert sheet.shape[1] == left + 4 * (40 + GAP)  # four and three, not six and one
+    assert len(sheet) == GAP + 2 * (40 + GAP) + 2 * GAP

@@ -179,16 +179,15 @@ def test_previews_show_the_clusters_and_change_nothing(run, photos, vit_file, tm
 
 def test_the_last_preview_is_what_predict_gives(run, photos):
     from hpseg.data.transforms import load_image, short_side
-    from hpseg.inference.pictures import label_image
+    from hpseg.inference.pictures import GAP, fitted_map, label_image
 
     segmenter = hpseg.load(run)
     picture = short_side(load_image(sorted(photos.rglob("*.*"))[0]), segmenter.config.predict_size, 8)
-    colours = label_image(segmenter.predict(picture)).convert("RGB")
-    colours = np.asarray(colours.resize((round(colours.width * 160 / colours.height), 160)))
+    colours = np.asarray(label_image(fitted_map(segmenter.predict(picture), 160)).convert("RGB"))
     sheet = np.asarray(Image.open(run / "preview" / "step_000020.png"))
     rows, columns = colours.shape[:2]
-    places = range(sheet.shape[1] - columns)
-    assert any(np.array_equal(sheet[20 : 20 + rows, x : x + columns], colours) for x in places)
+    below, places = GAP + 160 + GAP, range(sheet.shape[1] - columns)  # below the photograph
+    assert any(np.array_equal(sheet[below : below + rows, x : x + columns], colours) for x in places)
 
 
 def test_previews_after_kmeans_show_its_centroids(photos, vit_file, tmp_path, monkeypatch):
