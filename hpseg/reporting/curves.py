@@ -93,8 +93,8 @@ def charts(logs: Sequence[dict[str, tuple[np.ndarray, np.ndarray]]]) -> list[Cha
 def _chart(name: str, held: dict[int, tuple[np.ndarray, np.ndarray]]) -> Chart:
     series = {run: _thinned(*numbers) for run, numbers in held.items()}
     low, high = _range(np.concatenate([values for _, values in series.values()]))
-    first = min(int(steps[0]) for steps, _ in series.values())
-    last = max(int(steps[-1]) for steps, _ in series.values())
+    first = min(int(steps[0]) for steps, _ in held.values())
+    last = max(int(steps[-1]) for steps, _ in held.values())
 
     def x(step: float) -> float:
         return round(LEFT + (step - first) / max(1, last - first) * (WIDTH - LEFT - RIGHT), 1)
