@@ -64,7 +64,7 @@ def test_every_setting_says_what_it_means():
 def test_the_short_help_shows_what_people_need(capsys):
     text = shown(capsys, "--help")
     groups = flags_of(text)
-    assert groups.pop("options") == ["--help", "--help-all", "--out", "--resume", "--overwrite"]
+    assert groups.pop("options") == ["--help", "--help-all", "--out", "--resume", "--overwrite", "--no-report"]
     found = {name for names in groups.values() for name in names}
     assert found == {flag(field) for _, field in SETTINGS if field.metadata["basic"]} - {"--images"}
     assert len(found) == 20 and {"--classes", "--method", "--steps", "--batch-size", "--lr"} <= found
