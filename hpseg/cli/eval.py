@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from hpseg.runtime.messages import waiting
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -25,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hpseg.evaluation.evaluate import evaluate, format_table
-    from hpseg.evaluation.seeds import evaluate_seeds
+    with waiting("loading"):
+        from hpseg.evaluation.evaluate import evaluate, format_table
+        from hpseg.evaluation.seeds import evaluate_seeds
 
     score = evaluate_seeds if vars(args).pop("seeds") else evaluate
     print(format_table(score(**vars(args))))

@@ -9,6 +9,7 @@ from typing import Any
 
 from hpseg.run.settings.described import GROUPS, choices_of, flag, help_text, title
 from hpseg.run.settings.shared import RunSettings
+from hpseg.runtime.messages import waiting
 
 KINDS = {"int": int, "float": float}
 METAVARS = {"preset": "NAME"}  # of more choices than a line holds
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hpseg.training.loop import train
+    with waiting("loading"):
+        from hpseg.training.loop import train
 
     train(**vars(args))
