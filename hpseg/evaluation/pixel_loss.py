@@ -30,25 +30,25 @@ class Labels(NamedTuple):
 
     grid: tuple[int, int]
     counted: Tensor  # (H, W) bool
-    pull: Tensor  # U^T Y (h, K, w) fp32
+    pixels: int  # that count
+    present: Tensor  # (P,) int64, the classes that occur
+    pull: Tensor  # U^T Y (h, P, w) fp32
 
     @staticmethod
     def of(truth: Tensor, classes: int, grid: tuple[int, int]) -> Labels:
         """truth: integers (H, W)."""
         counted = (truth >= 0) & (truth < classes)
         down, across = (upsampling(*sizes).to(truth.device) for sizes in zip(grid, truth.shape, strict=True))
-        pull = torch.zeros(grid[0], classes, grid[1], device=truth.device)
-        for number in truth[counted].bincount().nonzero()[:, 0].tolist():
-            pull[:, number] = down.T @ (truth == number).float() @ across
-        return Labels(grid, counted, pull)
-
-    @property
-    def pixels(self) -> int:
-        return int(self.counted.sum())
+        found = truth[counted].bincount()
+        present = found.nonzero()[:, 0]
+        pull = torch.zeros(grid[0], len(present), grid[1], device=truth.device)
+        for place, number in enumerate(present):
+            pull[:, place] = down.T @ (truth == number).float() @ across
+        return Labels(grid, counted, int(found.sum()), present, pull)
 
     @property
     def bytes(self) -> int:
-        return self.counted.nbytes + self.pull.nbytes
+        return self.counted.nbytes + self.present.nbytes + self.pull.nbytes
 
 
 @lru_cache(64)
@@ -131,10 +131,10 @@ def _of_picture(scores: Tensor, gradient: Tensor, labels: Labels) -> Tensor:
         torch.sum(z, 1, True, out=total)
         z.mul_(counts / total)
         pulled[reached].addmm_(down.T, flat)
-    pulled = (pulled.view(h * k, width) @ across).view(h, k, w).sub_(labels.pull)
+    pulled = (pulled.view(h * k, width) @ across).view(h, k, w).index_add_(1, labels.present, labels.pull, alpha=-1)
     gradient.view(h, w, k).copy_(pulled.transpose(1, 2))
     logarithms = sums.log_().add_(largest).mul_(counted)
-    return logarithms.sum(dtype=torch.float64) - (maps * labels.pull).sum(dtype=torch.float64)
+    return logarithms.sum(dtype=torch.float64) - (maps[:, labels.present] * labels.pull).sum(dtype=torch.float64)
 
 
 @lru_cache(64)
