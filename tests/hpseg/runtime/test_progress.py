@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 
 import pytest
@@ -63,7 +64,7 @@ def test_what_cannot_tell_how_far_it_is_tells_its_seconds(news, monkeypatch):
         deadline = time.perf_counter() + 20
         while not (lines := news()) and time.perf_counter() < deadline:
             time.sleep(0.01)
-    assert lines[0] == "k-means: 0 s"
+    assert re.fullmatch(r"k-means: \d+ s", lines[0])
     with pytest.raises(ZeroDivisionError), waiting("mistakes"):
         1 / 0  # noqa: B018
 
@@ -104,4 +105,4 @@ def test_the_seconds_of_a_command_are_written(photos, vit_file, data, tmp_path):
         assert sum(found["phases"].values()) == pytest.approx(found["seconds"], abs=0.05)
         assert found["seconds"] > 0
     trained = json.loads((run / "results.json").read_text())
-    assert whole - 1 < trained["seconds"] <= whole
+    assert whole / 2 < trained["seconds"] <= whole
