@@ -130,10 +130,10 @@ class FeatureCache:
 
     def fill(self, encode: Encode, ranks: Ranks = ALONE) -> None:
         """Makes what is missing, each rank a share, a shard at a time. After every one ranks hear of each other: none
-        waits longer for another than a shard takes. The first rank alone says what was found."""
+        waits longer for another than a shard takes. The first rank alone says what was found, and how far it is."""
         missing = ranks.from_first(self._begin)
         own = [index for number in missing[ranks.rank :: ranks.size] for index in self._photographs(number)]
-        tokens = progress(encode(own), "features", len(own))
+        tokens = iter(progress(encode(own), "features", len(own)) if ranks.writes else encode(own))
         for first in range(0, len(missing), ranks.size):
             with ranks.agree():
                 for number in missing[first : first + ranks.size][ranks.rank :][:1]:
