@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hpseg.cli.report import add_no_report, leave_page
+from hpseg.runtime.messages import waiting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hpseg.evaluation.evaluate import evaluate, format_table
-    from hpseg.evaluation.seeds import evaluate_seeds
+    with waiting("loading"):
+        from hpseg.evaluation.evaluate import evaluate, format_table
+        from hpseg.evaluation.seeds import evaluate_seeds
 
     seeds, page = vars(args).pop("seeds"), vars(args).pop("report")
     print(format_table((evaluate_seeds if seeds else evaluate)(**vars(args))))

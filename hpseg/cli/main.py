@@ -18,6 +18,7 @@ from typing import TextIO
 
 from hpseg.run.errors import ReportedElsewhere, RunStopped, UsageError
 from hpseg.runtime.interruption import Interrupted, handled, interrupt
+from hpseg.runtime.messages import commanded
 
 VERBS = {  # verb -> (module, what it does)
     "train": ("hpseg.cli.train", "find classes in a folder of photographs, without labels"),
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         verb = vars(args).pop("verb")
         try:
-            with handled(interrupt):
+            with handled(interrupt), commanded():
                 for name, value in vars(args).items():
                     if value == "" or (isinstance(value, list) and "" in value):
                         raise UsageError(f"{name}: expected something, got an empty text")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from hpseg.runtime.messages import waiting
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -23,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hpseg.evaluation.evaluate import format_table
-    from hpseg.evaluation.probes import probe
+    with waiting("loading"):
+        from hpseg.evaluation.evaluate import format_table
+        from hpseg.evaluation.probes import probe
 
     print(format_table(probe(**vars(args))))

@@ -10,6 +10,7 @@ from typing import Any
 from hpseg.cli.report import add_no_report, leave_page
 from hpseg.run.settings.described import GROUPS, choices_of, flag, help_text, title
 from hpseg.run.settings.shared import RunSettings
+from hpseg.runtime.messages import waiting
 
 KINDS = {"int": int, "float": float}
 METAVARS = {"preset": "NAME"}  # of more choices than a line holds
@@ -71,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hpseg.training.loop import train
+    with waiting("loading"):
+        from hpseg.training.loop import train
 
     page = vars(args).pop("report")
     train(**vars(args))

@@ -26,10 +26,9 @@ KMEANS_ROWS = 65_536
 Segments = Callable[[dict[str, Tensor]], Tensor]
 
 
-def kmeans_baseline(name: str, rows: Tensor, classes: int, seed: int) -> Segments:
-    """k-means over rows (N, C) of description `name`, by the recipe that makes a run's final clusters."""
-    centroids = fit_centroids(rows, classes, seed)
-    return lambda described: (described[name] @ centroids.T).movedim(-1, 1)
+def kmeans_segments(name: str, centroids: Tensor) -> Segments:
+    """By centroids (K, C) of description `name`, unit rows."""
+    return lambda described: (described[name] @ centroids.to(described[name]).T).movedim(-1, 1)
 
 
 class KMeans:
@@ -43,7 +42,8 @@ class KMeans:
         for pixels in pictures:
             tokens = describe(pixels).flatten(0, 2)
             rows.append(tokens[torch.randperm(len(tokens), generator=rng)[:each].to(tokens.device)])
-        self.describe, self.segments = describe, kmeans_baseline("pixels", torch.cat(rows), classes, seed)
+        self.describe = describe
+        self.segments = kmeans_segments("pixels", fit_centroids(torch.cat(rows), classes, seed))
 
     def predict(self, pixels: Tensor, size: tuple[int, int]) -> np.ndarray:
         return label_map(self.segments({"pixels": self.describe(pixels)}), size)

@@ -6,26 +6,28 @@ hpseg.data.datasets.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from hpseg.data.datasets import NAMES, LabelledSet, open_data, training_images
 from hpseg.data.folder import find_images
 from hpseg.data.transforms import UnreadableImage, load_image, skip
-from hpseg.evaluation.contenders import KMEANS_ROWS, Segments, kmeans_baseline, label_maps, linear_probe, trained
+from hpseg.evaluation.baselines import fit_baselines
+from hpseg.evaluation.contenders import Segments, label_maps, linear_probe, trained
 from hpseg.evaluation.metrics import Sparse, confusion, dense, score, sparse
 from hpseg.evaluation.protocols import PROTOCOLS
+from hpseg.features.kept import KeptTokens
 from hpseg.inference.label_map import Matching
 from hpseg.inference.segmenter import load
 from hpseg.run.errors import UsageError
 from hpseg.run.files import write_json
+from hpseg.runtime.messages import Stopwatch, progress, waiting
 
 TRAINED = ("trained", "trained_crf")  # what the run itself says
 
@@ -70,7 +72,9 @@ def evaluate_runs(
     seed + r. `rgb` adds k-means on standardised colour means of patches. Without `baselines`
     they are left out, as for an imported run, which knows no training images, without `fit_on`.
     """
-    labelled, segmenters = open_data(data, root, split, void), [load(run, device) for run in runs]
+    watch = Stopwatch("loading")
+    with waiting("loading"):
+        labelled, segmenters = open_data(data, root, split, void), [load(run, device) for run in runs]
     first, config = segmenters[0], segmenters[0].config
     for other in segmenters[1:]:
         if other.backbone.fingerprint != first.backbone.fingerprint or other.config.predict_size != config.predict_size:
@@ -87,34 +91,25 @@ def evaluate_runs(
     elif baselines and config.images:
         fit_on = config.images
         files, read = training_images(config.images, config.root)
+    kept = KeptTokens(first.backbone, config, Path(runs[0]))
 
-    def describe(pixels: Tensor, mirror: bool = False) -> dict[str, Tensor]:
-        tokens = first.backbone(pixels)
+    def describe(pixels: Tensor, photograph: Path, mirror: bool = False, keep: bool = True) -> dict[str, Tensor]:
+        tokens = kept(pixels, photograph, keep)
         described = {name: getattr(tokens, name).unflatten(1, tokens.grid) for name in ("features", "colours")}
         if mirror:
-            described["mirrored"] = first.backbone(pixels.flip(3)).features.unflatten(1, tokens.grid)
+            described["mirrored"] = kept(pixels.flip(3)).features.unflatten(1, tokens.grid)
         if rgb:
             scale = (first.backbone.mean.flatten(), first.backbone.std.flatten())
             described["rgb"] = (described["colours"] - scale[0]) / scale[1]
         return described
 
-    each, rng, rows = math.ceil(KMEANS_ROWS / max(1, len(files))), torch.Generator().manual_seed(seed), []
-    for path in tqdm(files, desc="fit", unit="image", disable=None, leave=False):
-        try:
-            pixels = first.prepare(read(path))[0]
-        except UnreadableImage as error:
-            skip(error, strict)
-            continue
-        bands = list(first.bands(pixels, lambda part: {n: m.movedim(3, 1) for n, m in describe(part).items()}))
-        described = {name: torch.cat([band[name] for band in bands], 2)[0].flatten(1).T for name in bands[0]}
-        picks = torch.randperm(len(described["features"]), generator=rng)[:each]
-        rows.append({name: tokens[picks.to(tokens.device)] for name, tokens in described.items()})
-    methods: list[dict[str, Segments]] = []
-    for number, segmenter in enumerate(segmenters):
-        methods.append({"trained": trained(segmenter)})
-        for name in ("features", *["rgb"] * rgb) if rows else ():
-            fitted = torch.cat([part[name] for part in rows])
-            methods[-1][f"kmeans_{name}"] = kmeans_baseline(name, fitted, segmenter.config.classes, seed + number)
+    watch.phase("baselines")
+    methods: list[dict[str, Segments]] = [{"trained": trained(segmenter)} for segmenter in segmenters]
+    if files:
+        names = ["features", *["rgb"] * rgb]
+        fitted = fit_baselines(runs, segmenters, files, read, partial(describe, keep=False), names, strict, seed)
+        methods = [one | other for one, other in zip(methods, fitted, strict=True)]
+    watch.phase("scoring")
 
     counts = [
         {name: np.zeros((segmenter.config.classes, 256), np.int64) for name in [*of_run, *["trained_crf"] * crf]}
@@ -127,7 +122,7 @@ def evaluate_runs(
     scored: list[tuple[Path, Path]] = []
     by_picture: list[list[Sparse]] = [[] for _ in runs]  # of the trained head
     unreadable = []
-    for image_path, label_path in tqdm(labelled.pairs, desc="eval", unit="image", disable=None, leave=False):
+    for image_path, label_path in progress(labelled.pairs, "eval", len(labelled.pairs)):
         try:
             picture = labelled.load_image(image_path)
         except UnreadableImage as error:
@@ -136,7 +131,8 @@ def evaluate_runs(
             continue
         truth = labelled.labels(label_path, picture.size)
         view = view_of(picture, truth, config.predict_size, first.backbone.patch)
-        found = label_maps(segmenters, methods, lambda part: describe(part, flip), view, crf)
+        of_view = partial(describe, photograph=image_path, mirror=flip)
+        found = label_maps(segmenters, methods, of_view, view, crf)
         for (number, name), labels in found.items():
             of_picture = confusion(labels, view.truth, len(counts[number][name]), 256)
             counts[number][name] += of_picture
@@ -150,6 +146,7 @@ def evaluate_runs(
         known = {**facts, "labels_used": segmenter.config.labels_used, "seed": seed + number}
         matched = {"linear": False, "linear_crf": False, **dict.fromkeys(TRAINED, not segmenter.config.learns_classes)}
         results.append(report(totals, labelled, known, matched))
+        results[-1] |= watch.results()
         results[-1]["pictures"] = scores_by_picture(scored, matrices, totals["trained"].shape, results[-1])
     return results
 

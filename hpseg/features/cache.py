@@ -30,13 +30,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from hpseg.data.folder import PhotoFolder
 from hpseg.models.backbone import Backbone, Tokens
+from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
 from hpseg.run.files import remove_temporaries, require_folder, write_atomically
 from hpseg.runtime.distributed import ALONE, Ranks
+from hpseg.runtime.messages import progress
 
 logger = logging.getLogger(__name__)
 FORMAT = 2  # to be raised when the same recipe gives other tokens
@@ -63,7 +64,7 @@ class FeatureCache:
     """Tokens (1, T, C) of photograph `index` as `cache[index]`, after `fill`.
 
     folder: of the shards; `own` says that it is one run's, and then shards that this run has no use for are removed.
-    dtype: of the stored features. Opening writes nothing; UsageError where the disk is too small for what is missing.
+    dtype: of the stored features. Opening writes nothing.
     """
 
     def __init__(self, folder: Path, own: bool, backbone: Backbone, dataset: PhotoFolder, dtype: str = "fp32"):
@@ -73,12 +74,7 @@ class FeatureCache:
         self.files = [str(path) for path in dataset.files]
         self.recipe = {
             "format": FORMAT,
-            "backbone": backbone.fingerprint,
-            "architecture": _hash([repr(backbone.vit), backbone.vit.blocks[-1].attn.num_heads])[:16],
-            "pos_embed": backbone.pos_embed,
-            "computed in": backbone.dtype,
-            "mean": backbone.mean.flatten().tolist(),
-            "std": backbone.std.flatten().tolist(),
+            **backbone_recipe(backbone),
             "short side": dataset.size,
             "patch": backbone.patch,
             "interpolation": "bilinear, antialiased" if dataset.resize == "bilinear" else dataset.resize,
@@ -90,15 +86,8 @@ class FeatureCache:
         self.problems: list[str] = []  # what is wrong with shards that were found
         # Named now and not when written: should a photograph change in between, its old tokens get the old name.
         self.paths = [self._name(first) for first in range(0, len(self.files), self.per_shard)]
-        bar = tqdm(range(len(self.paths)), "check features", unit="shard", disable=None, leave=False)
-        self.shards = [self._open(number) for number in bar]
-        needed, free = self.missing_bytes(), self._free_bytes()
-        if needed > free:
-            raise UsageError(
-                f"cache_features: about {needed / 2**30:.1f} GiB are needed in {folder}, where {free / 2**30:.1f} GiB "
-                "are free; name a folder on another disk with --cache-dir, halve it with --cache-dtype bf16, or pass "
-                "--no-cache-features"
-            )
+        numbers = range(len(self.paths))
+        self.shards = [self._open(number) for number in progress(numbers, "check features", len(numbers), "shard")]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -111,6 +100,21 @@ class FeatureCache:
         part = slice(shard.starts[place], shard.starts[place] + rows * columns)
         features, neighbors, colours = (x[None, part] for x in (shard.features, shard.neighbors, shard.colours))
         return Tokens(features, neighbors, (rows, columns), colours)
+
+    def holds(self, index: int) -> bool:
+        """Whether the tokens of photograph `index` are here, and are its own: none stood in for an unreadable one."""
+        shard = self.shards[index // self.per_shard]
+        return shard is not None and self.files[index] not in shard.unreadable
+
+    def require_space(self) -> None:
+        """UsageError where the disk is too small for what is missing."""
+        needed, free = self.missing_bytes(), self._free_bytes()
+        if needed > free:
+            raise UsageError(
+                f"cache_features: about {needed / 2**30:.1f} GiB are needed in {self.folder}, where "
+                f"{free / 2**30:.1f} GiB are free; name a folder on another disk with --cache-dir, halve it with "
+                "--cache-dtype bf16, or pass --no-cache-features"
+            )
 
     @property
     def unreadable(self) -> list[str]:
@@ -126,17 +130,15 @@ class FeatureCache:
 
     def fill(self, encode: Encode, ranks: Ranks = ALONE) -> None:
         """Makes what is missing, each rank a share, a shard at a time. After every one ranks hear of each other: none
-        waits longer for another than a shard takes. The first rank alone says what was found."""
+        waits longer for another than a shard takes. The first rank alone says what was found, and how far it is."""
         missing = ranks.from_first(self._begin)
         own = [index for number in missing[ranks.rank :: ranks.size] for index in self._photographs(number)]
-        silent = None if ranks.writes else True
-        bar = tqdm(encode(own), "features", len(own), unit="image", disable=silent, leave=False)
-        tokens = iter(bar)
+        tokens = iter(progress(encode(own), "features", len(own)) if ranks.writes else encode(own))
         for first in range(0, len(missing), ranks.size):
             with ranks.agree():
                 for number in missing[first : first + ranks.size][ranks.rank :][:1]:
                     self._write(number, tokens)
-        bar.close()
+        next(tokens, None)  # past the end, which takes the bar away
         with ranks.agree():
             for number in self.missing():
                 self.shards[number] = self._open(number)
@@ -174,7 +176,7 @@ class FeatureCache:
 
     def _name(self, first: int) -> Path:
         files = [[name, *file_identity(name)] for name in self.files[first : first + self.per_shard]]
-        return self.folder / f"{_hash([self.recipe, files])[:32]}.safetensors"
+        return self.folder / f"{hashed([self.recipe, files])[:32]}.safetensors"
 
     def _open(self, number: int) -> Shard | None:
         """The shard if it is there, whole, and of the files as they are now."""
@@ -270,7 +272,24 @@ def file_identity(name: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _hash(value: object) -> str:
+def cache_folder(config: Config, run: Path) -> Path:
+    """Where the features of a run are kept: a folder that is shared, or RUN/features."""
+    return run / "features" if config.cache_dir is None else Path(config.cache_dir)
+
+
+def backbone_recipe(backbone: Backbone) -> dict[str, object]:
+    """All of a backbone that decides which tokens it makes of given pixels, but for its patch."""
+    return {
+        "backbone": backbone.fingerprint,
+        "architecture": hashed([repr(backbone.vit), backbone.vit.blocks[-1].attn.num_heads])[:16],
+        "pos_embed": backbone.pos_embed,
+        "computed in": backbone.dtype,
+        "mean": backbone.mean.flatten().tolist(),
+        "std": backbone.std.flatten().tolist(),
+    }
+
+
+def hashed(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

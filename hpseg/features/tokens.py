@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hpseg.data.folder import PhotoFolder, Views, hash_seed, load_batches
-from hpseg.features.cache import FeatureCache
+from hpseg.features.cache import FeatureCache, cache_folder
 from hpseg.models.backbone import Backbone, Tokens
 from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
@@ -34,8 +34,8 @@ class Encoder:
         self.cache: FeatureCache | None = None
         if config.cache_features:
             own = config.cache_dir is None
-            folder = run / "features" if own else Path(config.cache_dir)
-            self.cache = FeatureCache(folder, own, backbone, dataset, config.cache_dtype)
+            self.cache = FeatureCache(cache_folder(config, run), own, backbone, dataset, config.cache_dtype)
+            self.cache.require_space()
 
     def fill(self, ranks: Ranks = ALONE) -> None:
         """Makes the cached features that are still missing; all ranks call it, and each makes a share."""

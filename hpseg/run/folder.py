@@ -1,8 +1,8 @@
 """The run folder: config.json, model.safetensors, state.pt, log.csv, results.json, .lock, preview/ and tensorboard/.
 
-What eval and probe found is in eval.json, labels.json, probe.json and probe.safetensors, the page about it all in
-report.html; backbone.safetensors belongs to an imported run, auxiliary.safetensors and label_quality.json to one of
-method lookbeyond.
+What eval and probe found is in eval.json, labels.json, baselines.safetensors, probe.json and probe.safetensors, the
+page about it all in report.html; backbone.safetensors belongs to an imported run, auxiliary.safetensors and
+label_quality.json to one of method lookbeyond.
 
 Every file is written under a temporary name, flushed to the disk and renamed, so a run killed at any moment leaves
 either the old file or the new one. `state.pt` alone is enough to resume; `model.safetensors` is what prediction reads.
@@ -31,7 +31,7 @@ RUN_FILES = (
     *("config.json", "model.safetensors", "state.pt", "log.csv", "results.json", "backbone.safetensors"),
     *("auxiliary.safetensors", "label_quality.json"),
     # Of the old model, and wrong for the new one:
-    *("eval.json", "labels.json", "probe.json", "probe.safetensors", REPORT),
+    *("eval.json", "labels.json", "probe.json", "probe.safetensors", "baselines.safetensors", REPORT),
 )
 PREVIEWS, TENSORBOARD, EVENTS_SUFFIX = "preview", "tensorboard", ".hpseg"
 # What a run writes into folders of its own, by the patterns of pathlib; other files there are not the run's.

@@ -38,7 +38,7 @@ from hpseg.run.folder import open_run, resumed, save_model, save_state
 from hpseg.run.presets import PRESETS
 from hpseg.runtime.distributed import Share, explained, joined, own_device
 from hpseg.runtime.interruption import Stop
-from hpseg.runtime.messages import muted
+from hpseg.runtime.messages import Pace, Stopwatch, muted, waiting
 from hpseg.runtime.profile import Profile, each, profiling, stage
 from hpseg.training.report import Report
 from hpseg.training.setup import Setup, find_inputs, set_up
@@ -67,7 +67,7 @@ def train(
     resume: goes on with the run in `out`, if there is one. Settings that decide the result may then be left out, and
     must be the run's own if given.
     """
-    out = Path(out)
+    out, watch = Path(out), Stopwatch("loading")
     for name in PATHS:
         if settings.get(name) is not None and str(settings[name]) not in NAMES:
             settings[name] = os.path.realpath(settings[name])
@@ -90,9 +90,11 @@ def train(
         config = dataclasses.replace(config, batch_size=config.batch_size * ranks.size)
         if resume:
             config = ranks.from_first(lambda: resumed(out, config, settings))
-        inputs = find_inputs(config, out, device, ranks)
+        with waiting("loading"):
+            inputs = find_inputs(config, out, device, ranks)
         state = ranks.from_first(lambda: open_run(out, config, resume, overwrite, lock))
-        return _train(set_up(inputs, quiet), state, stop, profile, quiet)
+        watch.phase("features")
+        return _train(set_up(inputs, quiet), state, stop, profile, watch, quiet)
 
 
 def _require_own_preset(method: str | None = None, preset: str | None = None, **_) -> None:
@@ -105,7 +107,9 @@ def _require_own_preset(method: str | None = None, preset: str | None = None, **
         raise UsageError(f"preset: {preset!r} is one of method {owner}; for {method} expected {', '.join(fitting)}")
 
 
-def _train(setup: Setup, state: dict[str, Any] | None, stop: Stop, profile: Profile | None, quiet: bool) -> dict:
+def _train(
+    setup: Setup, state: dict[str, Any] | None, stop: Stop, profile: Profile | None, watch: Stopwatch, quiet: bool
+) -> dict:
     """From a checkpoint's state, or from none, to the results of a finished run, on one of the ranks."""
     config, out, ranks, selection = setup.config, setup.out, setup.ranks, setup.selection
     step = first_step = restore(setup, state)
@@ -113,7 +117,8 @@ def _train(setup: Setup, state: dict[str, Any] | None, stop: Stop, profile: Prof
     report = Report(out, config, step, terms, setup.backbone, setup.dataset, profile) if ranks.writes else None
     share = Share(ranks, setup.method.VIEWS * setup.batch_size, setup.source.dropout_rng)
     batches = _batches(setup, step, share)
-    started = time.perf_counter()
+    watch.phase("steps")
+    started, pace = time.perf_counter(), Pace()
     bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=True if quiet else None)
     stop.later = True
     while step < config.steps:
@@ -131,20 +136,21 @@ def _train(setup: Setup, state: dict[str, Any] | None, stop: Stop, profile: Prof
             with stage("periodic"):
                 miou = selection.consider(step, _result(setup), setup.backbone)
             logger.info(f"step {step}: mIoU {miou:.1f} on {config.select_on_labels}")
-        if step % config.save_every == 0 or step == config.steps or asked:
+        saves = step % config.save_every == 0 or step == config.steps
+        if saves or asked:
             with stage("periodic"):
                 _checkpoint(setup, step, report)
             if asked:
                 bar.close()
                 text = f"after step {step} of {config.steps}, which is saved; --resume goes on from there"
                 raise stop.interrupted(text) if ranks.writes else ReportedElsewhere(text)
-            if bar.disable:
-                left = seconds / (step - first_step) * (config.steps - step)
-                progress = f"{rate:.1f} images/s  {left:.0f} s left"
-                logger.info(f"step {step}/{config.steps}  loss {values['loss']:.4f}  {progress}")
+        if bar.disable and (pace.due() or saves):
+            left = seconds / (step - first_step) * (config.steps - step)
+            told = f"{rate:.1f} images/s  {left:.0f} s left"
+            logger.info(f"step {step}/{config.steps}  loss {values['loss']:.4f}  {told}")
     stop.later = False
     bar.close()
-    return _finish(setup, step, started, report, profile, quiet)
+    return _finish(setup, step, report, profile, watch, quiet)
 
 
 def _batches(setup: Setup, step: int, share: Share) -> Iterator[tuple[int, Any]]:
@@ -206,24 +212,26 @@ def _result(setup: Setup) -> dict[str, Tensor]:
     config, tensors = setup.config, setup.method.state_dict()
     if config.clusters == "kmeans" and not config.learns_classes:
         codes = training_codes(setup.source, setup.method, config.seed)
-        fitted = setup.ranks.from_first(lambda: fit_centroids(codes, config.classes, config.seed).cpu())
+        with waiting(f"k-means of {len(codes):,} codes"):
+            fitted = setup.ranks.from_first(lambda: fit_centroids(codes, config.classes, config.seed).cpu())
         tensors["clusters.centroids"] = fitted.to(setup.device)
     return tensors
 
 
 def _finish(
-    setup: Setup, step: int, started: float, report: Report | None, profile: Profile | None, quiet: bool
+    setup: Setup, step: int, report: Report | None, profile: Profile | None, watch: Stopwatch, quiet: bool
 ) -> dict:
     """Writes what prediction reads, and returns the results that stand in results.json."""
     config, out, ranks, backbone, selection = setup.config, setup.out, setup.ranks, setup.backbone, setup.selection
+    watch.phase("clustering")
     tensors = selection.tensors if selection else _result(setup)
+    watch.phase("writing")
     unreadable = sorted(set().union(*ranks.collect(setup.encoder.unreadable)))
     results = {
         "steps": step,
         "photographs": len(setup.dataset.files),
         "backbone": {"name": backbone.name, "weights": backbone.source, "fingerprint": backbone.fingerprint},
         "unreadable": unreadable,
-        "seconds": round(time.perf_counter() - started, 2),
         "device": str(setup.device),
         "torch": torch.__version__,
         "hpkernels": hpkernels.__version__,
@@ -234,7 +242,10 @@ def _finish(
     }
     if report:
         save_model(out, tensors, predicting(backbone, tensors, config).fingerprint)
-        report.finish(step, tensors)
+        with waiting("previews"):
+            report.finish(step, tensors)
+    results |= watch.results()
+    if report:
         write_json(out / "results.json", results)
     ranks.collect(None)  # what this returns on any rank is about a finished run folder
     if unreadable and not quiet:
@@ -256,4 +267,4 @@ def training_codes(source: Source, method: Method, seed: int) -> Tensor:
         for (view,), share in source.tokens(batches, 0):
             yield method.head.codes_of(view), share
 
-    return draw_tokens(source.images, CLUSTERING_ROWS, source.images, encode, source.batch_size, rng)
+    return draw_tokens(source.images, CLUSTERING_ROWS, source.images, encode, source.batch_size, rng, "codes")

@@ -24,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import hpkernels
 from hpseg.data.folder import PhotoFolder, hash_seed, load_batches
@@ -33,6 +32,7 @@ from hpseg.features.clustering import FeatureStream, assign_features, cluster_fe
 from hpseg.run.config import Config
 from hpseg.run.files import write_atomically
 from hpseg.runtime.distributed import Ranks
+from hpseg.runtime.messages import progress
 
 FILE = "auxiliary.safetensors"
 SCOPES = {"per_cluster": "cluster", "global": "all"}  # as hpkernels calls them
@@ -120,9 +120,7 @@ def auxiliary_labels(
         starts = range(first * ranks.size, count, ranks.size)
         own = [[(0, min(start + ranks.rank, count - 1))] for start in starts]
         views = load_batches(whole, own, config.workers)
-        silent = None if ranks.writes else True
-        bar = tqdm(views, "auxiliary labels", len(starts), unit="image", disable=silent, leave=False)
-        for start, view in zip(starts, bar, strict=True):
+        for start, view in zip(starts, progress(views, "auxiliary labels", len(starts)), strict=True):
             unreadable.update(view.unreadable)
             tokens = extractor(view.images.to(device))
             if start not in grids:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import hpseg
 from hpseg.cli.main import main
 from hpseg.data.sets import cityscapes
-from hpseg.inference.label_map import NO_CLASS, LabelMap, Matching, label_map
+from hpseg.inference.label_map import NO_CLASS, LabelMap, Matching, first_of_largest, label_map
 from hpseg.inference.palette import palette
 from hpseg.inference.pictures import legend, with_legend
 from hpseg.inference.predict_files import predict_files
@@ -88,6 +88,15 @@ def test_label_map_is_the_argmax_of_bilinear_maps():
     for size in ((300, 41), (5, 4), (7, 9), (513, 20)):
         expected = F.interpolate(similarity, size, mode="bilinear", align_corners=False)[0].argmax(0)
         assert (label_map(similarity, size) != expected.numpy()).mean() < 1e-3
+
+
+@pytest.mark.parametrize("clusters", [1, 3, 256])
+def test_the_first_of_equal_maps_is_taken(clusters):
+    maps = torch.randint(0, 3, (clusters, 40, 30)).float()
+    found = first_of_largest(maps)
+    assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), np.argmax(maps.numpy(), 0))
+    maps[:, 5, 5] = torch.nan
+    assert int(first_of_largest(maps)[5, 5]) < clusters  # still a number of a cluster
 
 
 def test_overlay_and_palette(photos):
