@@ -8,7 +8,6 @@ mosaics are textures: each region has its own random colours, so colour says not
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -106,6 +105,7 @@ def photographs(out: Path, common: dict) -> None:
 
     from hpseg.inference.label_map import agreement
     from hpseg.inference.pictures import contact_sheet, fitted, fitted_map, label_image, overlay
+    from hpseg.reporting.report import write_report
     from hpseg.training.loop import train
 
     run, files = out / "photographs", sorted(PHOTOS.glob("*.jpg"))
@@ -123,14 +123,7 @@ def photographs(out: Path, common: dict) -> None:
     titles = ["photograph", "k-means, frozen features", "trained head", "overlay"]
     sheet = contact_sheet([columns[stem] for stem in SHOWN], titles, HEIGHT)
     sheet.save(out / "photographs.jpg", quality=90, subsampling=0)  # whole colours: borders are thin
-    write_page(run, out / "report.html", common["device"])
-
-
-def write_page(run: Path, out: Path, device: str) -> None:
-    """The page about a run, where this package can make one."""
-    if importlib.util.find_spec("hpseg.reporting"):
-        write_report = importlib.import_module("hpseg.reporting.report").write_report
-        write_report(run, out=out, n=16, seconds=15, overwrite=True, device=device)
+    write_report(run, out=out / "report.html", n=16, seconds=15, overwrite=True, device=common["device"])
 
 
 def mosaics(base: Path, train_images: int, test_images: int, seed: int, common: dict) -> dict:
@@ -192,7 +185,7 @@ def demo(
     started, out = time.perf_counter(), output_folder(out, overwrite)
     common = dict(steps=steps, backbone=backbone, weights=weights, device=device, overwrite=overwrite)
     photographs(out, common)
-    seen = [out / name for name in ("report.html", "photographs.jpg", "overlays") if (out / name).exists()]
+    seen = [out / name for name in ("report.html", "photographs.jpg", "overlays")]
     news(f"photographs: look at {', '.join(map(str, seen))}")
     scores = []
     for seed in range(seeds):
@@ -203,7 +196,7 @@ def demo(
     results = {
         "seconds": round(time.perf_counter() - started, 1),
         "textures": TEXTURES,
-        "backbone": backbone,
+        "backbone": scores[0]["backbone"],
         "steps": steps,
         "miou_mean": {m: float(np.mean([s[m]["miou"] for s in scores])) for m in METHODS},
         "miou": {m: [s[m]["miou"] for s in scores] for m in METHODS},

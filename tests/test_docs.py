@@ -1,7 +1,7 @@
 """Every command and every Python example of docs/*.md runs, in the order of the page, on small stand-ins for the
 inputs.
 
-Commands run as they stand but for three things: training, pretraining and probes are shortened, backbones of timm get
+Commands run as they stand but for three things: training of heads, ViTs and probes is shortened, backbones of timm get
 random weights, as a test downloads nothing, and `pip install` is left to whoever runs the tests.
 """
 
@@ -98,6 +98,8 @@ def run(words):
         words = [*words, *QUICK.split()]
     if words[:2] == ["hpseg", "pretrain"]:
         words = [*words, "--steps", "2", "--batch-size", "2", "--prototypes", "16"]
+    if words[:2] == ["hpseg", "distill"]:
+        words = [*words, "--steps", "2", "--batch-size", "1", "--sides", "32"]
     if words[:2] == ["hpseg", "probe"]:
         words = [*words, "--steps", "5", "--batch-size", "2"]
     if words[0] == "hpseg":

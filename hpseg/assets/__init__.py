@@ -1,6 +1,11 @@
-"""What ships with the package: the weights of a small ViT and some photographs; README.md says whose they are."""
+"""What ships with the package: the weights of two small ViTs and some photographs; README.md says whose they are."""
 
 from pathlib import Path
 
-EMBEDDED = Path(__file__).parent / "vit_tiny8.safetensors"  # its architecture is in the .json beside it
-PHOTOS = Path(__file__).parent / "photos"
+_HERE = Path(__file__).parent
+# Weights by the names of backbones; the architecture is in the .json beside them.
+EMBEDDED = {
+    "embedded": _HERE / "hybrid_tiny8.safetensors",  # has seen labels of ImageNet indirectly, through its teacher
+    "embedded-selfsup": _HERE / "vit_tiny8.safetensors",  # has seen no label; until 2026-11 the one called "embedded"
+}
+PHOTOS = _HERE / "photos"

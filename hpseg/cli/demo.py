@@ -15,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=200, help="training steps of each run (default 200)")
     add("--train-images", type=int, default=64, help="mosaics to train on, per seed")
     add("--test-images", type=int, default=24, help="mosaics to score on, per seed")
-    add("--backbone", default="embedded", help="'embedded' or any timm ViT, such as vit_small_patch8_224.dino")
+    add(
+        "--backbone",
+        default="embedded",
+        help="'embedded', 'embedded-selfsup' or any timm ViT, such as vit_small_patch8_224.dino",
+    )
     add("--weights", type=Path, help="local checkpoint for the backbone")
     add("--device", default="auto")
 

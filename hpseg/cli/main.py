@@ -30,6 +30,7 @@ VERBS = {  # verb -> (module, what it does)
     "export": ("hpseg.cli.export", "write a run as one file for torch alone"),
     "import-hp": ("hpseg.cli.import_hp", "make a run of a released Hidden Positives checkpoint"),
     "demo": ("hpseg.cli.demo", "train on the photographs in this package and show the result; needs no network"),
+    "distill": ("hpseg.cli.distill", "train a small ViT to see what a large network sees"),
     "pretrain": ("hpseg.cli.pretrain", "train a small ViT on your own photographs, without labels"),
 }
 

@@ -140,10 +140,11 @@ def evaluate_runs(
                 by_picture[number].append(sparse(of_picture))
         scored.append((image_path, label_path))
     facts = {"data": str(data), "protocol": protocol, "flip": flip, "fit_on": str(fit_on or ""), "images": len(scored)}
-    facts["unreadable"] = unreadable
+    facts |= {"root": str(root) if root is not None else None, "split": split, "void": void, "unreadable": unreadable}
     results = []
     for number, (totals, segmenter, matrices) in enumerate(zip(counts, segmenters, by_picture, strict=True)):
-        known = {**facts, "labels_used": segmenter.config.labels_used, "seed": seed + number}
+        known = {**facts, "backbone": segmenter.backbone.facts(), "labels_used": segmenter.config.labels_used}
+        known["seed"] = seed + number
         matched = {"linear": False, "linear_crf": False, **dict.fromkeys(TRAINED, not segmenter.config.learns_classes)}
         results.append(report(totals, labelled, known, matched))
         results[-1] |= watch.results()

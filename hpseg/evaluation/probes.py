@@ -104,7 +104,7 @@ def probe(
             counts[name] += confusion(label_map(maps, truth.shape), truth, classes, 256)
     facts = {"data": str(data), "score_on": str(score_on or "val"), "protocol": protocol}
     facts |= {"images": len(held) - len(held.unreadable), "steps": steps, "seed": seed}
-    facts["labels_used"] = segmenter.config.labels_used
+    facts |= {"backbone": segmenter.backbone.facts(), "labels_used": segmenter.config.labels_used}
     results = report(counts, held_out, facts, matched={"linear": False, "cluster": True})
     tensors = {f"linear.{name}": value for name, value in linear.state_dict().items()}
     tensors |= {f"cluster.{name}": value for name, value in clusters.state_dict().items()}

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpseg.assets import EMBEDDED
 from hpseg.data.transforms import ImageLike, as_picture, short_side, to_tensor
 from hpseg.inference.crf import dense_crf
 from hpseg.inference.label_map import Key, LabelMap, Matching, label_map
@@ -181,20 +183,36 @@ def load(run: str | Path, device: str = "auto") -> Segmenter:
         if not inside and not Path(config.weights).is_absolute():
             raise UsageError(f"run: the weights that {run / 'config.json'} names lie outside of it: {config.weights!r}")
         config = dataclasses.replace(config, weights=str(path))
-    # A backbone that was trained is in the run; only the shape of one that comes as a file is in that file.
-    weights = None if config.finetune and config.backbone != "embedded" else config.weights
-    backbone = load_backbone(
-        config.backbone, weights, pretrained=not config.finetune, dtype=config.dtype, pos_embed=config.pos_embed
-    )
-    backbone = predicting(backbone, tensors, config)
-    if backbone.fingerprint != fingerprint:
-        raise UsageError(
-            f"run: {run} was trained on {config.backbone!r} with weights {fingerprint}, but those found now "
-            f"are {backbone.fingerprint}"
-        )
+    backbone = _trained_on(run, config, tensors, fingerprint)
     if config.labels_used:
         logger.warning(f"{run}: {config.labels_used}")
     return _joined(backbone, tensors, config, Matching.load(run)).to(pick_device(device))
+
+
+def _trained_on(run: Path, config: Config, tensors: dict[str, Tensor], fingerprint: str) -> Backbone:
+    """The backbone that a run was trained on, or trained. Older runs call "embedded-selfsup" "embedded"."""
+    # A backbone that was trained is in the run; only the shape of one that comes as a file is in that file.
+    weights = None if config.finetune and config.backbone not in EMBEDDED else config.weights
+    loaded = partial(
+        load_backbone, weights=weights, pretrained=not config.finetune, dtype=config.dtype, pos_embed=config.pos_embed
+    )
+    names, found = [config.backbone], []
+    if config.backbone == "embedded" and weights is None:
+        names.append("embedded-selfsup")
+    for name in names:
+        try:
+            backbone = predicting(loaded(name), tensors, config)
+        except UsageError:  # trained weights of the other shape
+            if name == names[-1]:
+                raise
+            continue
+        if backbone.fingerprint == fingerprint:
+            return backbone
+        found.append(backbone.fingerprint)
+    raise UsageError(
+        f"run: {run} was trained on {config.backbone!r} with weights {fingerprint}, but those found now "
+        f"are {' and '.join(found)}"
+    )
 
 
 def assemble(backbone: Backbone, tensors: dict[str, Tensor], config: Config) -> Segmenter:

@@ -1,7 +1,8 @@
 """A frozen timm ViT: patch features after the final norm and neighbour weights of the last block in one pass.
 
 Covers timm's `VisionTransformer` (DINO, DINOv2 with registers, ...) and `Eva` (DINOv3, ...) families, with weights from
-timm, from a local file with timm's or the original DINO key names, or of the small ViT in this package ("embedded").
+timm, from a local file with timm's or the original DINO key names, or of a small ViT in this package ("embedded",
+"embedded-selfsup").
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import hpkernels
 from hpseg.assets import EMBEDDED
+from hpseg.models.architecture import build_vit
 from hpseg.models.weights import load_weights, missing_file, plain_vit, read_weights, require_reachable, timm_source
 from hpseg.run.errors import UsageError
 
@@ -39,7 +41,8 @@ class Tokens(NamedTuple):
 class Backbone(nn.Module):
     """Frozen ViT, unless hpseg.models.finetune trains a copy of it.
 
-    Attributes: name, source (file its weights come from), patch (pixels), channels, fingerprint (of the weights).
+    Attributes: name, source (file its weights come from), note (what whoever reads results must know of them, or ""),
+    patch (pixels), channels, fingerprint (of the weights).
 
     pos_embed: how a learned table of position embeddings is brought to another grid than its own: "timm" (bicubic,
     antialiased) or "dino", see `_DinoPositions`. On the table's own grid, and without a table, there is no difference.
@@ -60,6 +63,7 @@ class Backbone(nn.Module):
         dtype: str = "fp32",
         pos_embed: str = "timm",
         source: str = "",
+        note: str = "",
     ):
         super().__init__()
         attention = getattr(vit.blocks[-1], "attn", None) if hasattr(vit, "blocks") else None
@@ -69,7 +73,7 @@ class Backbone(nn.Module):
                 "or Eva families, for example vit_small_patch8_224.dino"
             )
         self.vit = vit.eval().requires_grad_(False)
-        self.name, self.source, self.dtype, self.pos_embed = name, source, dtype, pos_embed
+        self.name, self.source, self.note, self.dtype, self.pos_embed = name, source, note, dtype, pos_embed
         patch = vit.patch_embed.patch_size
         if patch[0] != patch[1]:
             raise UsageError(f"backbone: {name!r} has patches of {patch[0]} x {patch[1]} pixels, expected square ones")
@@ -77,6 +81,11 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
         self.fingerprint = fingerprint(vit)
+
+    def facts(self) -> dict[str, str]:
+        """What a result says of the backbone."""
+        found = {"name": self.name, "weights": self.source, "fingerprint": self.fingerprint}
+        return {**found, "note": self.note} if self.note else found
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in evaluation mode whatever is asked for, frozen or trained."""
@@ -186,29 +195,30 @@ def load_backbone(
     dtype: str = "fp32",
     pos_embed: str = "timm",
 ) -> Backbone:
-    """The frozen ViT `name`: "embedded", or a timm name, with the weights of `weights` if given.
+    """The frozen ViT `name`: one of `hpseg.assets.EMBEDDED`, or a timm name, with the weights of `weights` if given.
 
     With name "embedded" a file in `weights` brings its own architecture and input normalisation: from the `.json` of
-    the same stem beside it, {"arch": {VisionTransformer arguments}, "mean": ..., "std": ...}, or else, for a plain ViT
-    with 64 channels a head, from the shapes of its tensors: the original DINO files need no description, see
-    `hpseg.models.weights.DINO_FILES`. `pretrained=False` leaves timm's random initialisation. pos_embed: see
-    `Backbone`.
+    the same stem beside it, {"arch": {VisionTransformer arguments}, "mean": ..., "std": ...} and what else `build_vit`
+    reads. A plain ViT with 64 channels a head needs no `.json`, since the shapes of its tensors tell; the original DINO
+    files are such, see `hpseg.models.weights.DINO_FILES`. `pretrained=False` leaves timm's random initialisation.
+    pos_embed: see `Backbone`.
     """
-    import timm
-
-    if name == "embedded":
-        file = Path(weights) if weights is not None else EMBEDDED
+    if name in EMBEDDED:
+        file = Path(weights) if weights is not None else EMBEDDED[name]
+        name = "embedded" if weights is not None else name  # a file is not the ViT that a preset names
         if weights is not None and not file.is_file():
             raise missing_file(file)
         sidecar = file.with_suffix(".json")
         facts = _read_facts(sidecar) if sidecar.is_file() else plain_vit(read_weights(file), file)
-        arch = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True, **facts["arch"]}
         try:
-            vit = timm.models.vision_transformer.VisionTransformer(**arch)
-        except (TypeError, ValueError, AttributeError, AssertionError, ArithmeticError) as error:
+            vit = build_vit(facts)
+        except (TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RuntimeError) as error:
             raise UsageError(f"weights: {sidecar} describes no ViT of timm ({str(error)[:300]})") from None
         load_weights(vit, file)
-        return Backbone(vit, name, facts["mean"], facts["std"], dtype, pos_embed, file.name)
+        note = str(facts.get("note", ""))
+        return Backbone(vit, name, facts["mean"], facts["std"], dtype, pos_embed, file.name, note)
+
+    import timm
 
     options = dict(num_classes=0, dynamic_img_size=True)
     try:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hpseg.assets import EMBEDDED
 from hpseg.models.backbone import Backbone, Tokens, fingerprint, load_backbone
-from hpseg.models.weights import read_weights, require_reachable, timm_source
+from hpseg.models.weights import load_network, require_reachable, timm_source
 from hpseg.run.errors import UsageError
 
 PLAIN_VITS = ("vision_transformer", "eva", "deit", "beit")  # modules of timm
@@ -42,7 +43,7 @@ class ConvExtractor(nn.Module):
 
 
 def load_extractor(name: str, weights: str | None, stride: int, dtype: str, pos_embed: str) -> Backbone | ConvExtractor:
-    """The network `name` of timm, or "embedded", with the weights of a local file if one is given.
+    """The network `name` of timm, or one of `hpseg.assets.EMBEDDED`, with the weights of a local file if one is given.
 
     stride: output stride of a convolutional network that can dilate its last stages, 0 for the network's own. dtype,
     pos_embed: of a ViT, see load_backbone.
@@ -50,7 +51,7 @@ def load_extractor(name: str, weights: str | None, stride: int, dtype: str, pos_
     import timm
 
     base = name.split(".")[0]
-    if name == "embedded" or not timm.models.is_model(base) or timm.models.is_model_in_modules(base, PLAIN_VITS):
+    if name in EMBEDDED or not timm.models.is_model(base) or timm.models.is_model_in_modules(base, PLAIN_VITS):
         if stride:
             raise UsageError(f"extractor_stride: expected 0 with {name!r}, whose stride is its patch, got {stride}")
         return load_backbone(name, weights, dtype=dtype, pos_embed=pos_embed)
@@ -64,7 +65,7 @@ def load_extractor(name: str, weights: str | None, stride: int, dtype: str, pos_
             made = f"{name!r} with {options}" if options else repr(name)
             raise UsageError(f"extractor: timm cannot make {made} ({error})") from None
     if weights is not None:
-        _load(network, Path(weights))
+        load_network(network, Path(weights), "extractor_weights")
     source = Path(weights).name if weights is not None else timm_source(network)
     try:
         extractor = ConvExtractor(network, name, source)
@@ -78,19 +79,3 @@ def load_extractor(name: str, weights: str | None, stride: int, dtype: str, pos_
     if grid != (2, 4):
         raise UsageError(f"extractor: {name!r} makes {grid} features of {side} x {2 * side} pixels, expected (2, 4)")
     return extractor
-
-
-def _load(network: nn.Module, path: Path) -> None:
-    classifier = network.pretrained_cfg.get("classifier") or "fc"
-    prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
-    tensors = {key: value for key, value in read_weights(path).items() if not key.startswith(prefixes)}
-    try:
-        missing, unexpected = network.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise UsageError(f"extractor_weights: {path} does not fit ({str(error)[:300]})") from None
-    missing = [key for key in missing if key in dict(network.named_parameters()) or "running" in key]
-    if missing or unexpected:
-        raise UsageError(
-            f"extractor_weights: {path} does not fit {type(network).__name__}: {len(missing)} tensors missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import threading
 import urllib.error
@@ -187,3 +188,47 @@ def _unreachable(url: str) -> str | None:
     thread.start()
     thread.join(REACH_SECONDS)
     return answer[0] if answer else f"no answer from {url} in {REACH_SECONDS:.0f} s"
+
+
+def load_network(network: nn.Module, path: Path, argument: str) -> None:
+    """Fills a convolutional network of timm, whose classifier may be gone, from a file. A misfit is an error that names
+    the argument."""
+    classifier = network.pretrained_cfg.get("classifier") or "fc"
+    prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
+    tensors = _efficientnet_names(read_weights(path), network)
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(prefixes)}
+    try:
+        missing, unexpected = network.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise UsageError(f"{argument}: {path} does not fit ({str(error)[:300]})") from None
+    missing = [key for key in missing if key in dict(network.named_parameters()) or "running" in key]
+    if missing or unexpected:
+        raise UsageError(
+            f"{argument}: {path} does not fit {type(network).__name__}: {len(missing)} tensors missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
+        )
+
+
+# Names of the EfficientNet-PyTorch package and timm's: of the network, of a block, of a block that expands nothing.
+_NETWORK = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+_BLOCK |= {"_project_conv": "conv_pwl", "_bn2": "bn3", "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+_PLAIN_BLOCK = {**_BLOCK, "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+
+
+def _efficientnet_names(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the EfficientNet-PyTorch package and its kin by timm's names; others as they are."""
+    if "_conv_stem.weight" not in tensors or not hasattr(network, "blocks"):
+        return tensors
+    blocks = [(f"blocks.{i}.{j}", block) for i, stage in enumerate(network.blocks) for j, block in enumerate(stage)]
+    renamed = {}
+    for key, value in tensors.items():
+        match = re.fullmatch(r"(?:_blocks\.(\d+)\.)?(\w+)\.(\w+)", key)
+        if match and match[1] is None and match[2] in _NETWORK:
+            key = f"{_NETWORK[match[2]]}.{match[3]}"
+        elif match and match[1] is not None and int(match[1]) < len(blocks) and match[2] in _BLOCK:
+            prefix, block = blocks[int(match[1])]
+            names = _BLOCK if hasattr(block, "conv_pwl") else _PLAIN_BLOCK
+            key = f"{prefix}.{names[match[2]]}.{match[3]}"
+        renamed[key] = value
+    return renamed

@@ -11,10 +11,42 @@ from PIL import Image
 from hpseg.data.procedural import random_image
 from hpseg.data.transforms import UnreadableImage, load_image
 from hpseg.run.errors import UsageError
+from hpseg.runtime.messages import progress
 
 logger = logging.getLogger(__name__)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, the custom of timm's ViTs
 STATISTICS = 42  # of texture and colour, per patch
+
+
+def decode(paths, longest, required=True):
+    """The photographs at no more than `longest` pixels a side; says which cannot be decoded, an error where all."""
+    photos = []
+    for path in progress(paths, "read", len(paths), "photograph"):
+        try:
+            image = load_image(path)
+        except UnreadableImage as error:
+            logger.warning(f"skipped {error}")
+            continue
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        photos.append(image)
+    if required and not photos:
+        raise UsageError(f"photos: none of the {len(paths)} pictures can be decoded, for example {paths[0]}")
+    return photos
+
+
+def random_crop(rng, image, side, low, high, turn=False):
+    """A random box of `low` to `high` of the image's area, aspect 3/4 to 4/3, resized to (3, side, side).
+
+    Flipped half the time; with `turn` also turned by a random multiple of 90 degrees.
+    """
+    width, height = image.size
+    area, aspect = rng.uniform(low, high) * width * height, np.exp(rng.uniform(-0.29, 0.29))
+    w, h = min(math.sqrt(area * aspect), width), min(math.sqrt(area / aspect), height)
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    crop = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, (left, top, left + w, top + h)))
+    crop = np.rot90(crop, rng.integers(4) if turn else 0)
+    crop = crop[:, ::-1] if rng.uniform() < 0.5 else crop
+    return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
 
 
 class Crops(torch.utils.data.IterableDataset):
@@ -25,32 +57,9 @@ class Crops(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, photos, options, start, longest=560, redraw=1):
-        self.photos, self.options, self.start, self.redraw = [], options, start, redraw
-        for path in photos:
-            try:
-                image = load_image(path)
-            except UnreadableImage as error:
-                logger.warning(f"skipped {error}")
-                continue
-            image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-            self.photos.append(image)
-        if not self.photos and options.procedural < 1:
-            raise UsageError(f"photos: none of the {len(photos)} pictures can be decoded, for example {photos[0]}")
+        self.options, self.start, self.redraw = options, start, redraw
+        self.photos = decode(photos, longest, required=options.procedural < 1)
         self.pool = 20 * options.batch_size if options.procedural > 0 else 0
-
-    def _crop(self, rng, image, side, low, high, turn):
-        """A random box of `low` to `high` of the image's area, aspect 3/4 to 4/3, resized to (3, side, side).
-
-        Flipped half the time; with `turn` also turned by a random multiple of 90 degrees.
-        """
-        width, height = image.size
-        area, aspect = rng.uniform(low, high) * width * height, np.exp(rng.uniform(-0.29, 0.29))
-        w, h = min(math.sqrt(area * aspect), width), min(math.sqrt(area / aspect), height)
-        left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-        crop = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, (left, top, left + w, top + h)))
-        crop = np.rot90(crop, rng.integers(4) if turn else 0)
-        crop = crop[:, ::-1] if rng.uniform() < 0.5 else crop
-        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
 
     def __iter__(self):
         options, rng = self.options, np.random.default_rng([self.options.seed, self.start])
@@ -65,9 +74,9 @@ class Crops(torch.utils.data.IterableDataset):
                 image = source[rng.integers(len(source))]
                 big, little = ((0.25, 0.8), (0.06, 0.25)) if is_drawn else ((0.08, 0.7), (0.02, 0.15))
                 for crops in large:
-                    crops.append(self._crop(rng, image, options.crop, *big, is_drawn))
+                    crops.append(random_crop(rng, image, options.crop, *big, is_drawn))
                 for crops in small:
-                    crops.append(self._crop(rng, image, options.crop // 2, *little, is_drawn))
+                    crops.append(random_crop(rng, image, options.crop // 2, *little, is_drawn))
             yield [
                 torch.stack([torch.stack(view) for view in crops]) if crops else torch.zeros(0)
                 for crops in (large, small)
@@ -78,7 +87,7 @@ def change_colours(x, generator):
     """Random brightness, contrast, saturation and hue, at times no colour: x (B, 3, H, W) in [0, 1] -> normalised."""
 
     def draw(low, high):
-        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device)
 
     grey = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     angle, axis = draw(-0.1, 0.1) * 2 * math.pi, 1 / math.sqrt(3)  # hue: turn the chroma about the grey axis

@@ -10,27 +10,19 @@ texture  at every patch, hidden or not, it predicts hand-made texture and colour
          which gives a small model on few photographs a useful signal from the first minutes.
 
 Assignments are made even over prototypes by Sinkhorn iterations, so neither term can collapse to one prototype.
-The result is FILE (the teacher, fp16 safetensors with timm's key names), FILE's .json (the architecture) and
-FILE's .state.pt, from which `--resume` goes on.
 """
 
 import math
-import time
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from hpseg.data.folder import find_images
-from hpseg.models.backbone import pick_device
 from hpseg.pretraining.crops import MEAN, STATISTICS, STD, Crops, change_colours, random_masks, texture_statistics
 from hpseg.pretraining.options import Options
-from hpseg.run.errors import RunStopped, UsageError
-from hpseg.run.files import read_torch, require_file, write_atomically, write_json, write_torch
-from hpseg.run.folder import explaining_state
+from hpseg.pretraining.trainer import Recipe, require_output, train_recipe
 from hpseg.runtime.interruption import Stop
 
 
@@ -137,42 +129,69 @@ def build_vit(options):
     return VisionTransformer(**arch), arch
 
 
-@torch.no_grad()
-def mean_patch(teacher, batches, device, count=16):
-    """The mean patch token (width,) over the large crops of `count` batches."""
-    total = 0
-    for _ in range(count):
-        views = next(batches)[0].to(device).flatten(0, 1) / 255
-        views = (views - views.new_tensor(MEAN).view(3, 1, 1)) / views.new_tensor(STD).view(3, 1, 1)
-        total = total + teacher(views)[:, 1:].mean((0, 1))
-    return total / count
+class SelfDistillation(Recipe):
+    """The three terms above; what is kept is the teacher."""
 
+    name = "pretrain"
 
-def save(out, teacher, mean, arch, state):
-    """Write weights, description and resumable state, each all at once.
+    def __init__(self, photos, options):
+        super().__init__(photos, options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            vit, arch = build_vit(options)
+            self.student = Learner(vit, options.prototypes, STATISTICS).to(self.device)
+            self.teacher = Learner(build_vit(options)[0], options.prototypes, STATISTICS).to(self.device)
+        self.teacher.requires_grad_(False).load_state_dict(self.student.state_dict())
+        self.architecture, self.learner = {"arch": arch}, self.student
+        self.fixed = {"prototypes": options.prototypes}
+        self.parts = {"student": self.student, "teacher": self.teacher}
+        self.crops = Crops(photos, options, 0)
 
-    The mean patch token comes off the final norm's bias, so that cosines between patches see what differs among them.
-    """
-    weights = {name: value.detach().clone() for name, value in teacher.vit.state_dict().items()}
-    weights["norm.bias"] -= mean
-    write_atomically(out, safetensors.torch.save({n: value.half().contiguous().cpu() for n, value in weights.items()}))
-    write_json(
-        out.with_suffix(".json"),
-        {"arch": arch, "mean": MEAN, "std": STD, "steps": state["step"], "options": state["options"]},
-    )
-    write_torch(out.with_suffix(".state.pt"), state)
+    def batches(self, start):
+        self.crops.start = start
+        return iter(torch.utils.data.DataLoader(self.crops, batch_size=None, num_workers=1, prefetch_factor=4))
 
+    def begin(self):
+        large, _ = next(iter(self.crops))
+        views = change_colours(large.to(self.device).flatten(0, 1) / 255, self.draws(0))
+        self.student.fit_statistics(texture_statistics(views, self.options.patch_size))
 
-def _require_output(out, resume, overwrite):
-    """UsageError where the weights cannot be written to `out`, or cannot be gone on from."""
-    if out.suffix != ".safetensors":
-        raise UsageError(f"--out: expected a name that ends in .safetensors, got {out}")
-    if resume and not out.with_suffix(".state.pt").is_file():
-        raise UsageError(f"--resume: there is no {out.with_suffix('.state.pt')}")
-    if out.is_file() and not (resume or overwrite):
-        raise UsageError(f"--out: {out} exists; give --resume to go on or --overwrite to start again")
-    for file in (out, out.with_suffix(".json"), out.with_suffix(".state.pt")):
-        require_file("--out", file, overwrite=True)
+    def losses(self, batch, step, progress):
+        options = self.options
+        large, small = (crops.to(self.device) for crops in batch)
+        texture_only = progress < options.texture_first and options.texture_weight > 0
+        with torch.autocast(self.device.type, torch.bfloat16):
+            terms = losses(self.student, self.teacher, large, small, options.patch_size, self.draws(step), texture_only)
+        return sum(terms.values()) + (options.texture_weight - 1) * terms["texture"], terms
+
+    def draws(self, step):
+        """The random numbers of a step."""
+        return torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
+
+    @torch.no_grad()
+    def after_step(self, progress):
+        momentum = 0.998 - 0.018 * 0.5 * (1 + math.cos(math.pi * progress))
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+
+    def result(self):
+        """The teacher. The mean patch token comes off the final norm's bias, so that cosines between patches see what
+        differs among them."""
+        weights = {name: value.detach().clone() for name, value in self.teacher.vit.state_dict().items()}
+        weights["norm.bias"] -= self.mean_patch()
+        return weights
+
+    @torch.no_grad()
+    def mean_patch(self, count=16):
+        """The mean patch token (width,) over the large crops of `count` batches."""
+        batches, total = iter(self.crops), 0
+        for _ in range(count):
+            views = next(batches)[0].to(self.device).flatten(0, 1) / 255
+            views = (views - views.new_tensor(MEAN).view(3, 1, 1)) / views.new_tensor(STD).view(3, 1, 1)
+            total = total + self.teacher(views)[:, 1:].mean((0, 1))
+        return total / count
+
+    def description(self):
+        return {"mean": MEAN, "std": STD}
 
 
 def pretrain(photos, out, *, resume=False, overwrite=False, **settings):
@@ -181,102 +200,5 @@ def pretrain(photos, out, *, resume=False, overwrite=False, **settings):
     out = Path(out)
     with Stop() as stop:
         options = Options(**settings)
-        _require_output(out, resume, overwrite)
-        return _pretrain(find_images(photos), out, options, resume, overwrite, stop)
-
-
-def _pretrain(photos, out, options, resume, overwrite, stop):
-    torch.manual_seed(options.seed)
-    device = pick_device(options.device)
-    vit, arch = build_vit(options)
-    student = Learner(vit, options.prototypes, STATISTICS).to(device)
-    teacher = Learner(build_vit(options)[0], options.prototypes, STATISTICS).to(device).requires_grad_(False)
-    teacher.load_state_dict(student.state_dict())
-    decay = [p for p in student.parameters() if p.ndim > 1]
-    plain = [p for p in student.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=options.lr,
-        betas=(0.9, 0.98),
-    )
-    step, spent = 0, 0.0
-    if resume:
-        file = out.with_suffix(".state.pt")
-        state = read_torch("--resume", file)
-        with explaining_state(file):
-            if state["arch"] != arch or state["options"]["prototypes"] != options.prototypes:
-                raise UsageError(
-                    f"--resume: {out} was started with {state['arch']}, "
-                    f"{state['options']['prototypes']} prototypes; expected these, got {arch}, "
-                    f"{options.prototypes}"
-                )
-            student.load_state_dict(state["student"])
-            teacher.load_state_dict(state["teacher"])
-            optimizer.load_state_dict(state["optimizer"])
-            step, spent = int(state["step"]), float(state["seconds"])
-            if step < 0 or not 0 <= spent < math.inf:
-                raise ValueError(f"step {step} after {spent} seconds")
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-    batches = iter(
-        torch.utils.data.DataLoader(Crops(photos, options, step), batch_size=None, num_workers=1, prefetch_factor=4)
-    )
-    chosen = {**vars(options), "resume": resume, "overwrite": overwrite}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-    def snapshot():
-        save(
-            out,
-            teacher,
-            mean_patch(teacher, batches, device),
-            arch,
-            {
-                "student": student.state_dict(),
-                "teacher": teacher.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "seconds": spent,
-                "arch": arch,
-                "options": chosen,
-            },
-        )
-
-    bar = tqdm(desc=f"pretrain on {len(photos)} photographs", total=options.steps, initial=step, mininterval=1)
-    saved = last = time.monotonic()
-    stop.later = True
-    while (progress := step / options.steps if options.steps else spent / (60 * options.minutes)) < 1:
-        large, small = (crops.to(device) for crops in next(batches))
-        if step == 0:
-            views = change_colours(large.flatten(0, 1) / 255, generator)
-            student.fit_statistics(texture_statistics(views, options.patch_size))
-        for group in optimizer.param_groups:  # warm up over 5 %, then half a cosine
-            group["lr"] = options.lr * min(1, progress / 0.05 + 0.01) * (0.51 + 0.49 * math.cos(math.pi * progress))
-        texture_only = progress < options.texture_first and options.texture_weight > 0
-        with torch.autocast(device.type, torch.bfloat16):
-            terms = losses(student, teacher, large, small, options.patch_size, generator, texture_only)
-        loss = sum(terms.values()) + (options.texture_weight - 1) * terms["texture"]
-        if not math.isfinite(loss.item()):
-            raise RunStopped(f"the loss is {loss.item()} at step {step}; lower --lr, and --resume from the last save")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        momentum = 0.998 - 0.018 * 0.5 * (1 + math.cos(math.pi * progress))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-        step, now = step + 1, time.monotonic()
-        spent, last = spent + now - last, now
-        bar.update()
-        bar.set_postfix(
-            {name: f"{term.item():.3f}" for name, term in terms.items()} | {"minutes": f"{spent / 60:.1f}"},
-            refresh=False,
-        )
-        if now - saved > options.save_every or stop.number:
-            snapshot()
-            saved = now
-        if stop.number:
-            bar.close()
-            raise stop.interrupted(f"after step {step}, which is saved; --resume goes on from there")
-    snapshot()
-    bar.close()
-    return step, spent
+        require_output(out, resume, overwrite)
+        return train_recipe(SelfDistillation(find_images(photos), options), out, stop, resume)

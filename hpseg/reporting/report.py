@@ -76,6 +76,8 @@ def write_report(
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"out: expected a name that ends in .html, got {str(out)!r}")
     require_file("out", out, overwrite or os.path.realpath(out) == os.path.realpath(own))
+    if data is not None and str(data) not in NAMES and not Path(data).is_dir():
+        raise UsageError(f"data: expected a folder or one of {', '.join(NAMES)}, got {str(data)!r}")
     labelled = open_data(data, root, split, void) if data is not None and _has_labels(data) else None
     results = _scores(runs, data, labelled, dict(root=root, split=split, void=void, device=device))
     with _unsaid():  # the page says it
@@ -115,10 +117,15 @@ def _scores(
     for run in runs:
         results = read_scores(run)
         if labelled is not None and data is not None and run.has_model:
-            whole = about(results, data) and "confusion" in results["trained"] and "pictures" in results
+            whole = (
+                about(results, data, options["split"], options["void"])
+                and "confusion" in results["trained"]
+                and "pictures" in results
+            )
             results = results if whole else evaluate(run.folder, data, **options)
         found.append(results)
-    if found[1:] and not (found[0] and about(found[1], found[0]["data"])):
+    one = found[0]
+    if found[1:] and not (one and about(found[1], one["data"], one.get("split", "val"), one.get("void", 255))):
         found[1] = {}
     return found
 
@@ -131,10 +138,12 @@ def _photographs(run: Run, data: str | Path | None, labelled: LabelledSet | None
 
 
 def _labelled_again(results: list[dict[str, Any]]) -> LabelledSet | None:
-    """The set that the scores are on, where it is a folder that is still there."""
-    data = results[0].get("data", "")
+    """The set that the scores are on, where it is still there."""
+    data, root, split, void = (results[0].get(name) for name in ("data", "root", "split", "void"))
+    if not data or split is None or void is None:  # the last two by a version that did not say
+        return None
     try:
-        return open_data(data) if data and _has_labels(data) else None
+        return open_data(data, root, split, void) if _has_labels(data) else None
     except UsageError:
         return None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hpseg.data.datasets import NAMES
 from hpseg.evaluation.evaluate import SCORES, TITLES
 from hpseg.reporting.about import Run, read_json
 
@@ -52,10 +53,13 @@ def read_scores(run: Run) -> dict[str, Any]:
     return results if "classes" in results and "cluster_of" in results.get("trained", {}) else {}
 
 
-def about(results: dict[str, Any], data: str | Path) -> bool:
-    """Whether scores are those on `data`."""
+def about(results: dict[str, Any], data: str | Path, split: str = "val", void: int = 255) -> bool:
+    """Whether scores are those on `data`. split: of a named data set; void: of a folder."""
     named = str(results.get("data", ""))
-    return bool(named) and (named == str(data) or os.path.realpath(named) == os.path.realpath(data))
+    if str(data) in NAMES:
+        return named == str(data) and results.get("split") == split
+    same = bool(named) and (named == str(data) or os.path.realpath(named) == os.path.realpath(data))
+    return same and results.get("void") == void
 
 
 def methods(results: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, float | None]]]]:

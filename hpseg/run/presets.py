@@ -32,7 +32,8 @@ LOOKBEYOND = dict(
     temperature=0.07,
     clusters="kmeans",
 )
-FS4 = dict(method="fs4", dim=128, weight_decay=0.0, clip_norm=0.0, dropout=0.0)
+# FS^4 claims to learn without labels from the first step, so its ViT has seen none either.
+FS4 = dict(method="fs4", backbone="embedded-selfsup", dim=128, weight_decay=0.0, clip_norm=0.0, dropout=0.0)
 PRESETS: dict[str, dict] = {
     "cocostuff": dict(
         classes=27,

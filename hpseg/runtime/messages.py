@@ -110,6 +110,7 @@ class Stopwatch:
 
     def __init__(self, phase: str):
         self.began = self._since = _command.get() or time.perf_counter()
+        _command.set(None)  # the command's later ones are about themselves
         self._phase, self._spent = phase, dict[str, float]()
 
     def phase(self, name: str) -> None:
@@ -130,7 +131,7 @@ _command: ContextVar[float | None] = ContextVar("began", default=None)
 
 @contextmanager
 def commanded() -> Iterator[None]:
-    """Inside runs a command line: stopwatches count from here on, with the imports that a verb begins with."""
+    """Inside runs a command line: its first stopwatch counts from here on, with the imports that a verb begins with."""
     token = _command.set(time.perf_counter())
     try:
         yield

@@ -230,7 +230,7 @@ def _finish(
     results = {
         "steps": step,
         "photographs": len(setup.dataset.files),
-        "backbone": {"name": backbone.name, "weights": backbone.source, "fingerprint": backbone.fingerprint},
+        "backbone": backbone.facts(),
         "unreadable": unreadable,
         "device": str(setup.device),
         "torch": torch.__version__,

@@ -38,7 +38,10 @@ def restore(setup: Setup, state: dict[str, Any] | None) -> int:
     with explaining_state(out / "state.pt"):
         step = state["step"]
         if state["fingerprint"] != setup.backbone.fingerprint:
-            raise UsageError(f"backbone: {config.backbone!r} holds other weights than those {out} was started with")
+            raise UsageError(
+                f"backbone: {config.backbone!r} holds other weights than those {out} was started with; go on with the "
+                "version of hpseg that started it, or start anew with overwrite"
+            )
         if state.get("pictures", setup.pictures) != setup.pictures:
             raise UsageError(
                 f"images: pictures were added to, removed from or renamed in {config.images} since {out} was "

@@ -21,7 +21,8 @@ class RunSettings:
     classes: int = setting("clusters to find, at most 255", 27, low=2, basic=True, required=True)
     preset: str = setting("settings to start from, which every other flag overrides", "small", basic=True)
     backbone: str = setting(
-        "'embedded', the ViT in this package, or any timm ViT, such as vit_small_patch8_224.dino",
+        "'embedded', the small ViT in this package, which has seen labels indirectly; 'embedded-selfsup', one that has "
+        "seen none; or any timm ViT, such as vit_small_patch8_224.dino",
         "embedded",
         basic=True,
     )
