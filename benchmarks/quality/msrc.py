@@ -1,13 +1,14 @@
-"""Segmentation quality on MSRC v2: k-means, STEGO, Hidden Positives and its parts, all on the same frozen features.
+"""Segmentation quality on MSRC v2, or another labelled folder: k-means, STEGO, Hidden Positives and its parts, all on
+the same frozen features.
 
     python -m benchmarks.quality.msrc MSRCV2 --out OUT [--extra-weights FILE] [--methods hp stego]
-        [settings of hpseg train]
+        [--name coco27 --test-every 2] [settings of hpseg train]
 
 MSRCV2 holds images/, labels/ (class ids, 255 is void) and classes.json. Of the images sorted by name every 4th is test;
 the others train, without labels. Every method sees the training images only, takes as many steps, finds as many
-clusters as there are classes and is scored on the test images, with one seed after the other. The embedded backbone (or
---backbone) is measured unless --only-extra, each --extra-weights FILE as well.
-Writes OUT/quality_msrc.json and OUT/quality_msrc.md: mean and standard deviation over the seeds. Backbones measured
+clusters as there are classes and is scored on the test images, with one seed after the other. --backbone is measured
+unless --only-extra, each --extra-weights FILE as well.
+Writes OUT/quality_NAME.json and OUT/quality_NAME.md: mean and standard deviation over the seeds. Backbones measured
 earlier stay in the two files; --readme puts the tables into the README beside this file, too.
 """
 
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import sys
 import tempfile
@@ -32,20 +34,22 @@ from hpseg.cli.train import add_setting_flags
 from hpseg.data.datasets import open_folder
 from hpseg.data.folder import find_images
 from hpseg.evaluation.evaluate import evaluate_runs
+from hpseg.evaluation.probes import probe
 from hpseg.run.config import MACHINE_FIELDS, make_config
+from hpseg.run.folder import load_model, save_model
 
 
-def make_split(source: Path, target: Path, dev: bool = False) -> None:
-    """TARGET/train and TARGET/test with images/, labels/ and classes.json as links into SOURCE.
+def make_split(source: Path, target: Path, dev: bool = False, every: int = 4) -> None:
+    """TARGET/train and TARGET/test with images/, labels/ and classes.json as links into SOURCE; every 4th is test.
 
     dev: leaves the test images out altogether and splits the training images in the same way, for choosing settings.
     """
     labels = {path.stem: path for path in find_images(source / "labels")}
     images = find_images(source / "images")
     if dev:
-        images = [image for number, image in enumerate(images) if number % 4 != 3]
+        images = [image for number, image in enumerate(images) if number % every != every - 1]
     for number, image in enumerate(images):
-        part = target / ("test" if number % 4 == 3 else "train")
+        part = target / ("test" if number % every == every - 1 else "train")
         for folder, path in (("images", image), ("labels", labels[image.stem])):
             (part / folder).mkdir(parents=True, exist_ok=True)
             (part / folder / path.name).symlink_to(path.resolve())
@@ -66,6 +70,7 @@ def methods(steps: int) -> dict[str, dict]:
     }
 
 
+PROBE_STEPS = 1000
 ROWS = {
     "kmeans_rgb": "k-means, RGB",
     "kmeans_features": "k-means, frozen features",
@@ -74,11 +79,15 @@ ROWS = {
     "agnostic": "task-agnostic positives only",
     "specific": "task-agnostic and task-specific",
     "local": "task-agnostic and local stream",
+    "linear_features": "linear probe by labels, frozen features",
+    "linear_hp": "linear probe by labels, codes of Hidden Positives",
 }
 SCORES = ("miou", "accuracy")
 
 
-def measure(split: Path, weights: str | None, seeds: int, chosen: dict[str, dict], settings: dict) -> dict:
+def measure(
+    split: Path, weights: str | None, seeds: int, chosen: dict[str, dict], settings: dict, probes: bool = True
+) -> dict:
     """Trains one run per method and seed on the backbone and scores all of them and the baselines."""
     began, runs, seconds = time.perf_counter(), {}, {}
     folder = Path(tempfile.mkdtemp(dir=split))
@@ -99,8 +108,12 @@ def measure(split: Path, weights: str | None, seeds: int, chosen: dict[str, dict
             scored |= {
                 baseline: [scores[baseline] for scores in results] for baseline in ("kmeans_rgb", "kmeans_features")
             }
+    for number in range(seeds) if probes and "hp" in runs else ():
+        for name, run in (("linear_features", frozen(runs["hp"][number], folder)), ("linear_hp", runs["hp"][number])):
+            results_of = probe(run, split / "train", score_on=split / "test", steps=PROBE_STEPS, seed=number)
+            scored.setdefault(name, []).append(results_of["linear"])
     return {
-        "backbone": Path(weights).stem if weights else settings.get("backbone", "embedded"),
+        "backbone": Path(weights).stem if weights else make_config(**settings).backbone,
         "seconds": round(time.perf_counter() - began, 1),
         "train_seconds": seconds,
         "settings": {name: deciding(settings | own) for name, own in chosen.items()},
@@ -114,6 +127,22 @@ def measure(split: Path, weights: str | None, seeds: int, chosen: dict[str, dict
             for name, of_seeds in scored.items()
         },
     }
+
+
+def frozen(run: Path, folder: Path) -> Path:
+    """A copy of a run whose codes are the frozen features themselves, for a probe of those."""
+    copy = Path(shutil.copytree(run, folder / f"{run.name}_frozen"))
+    tensors, fingerprint = load_model(copy)
+    channels = tensors["head.linear.weight"].shape[1]
+    facts = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**facts, "dim": channels}))
+    tensors["head.linear.weight"] = torch.eye(channels)
+    tensors["head.out.weight"] = torch.zeros(channels, channels)
+    for name in ("head.linear.bias", "head.out.bias"):
+        tensors[name] = torch.zeros(channels)
+    tensors["clusters.centroids"] = torch.zeros(len(tensors["clusters.centroids"]), channels)
+    save_model(copy, tensors, fingerprint)
+    return copy
 
 
 def deciding(settings: dict) -> dict:
@@ -146,11 +175,15 @@ def table(results: list[dict], rows: dict[str, str] = ROWS) -> str:
     return "\n".join(lines)
 
 
+def threads(result: dict) -> str:
+    return f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+
+
 def page(results: list[dict], rows: dict[str, str] = ROWS) -> str:
     """The table and, for each backbone, how it was measured."""
     lines = [
         f"{result['backbone']}: `{result['command']}`, {result['date']}, {result['seconds'] / 60:.0f} minutes, "
-        f"{result['threads']} threads of {result['machine']}, torch {result['torch']}"
+        f"{threads(result)} of {result['machine']}, torch {result['torch']}"
         for result in results
     ]
     return f"{table(results, rows)}\n\n" + "\n\n".join(lines) + "\n"
@@ -161,8 +194,11 @@ def main() -> None:
     parser.add_argument("msrcv2", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--extra-weights", action="append", default=[], metavar="FILE", help="measure this ViT too")
+    parser.add_argument("--name", default="msrc", help="of the data set, for the files in --out")
+    parser.add_argument("--test-every", type=int, default=4, metavar="N", help="every Nth image is test")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=list(methods(0)), default=list(methods(0)))
+    parser.add_argument("--no-probes", action="store_true", default=False, help="leave the linear probes out")
     parser.add_argument("--only-extra", action="store_true", default=False, help="leave --backbone out")
     parser.add_argument("--readme", action="store_true", default=False, help="renew the table in the README, too")
     parser.add_argument(
@@ -174,25 +210,25 @@ def main() -> None:
     method_fields = ("preset", "method", "local", "lambda_warmup")
     add_setting_flags(parser, leave_out=("images", "classes", "weights", "seed", "cache_dir", *method_fields))
     settings = vars(parser.parse_args())
-    source, out, extra, seeds, only_extra, dev, readme, names = (
+    source, out, extra, seeds, only_extra, dev, readme, names, data, every, no_probes = (
         settings.pop(name)
-        for name in ("msrcv2", "out", "extra_weights", "seeds", "only_extra", "dev", "readme", "methods")
+        for name in "msrcv2 out extra_weights seeds only_extra dev readme methods name test_every no_probes".split()
     )
     settings = {"classes": len(open_folder(source).classes), "steps": make_config().steps, **settings}
     chosen = {name: own for name, own in methods(settings["steps"]).items() if name in names}
     facts = circumstances("msrc", [str(source), str(out), *extra])
     out.mkdir(parents=True, exist_ok=True)
-    report = out / "quality_msrc.json"
+    report = out / f"quality_{data}.json"
     results = json.loads(report.read_text())["results"] if report.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
-        make_split(source, Path(folder), dev)
+        make_split(source, Path(folder), dev, every)
         for weights in ([] if only_extra else [None]) + extra:
-            new = {**measure(Path(folder), weights, seeds, chosen, settings), **facts}
+            new = {**measure(Path(folder), weights, seeds, chosen, settings, not no_probes), **facts}
             results = [old for old in results if old["backbone"] != new["backbone"]] + [new]
             report.write_text(json.dumps({"results": results}, indent=1) + "\n")
-            (out / "quality_msrc.md").write_text(page(results))
+            report.with_suffix(".md").write_text(page(results))
             if readme:
-                put_between(Path(__file__).with_name("README.md"), page(results))
+                put_between(Path(__file__).with_name("README.md"), page(results), data)
             print(table([new]), flush=True)
 
 
@@ -211,9 +247,9 @@ def circumstances(module: str, paths: list[str]) -> dict:
     }
 
 
-def put_between(path: Path, text: str) -> None:
-    """Replaces what stands between the two marks in the file."""
-    begin, end = "<!-- table:begin -->", "<!-- table:end -->"
+def put_between(path: Path, text: str, name: str) -> None:
+    """Replaces what stands between the two marks of that name in the file."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, rest = path.read_text().split(begin)
     path.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.split(end)[1]}")
 

@@ -24,7 +24,7 @@ def test_demo_shows_photographs_first_and_measures_mosaics(tmp_path, monkeypatch
     for stem in demo.SHOWN:
         shutil.copy(PHOTOS / f"{stem}.jpg", few_photographs)
     monkeypatch.setattr(demo, "PHOTOS", few_photographs)
-    monkeypatch.setattr(demo, "write_page", lambda run, page, device: page.write_text(run.name))
+    monkeypatch.setattr("hpseg.reporting.report.write_report", lambda run, *, out, **options: out.write_text(run.name))
     small = dict(size=32, predict_size=32, batch_size=2, dim=16, pool_size=16, workers=0, consistency_weight=0.0)
     monkeypatch.setattr(demo, "MOSAIC_SETTINGS", {**demo.MOSAIC_SETTINGS, **small})
     monkeypatch.setattr(demo, "PHOTO_SETTINGS", {**demo.PHOTO_SETTINGS, **small})

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import SMALL, paint
 
-from benchmarks.quality import few_labels, fs4, msrc
+import hpseg
+from benchmarks.quality import coco27, few_labels, fs4, msrc, page
+from hpseg.data.datasets import open_folder
 from hpseg.methods.hp import lambda_at
 from hpseg.run.config import make_config
 
@@ -36,7 +39,8 @@ def test_every_fourth_image_is_held_out(tree, tmp_path):
     assert not {"3", "7"} & {*names("dev", "train"), *names("dev", "test")} and names("dev", "test") == ["4"]
 
 
-def test_all_methods_are_measured_with_equal_steps(tree, tmp_path, vit_file):
+def test_all_methods_are_measured_with_equal_steps(tree, tmp_path, vit_file, monkeypatch):
+    monkeypatch.setattr(msrc, "PROBE_STEPS", 2)
     msrc.make_split(tree, tmp_path / "split")
     settings = {name: value for name, value in SMALL.items() if name not in ("lambda_warmup", "quiet")}
     settings |= {"steps": 3, "cache_features": True, "consistency_weight": 0.0}
@@ -49,6 +53,29 @@ def test_all_methods_are_measured_with_equal_steps(tree, tmp_path, vit_file):
         assert len(scores["miou"]["values"]) == 2 and 0 <= scores["miou"]["mean"] <= 100
     lines = msrc.table([result]).splitlines()
     assert len(lines) == 2 + len(msrc.ROWS) and all(line.count("|") == 4 for line in lines)
+
+
+def test_a_copy_has_the_frozen_features_as_its_codes(run, tmp_path):
+    copy, segmenter = (hpseg.load(one, device="cpu") for one in (msrc.frozen(run, tmp_path), run))
+    images = torch.rand(1, 3, 32, 48)
+    features = segmenter.backbone(images).features
+    torch.testing.assert_close(copy.head.codes_of(copy.backbone(images)), features)
+
+
+def test_coarse_classes_of_coco(tmp_path):
+    source = tmp_path / "source"
+    for part, name in (("images", "a/000000000001.jpg"), ("images", "b/000000000002.jpg"), ("images", "c/3.jpg")):
+        (source / part / name).parent.mkdir(parents=True)
+        paint(32, 24, 0).save(source / part / name)
+    for name, ids in (("a/000000000001.png", [[0, 1], [7, 200]]), ("b/000000000002.png", [[1, 1], [1, 1]])):
+        (source / "labels" / name).parent.mkdir(parents=True)
+        Image.fromarray(np.array(ids, np.uint8)).save(source / "labels" / name)
+    facts = {"coarse27_names": ["x", "y"], "category_to_coarse27": {"1": 1, "7": 0}}
+    (source / "classes.json").write_text(json.dumps(facts))
+    assert coco27.prepare(source, tmp_path / "out") == 2
+    assert np.asarray(Image.open(tmp_path / "out/labels/000000000001.png")).tolist() == [[255, 1], [0, 255]]
+    assert len(open_folder(tmp_path / "out").pairs) == 2 and open_folder(tmp_path / "out").classes == ["x", "y"]
+    assert {"000000000030", "000000234748"} <= coco27.trained_on()
 
 
 def test_switches_leave_parts_out():
@@ -93,3 +120,9 @@ def test_fs4_and_its_parts(tree, tmp_path, vit_file, monkeypatch, capsys):
     assert [used[name]["pixel_weight"] for name in fs4.PARTS] == [1, 1, 1, 0]
     assert "without context" in capsys.readouterr().out
     assert "without context" in (tmp_path / "out/quality_fs4.md").read_text()
+
+
+def test_the_page_of_results_is_made_of_the_committed_ones():
+    assert page.PAGE.read_text() == page.page()
+    one, other = {"mean": 20.0, "sd": 1.0}, {"mean": 17.0, "sd": 1.0}
+    assert page.difference(one, other) == "+3.0" and page.difference(other, {"mean": 18, "sd": 1}).startswith("-1.0 (")

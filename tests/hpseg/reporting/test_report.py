@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hpseg.inference.pictures import label_image
 from hpseg.methods.hp import HiddenPositives
 from hpseg.reporting.images import SMALLEST, embedded
 from hpseg.reporting.page import MAX_BYTES, PICTURE_BYTES
+from hpseg.reporting.scores import about
 from hpseg.run.errors import UsageError
 
 CPU = {"device": "cpu"}
@@ -271,12 +273,20 @@ def test_mistakes_are_named(run, photos, tmp_path):
         (run, {"out": mine / "page.html"}, "is a file, expected a folder"),
         (run, {"n": 0}, "n: expected 1 to 60 photographs, got 0"),
         (run, {"n": 61}, "n: expected 1 to 60 photographs, got 61"),
-        (run, {"data": tmp_path / "none"}, "images: no folder"),
+        (run, {"data": tmp_path / "none"}, "data: expected a folder or one of cocostuff, "),
         (run, {"data": "cityscapes"}, "root: expected the folder of cityscapes"),
     ):
         with pytest.raises(UsageError, match=re.escape(text)):
             hpseg.write_report(folder, **{**CPU, "out": tmp_path / "page.html", **options})
     assert mine.read_text() == "mine" and not (tmp_path / "page.html").exists()
+
+
+def test_scores_are_about_a_split_and_a_void():
+    named = {"data": "cityscapes", "split": "val", "void": 255}
+    assert about(named, "cityscapes", "val") and not about(named, "cityscapes", "train")
+    folder = {"data": "somewhere", "split": "val", "void": 255}
+    assert about(folder, Path("somewhere").resolve()) and not about(folder, "somewhere", void=0)
+    assert not about({}, "somewhere") and not about({"data": "somewhere"}, "somewhere")  # an older version's
 
 
 def test_train_and_eval_leave_the_page(photos, vit_file, data, tmp_path, capsys):
