@@ -32,7 +32,7 @@ from hpseg.models.backbone import pick_device
 from hpseg.models.finetune import predicting
 from hpseg.models.heads import fit_centroids
 from hpseg.run.config import make_config
-from hpseg.run.errors import ReportedElsewhere, RunStopped, UsageError
+from hpseg.run.errors import ReportedElsewhere, UsageError
 from hpseg.run.files import RunLock, write_json
 from hpseg.run.folder import open_run, resumed, save_model, save_state
 from hpseg.run.presets import PRESETS
@@ -194,12 +194,16 @@ def _step(
     numbers = torch.cat([reduce(add, sums), grad_norm[None], asked]).tolist()  # one synchronisation for all of them
     asked = numbers.pop()
     values = dict(zip(("loss", *terms, "grad_norm"), numbers, strict=True))
-    if not math.isfinite(values["loss"]):
-        raise RunStopped(f"loss: {values} at step {step}; the last checkpoint in {setup.out} is from before")
+    for name in ("loss", "grad_norm"):  # a finite loss may have a gradient that is not: the parameters are then lost
+        if not math.isfinite(values[name]):
+            raise ValueError(f"expected finite numbers, got {name} {values[name]} at step {step}")
     return values, asked
 
 
 def _checkpoint(setup: Setup, step: int, report: Report | None) -> None:
+    for name, tensor in setup.method.state_dict().items():  # the last step's parameters have met no loss yet
+        if not tensor.isfinite().all():
+            raise ValueError(f"expected finite numbers, found NaN or infinity in {name} after step {step}")
     setup.encoder.unreadable.update(*setup.ranks.collect(setup.encoder.unreadable))
     if report is None:
         return

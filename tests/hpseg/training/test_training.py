@@ -247,9 +247,26 @@ def test_settings_that_cannot_be(photos, vit_file, tmp_path, setting, message):
     assert not (tmp_path / "run").exists()
 
 
+DIVERGED = "loss: .*finite.*smaller lr helps; what .* holds is intact"
+
+
 def test_training_that_diverges_says_so(photos, vit_file, tmp_path):
-    with pytest.raises(RunStopped, match="loss: .*finite.*smaller lr helps; what .* holds is intact"):
+    with pytest.raises(RunStopped, match=DIVERGED):
         hpseg.train(photos, tmp_path / "run", weights=vit_file, steps=9, **{**SMALL, "lr": 1e30, "clip_norm": 0.0})
+
+
+def test_a_last_step_that_diverges_is_not_saved(photos, vit_file, tmp_path, monkeypatch):
+    """No later loss meets the parameters that it makes."""
+    step = torch.optim.AdamW.step
+
+    def diverging(optimizer: torch.optim.AdamW) -> None:
+        step(optimizer)
+        next(iter(optimizer.param_groups[0]["params"])).data.view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", diverging)
+    with pytest.raises(RunStopped, match=DIVERGED):
+        hpseg.train(photos, tmp_path / "run", weights=vit_file, steps=1, **SMALL)
+    assert not (tmp_path / "run" / "state.pt").exists() and not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_damaged_state_is_named(run, photos, vit_file, tmp_path):
