@@ -80,7 +80,7 @@ def measure(split: Path, weights: str | None, seeds: int, methods: list[str], ro
             scored[name] = [result["trained"] for result in results]
             used[name] = msrc.deciding(shared | own)
             print(name, [round(scores["miou"], 1) for scores in scored[name]], flush=True)
-    backbone = Path(weights).stem if weights else make_config(**settings).backbone
+    backbone = Path(weights).stem if weights else make_config(**shared).backbone
     return {
         "backbone": f"{backbone}, trained" if settings.get("finetune") else backbone,
         "methods": methods,

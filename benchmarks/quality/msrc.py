@@ -86,9 +86,18 @@ SCORES = ("miou", "accuracy")
 
 
 def measure(
-    split: Path, weights: str | None, seeds: int, chosen: dict[str, dict], settings: dict, probes: bool = True
+    split: Path,
+    weights: str | None,
+    seeds: int,
+    chosen: dict[str, dict],
+    settings: dict,
+    probes: bool = True,
+    refined: tuple[str, ...] = (),
 ) -> dict:
-    """Trains one run per method and seed on the backbone and scores all of them and the baselines."""
+    """Trains one run per method and seed on the backbone and scores all of them and the baselines.
+
+    refined: methods that are scored after a dense CRF, too, as NAME_crf.
+    """
     began, runs, seconds = time.perf_counter(), {}, {}
     folder = Path(tempfile.mkdtemp(dir=split))
     settings = settings | {"weights": weights, "preview_every": 0}
@@ -102,8 +111,11 @@ def measure(
             seconds.setdefault(name, []).append(round(time.perf_counter() - started, 1))
     scored: dict[str, list[dict]] = {}
     for number, (name, of_method) in enumerate(runs.items()):  # the baselines are the same for all: fitted once
-        results = evaluate_runs(of_method, split / "test", rgb=number == 0, baselines=number == 0)
+        crf = name in refined
+        results = evaluate_runs(of_method, split / "test", rgb=number == 0, baselines=number == 0, crf=crf)
         scored[name] = [scores["trained"] for scores in results]
+        if crf:
+            scored[f"{name}_crf"] = [scores["trained_crf"] for scores in results]
         if number == 0:
             scored |= {
                 baseline: [scores[baseline] for scores in results] for baseline in ("kmeans_rgb", "kmeans_features")

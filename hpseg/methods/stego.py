@@ -6,8 +6,11 @@ neighbours in the training set, and with random others.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +24,8 @@ from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
 from hpseg.runtime.distributed import Share
 from hpseg.runtime.profile import stage
+
+logger = logging.getLogger(__name__)
 
 
 def correspondence_loss(
@@ -50,21 +55,30 @@ def correspondence_loss(
     _check_maps(dict(features_1=features_1, features_2=features_2, codes_1=codes_1, codes_2=codes_2))
     if not isinstance(shift, (int, float)) or not math.isfinite(shift):
         raise ValueError(f"shift: expected a finite number, got {shift!r}")
-    f_1, f_2, s_1, s_2 = (
-        F.normalize(x.flatten(2), dim=1, eps=1e-10) for x in (features_1, features_2, codes_1, codes_2)
-    )
-    with torch.no_grad():
-        similarity = f_1.transpose(1, 2) @ f_2
-        if pointwise:
-            mean = similarity.mean()
-            similarity = similarity - similarity.mean(2, keepdim=True)
-            similarity = similarity - similarity.mean() + mean
-    agreement = s_1.transpose(1, 2) @ s_2
+    similarity = _feature_similarity(features_1, features_2, pointwise)
+    agreement = _cosines(codes_1, codes_2)
     if zero_clamp:
         agreement = agreement.clamp_min(0)
     if stabilize:
         agreement = agreement.clamp_max(0.8)
     return -(agreement * (similarity - shift)).mean()
+
+
+def _cosines(one: Tensor, other: Tensor) -> Tensor:
+    """(B, points, points) of maps (B, C, h, w)."""
+    one, other = (F.normalize(x.flatten(2), dim=1, eps=1e-10) for x in (one, other))
+    return one.transpose(1, 2) @ other
+
+
+@torch.no_grad()
+def _feature_similarity(features_1: Tensor, features_2: Tensor, pointwise: bool) -> Tensor:
+    """What a shift is taken from."""
+    similarity = _cosines(features_1, features_2)
+    if pointwise:
+        mean = similarity.mean()
+        similarity = similarity - similarity.mean(2, keepdim=True)
+        similarity = similarity - similarity.mean() + mean
+    return similarity
 
 
 def _check_maps(maps: dict[str, Tensor]) -> None:
@@ -102,8 +116,11 @@ def other_images(count: int, generator: torch.Generator) -> Tensor:
     return torch.where(order == torch.arange(count), (order + 1) % count, order)
 
 
+SHIFT_VIEWS = 256  # whose similarities the shifts are quantiles of
+
+
 class Stego(Method):
-    """Head and cluster probe, the nearest neighbours of every training view, and the loss of one step."""
+    """Head and cluster probe, the nearest neighbours of every training view, the shifts, and the loss of one step."""
 
     TERMS = ("self", "knn", "random", "cluster")
     VIEWS = 2
@@ -114,6 +131,7 @@ class Stego(Method):
         self.head = SegmentationHead(channels, config.dim, config.dtype)
         self.clusters = ClusterProbe(config.dim, config.classes)
         self.neighbors = torch.empty(0, 0, dtype=torch.int64)  # (views, k), nearest first
+        self.shifts = torch.tensor([config.self_shift, config.knn_shift, config.random_shift], dtype=torch.float64)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         config = self.config
@@ -131,7 +149,12 @@ class Stego(Method):
 
     @torch.no_grad()
     def start(self, source: Source) -> None:
-        """Neighbours by cosine of the mean feature of a view, exact, in memory that grows with the number of views."""
+        self._find_neighbors(source)
+        if self.config.shifts == "quantiles":
+            self._find_shifts(source)
+
+    def _find_neighbors(self, source: Source) -> None:
+        """By cosine of the mean feature of a view, exact, in memory that grows with the number of views."""
         rate, means = self.config.mining_dropout, []
         for features, share in source.features(source.batches(), 0):
             means.append(share.gather(channel_dropout(features, rate, share).mean(1)))
@@ -140,6 +163,34 @@ class Stego(Method):
         _, found = hpkernels.topk_similarity(descriptors, descriptors, k, exclude_self=True)
         self.neighbors = found.cpu()
 
+    def _find_shifts(self, source: Source) -> None:
+        """The quantiles of the similarities that a step compares, over at most SHIFT_VIEWS views, without labels.
+
+        Published shifts suit the features they were found on: how alike patches are differs by backbone.
+        """
+        config, rng = self.config, torch.Generator().manual_seed(hash_seed("shifts", self.config.seed))
+        views = torch.randperm(source.images, generator=rng)[:SHIFT_VIEWS]
+        nearest = self.neighbors[views, torch.randint(self.neighbors.shape[1], (len(views),), generator=rng)]
+
+        def maps(numbers: Tensor) -> Iterator[Tensor]:
+            for (view,), share in source.tokens(source.batches(numbers.tolist()), 0):
+                features = share.gather(channel_dropout(view.features, config.mining_dropout, share))
+                yield features.transpose(1, 2).unflatten(2, view.grid)
+
+        found: list[list[Tensor]] = [[], [], []]
+        for own, near, random in zip(maps(views), maps(nearest), maps(views.roll(1)), strict=True):
+            size = (len(own), config.feature_samples, config.feature_samples, 2)
+            points, other_points = ((torch.rand(size, generator=rng) * 2 - 1).to(own.device) for _ in range(2))
+            one = sample_points(own, points)
+            others = (one, sample_points(near, other_points), sample_points(random, other_points))
+            for kind, other in zip(found, others, strict=True):
+                kind.append(_feature_similarity(one, other, config.pointwise).flatten())
+        ranks = self.shifts.tolist()
+        values = [np.quantile(torch.cat(kind).cpu(), rank) for kind, rank in zip(found, ranks, strict=True)]
+        self.shifts = torch.tensor(values, dtype=torch.float64)
+        told = ", ".join(f"{name} {value:.2f}" for name, value in zip(self.TERMS, values, strict=False))
+        logger.info(f"shifts, from the similarities of {len(views)} views: {told}")
+
     def keys(self, batch: list[tuple[int, int]], step: int) -> list[tuple[int, int]]:
         """The batch, and for each of its views one of the neighbours."""
         k, seed = self.neighbors.shape[1], self.config.seed
@@ -147,10 +198,11 @@ class Stego(Method):
         return batch + [(epoch, index) for (epoch, _), index in zip(batch, chosen, strict=True)]
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {"neighbors": self.neighbors}
+        return {"neighbors": self.neighbors, "shifts": self.shifts}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.neighbors = state["neighbors"]
+        self.shifts = state.get("shifts", self.shifts)  # older checkpoints have the settings' own
 
     def losses(self, view: Tokens, jittered: None, step: int, seed: int, share: Share) -> dict[str, Tensor]:
         """Loss terms of one batch, to be summed.
@@ -177,10 +229,11 @@ class Stego(Method):
         anchors = sampled(slice(0, count), points)
         images = torch.Generator().manual_seed(seed)
         others = (other_images(count, images).to(codes.device) for _ in range(config.negative_images))
-        random = [term(anchors, sampled(rows, other_points), config.random_shift) for rows in others]
+        self_shift, knn_shift, random_shift = self.shifts.tolist()
+        random = [term(anchors, sampled(rows, other_points), random_shift) for rows in others]
         return {
-            "self": config.self_weight * term(anchors, anchors, config.self_shift),
-            "knn": config.knn_weight * term(anchors, sampled(slice(count, None), other_points), config.knn_shift),
+            "self": config.self_weight * term(anchors, anchors, self_shift),
+            "knn": config.knn_weight * term(anchors, sampled(slice(count, None), other_points), knn_shift),
             "random": config.random_weight * torch.stack(random).mean(),
             "cluster": share.alike(self.clusters.loss(codes[:count])),
         }

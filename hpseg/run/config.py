@@ -84,6 +84,12 @@ class Config(
                 f"labeled: expected with method {' or '.join(LEARN_FROM_LABELS)} only, got {self.labeled!r} with "
                 f"{self.method!r}"
             )
+        if self.shifts == "quantiles":
+            for name in ("self_shift", "knn_shift", "random_shift"):
+                if not 0 <= getattr(self, name) <= 1:
+                    raise UsageError(
+                        f"{name}: expected a number in [0, 1] with shifts quantiles, got {getattr(self, name)}"
+                    )
         if self.grad_checkpointing and not self.finetune:
             raise UsageError("grad_checkpointing: a frozen backbone keeps no gradient; expected --finetune with it")
         if self.classes > 255:

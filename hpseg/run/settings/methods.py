@@ -46,6 +46,11 @@ class StegoSettings:
     self_weight: float = setting("weight of the term of a view with itself", 0.1)
     knn_weight: float = setting("weight of the term of a view with one of its nearest", 1.0)
     random_weight: float = setting("weight of the term of a view with random others", 0.15)
+    shifts: str = setting(
+        "what the three shifts are: similarities, or quantiles (0 to 1) of the similarities of the features at hand",
+        "similarities",
+        choices=("similarities", "quantiles"),
+    )
     self_shift: float = setting("similarity of features above which codes are pulled together, within a view", 0.12)
     knn_shift: float = setting(
         "similarity of features above which codes are pulled together, between a view and one of its nearest", 0.2

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import SMALL, paint
 
@@ -116,9 +117,34 @@ def test_resumed_training_is_the_uninterrupted_one(photos, vit_file, tmp_path):
     assert all(torch.equal(state["method"][name], resumed["method"][name]) for name in state["method"])
 
 
+def test_shifts_are_quantiles_of_the_similarities(photos, vit_file, tmp_path):
+    """Of a set of one colour all patches are alike; of the photographs, those of a view are more alike than others'."""
+    quantiles = dict(shifts="quantiles", self_shift=0.5, knn_shift=0.5, random_shift=0.5, mining_dropout=0.0)
+    settings = SMALL | dict(preset="stego-small", weights=vit_file, consistency_weight=0.0, steps=1, **quantiles)
+
+    def found(name: str, **change) -> list[float]:
+        hpseg.train(change.pop("images", photos), tmp_path / name, **(settings | change))
+        return torch.load(tmp_path / name / "state.pt", weights_only=True)["extra"]["shifts"].tolist()
+
+    medians = found("medians")
+    assert all(-1 <= shift <= 1 for shift in medians) and len(set(medians)) == 3
+    lowest, highest = (found(str(end), self_shift=end, knn_shift=end, random_shift=end) for end in (0.0, 1.0))
+    assert all(low < middle < high for low, middle, high in zip(lowest, medians, highest, strict=True))
+    assert found("given", shifts="similarities") == [0.5] * 3
+    (tmp_path / "grey").mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64), (90, 90, 90)).save(tmp_path / "grey" / f"{number}.png")
+    grey = found("alike", images=tmp_path / "grey")
+    assert grey == pytest.approx([grey[0]] * 3, abs=0.01)  # other points of the same view
+    with pytest.raises(UsageError, match=r"random_shift: expected a number in \[0, 1\] with shifts quantiles, got 1.2"):
+        found("beyond", random_shift=1.2)
+
+
 def test_losses_are_those_of_the_equations():
     """One step against the terms written out, with the same points and partners."""
-    config = make_config("stego-small", classes=3, dim=6, dropout=0.0, mining_dropout=0.0, feature_samples=3, seed=1)
+    shifts = dict(shifts="similarities", self_shift=0.08, knn_shift=0.02, random_shift=0.46)
+    settings = dict(classes=3, dim=6, dropout=0.0, mining_dropout=0.0, feature_samples=3, seed=1)
+    config = make_config("stego-small", **settings, **shifts)
     torch.manual_seed(0)
     method = Stego(10, config)
     features = torch.randn(8, 12, 10)
