@@ -22,6 +22,7 @@ LONG = 2000
 CHOICES: dict[str, tuple[str, dict]] = {
     "hp": ("Hidden Positives", {}),
     "hp_long": ("2,000 steps", {"steps": LONG}),
+    "hp_long_warm": ("2,000 steps at the published temperature, 0.8", {"steps": LONG, "temperature": 0.8}),
     "hp_narrow": ("codes of 64 numbers", {"dim": 64}),
     "hp_wide": ("codes of 512 numbers", {"dim": 512}),
     "hp_probe": ("the trained cluster probe, no k-means at the end", {"clusters": "probe"}),

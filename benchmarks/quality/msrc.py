@@ -2,14 +2,15 @@
 the same frozen features.
 
     python -m benchmarks.quality.msrc MSRCV2 --out OUT [--extra-weights FILE] [--methods hp stego]
-        [--name coco27 --test-every 2] [settings of hpseg train]
+        [--name coco27 --test-every 2] [--keep-rows] [settings of hpseg train]
 
 MSRCV2 holds images/, labels/ (class ids, 255 is void) and classes.json. Of the images sorted by name every 4th is test;
 the others train, without labels. Every method sees the training images only, takes as many steps, finds as many
 clusters as there are classes and is scored on the test images, with one seed after the other. --backbone is measured
 unless --only-extra, each --extra-weights FILE as well.
 Writes OUT/quality_NAME.json and OUT/quality_NAME.md: mean and standard deviation over the seeds. Backbones measured
-earlier stay in the two files; --readme puts the tables into the README beside this file, too.
+earlier stay in the two files, and with --keep-rows so do the rows of this backbone that are not measured anew.
+--readme puts the tables into the README beside this file, too.
 """
 
 from __future__ import annotations
@@ -187,6 +188,22 @@ def table(results: list[dict], rows: dict[str, str] = ROWS) -> str:
     return "\n".join(lines)
 
 
+OF_ROWS = ("summary", "settings", "train_seconds", "iou_per_class")  # parts of a result, by the names of rows
+OF_COMMAND = ("command", "date", "seconds", "machine", "cores", "threads", "torch")
+
+
+def with_rows_of(new: dict, old: dict) -> dict:
+    """The new result, with the rows of the old one that it lacks and how those were measured."""
+    merged = {part: {**old[part], **new[part]} for part in OF_ROWS}
+    earlier = [*old.get("earlier", []), {name: old[name] for name in OF_COMMAND}]
+    return {**new, **merged, "earlier": earlier}
+
+
+def commands(result: dict) -> list[dict]:
+    """What measured a result's rows, the first command first; a later one replaces rows of an earlier."""
+    return [*result.get("earlier", []), result]
+
+
 def threads(result: dict) -> str:
     return f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
 
@@ -194,9 +211,10 @@ def threads(result: dict) -> str:
 def page(results: list[dict], rows: dict[str, str] = ROWS) -> str:
     """The table and, for each backbone, how it was measured."""
     lines = [
-        f"{result['backbone']}: `{result['command']}`, {result['date']}, {result['seconds'] / 60:.0f} minutes, "
-        f"{threads(result)} of {result['machine']}, torch {result['torch']}"
+        f"{result['backbone']}: `{run['command']}`, {run['date']}, {run['seconds'] / 60:.0f} minutes, "
+        f"{threads(run)} of {run['machine']}, torch {run['torch']}"
         for result in results
+        for run in commands(result)
     ]
     return f"{table(results, rows)}\n\n" + "\n\n".join(lines) + "\n"
 
@@ -210,6 +228,7 @@ def main() -> None:
     parser.add_argument("--test-every", type=int, default=4, metavar="N", help="every Nth image is test")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=list(methods(0)), default=list(methods(0)))
+    parser.add_argument("--keep-rows", action="store_true", default=False, help="and the rows measured earlier")
     parser.add_argument("--no-probes", action="store_true", default=False, help="leave the linear probes out")
     parser.add_argument("--only-extra", action="store_true", default=False, help="leave --backbone out")
     parser.add_argument("--readme", action="store_true", default=False, help="renew the table in the README, too")
@@ -222,9 +241,11 @@ def main() -> None:
     method_fields = ("preset", "method", "local", "lambda_warmup")
     add_setting_flags(parser, leave_out=("images", "classes", "weights", "seed", "cache_dir", *method_fields))
     settings = vars(parser.parse_args())
-    source, out, extra, seeds, only_extra, dev, readme, names, data, every, no_probes = (
+    source, out, extra, seeds, only_extra, dev, readme, names, data, every, no_probes, keep_rows = (
         settings.pop(name)
-        for name in "msrcv2 out extra_weights seeds only_extra dev readme methods name test_every no_probes".split()
+        for name in (
+            "msrcv2 out extra_weights seeds only_extra dev readme methods name test_every no_probes keep_rows".split()
+        )
     )
     settings = {"classes": len(open_folder(source).classes), "steps": make_config().steps, **settings}
     chosen = {name: own for name, own in methods(settings["steps"]).items() if name in names}
@@ -236,7 +257,10 @@ def main() -> None:
         make_split(source, Path(folder), dev, every)
         for weights in ([] if only_extra else [None]) + extra:
             new = {**measure(Path(folder), weights, seeds, chosen, settings, not no_probes), **facts}
-            results = [old for old in results if old["backbone"] != new["backbone"]] + [new]
+            same = [old for old in results if old["backbone"] == new["backbone"]]
+            if keep_rows and same:
+                new = with_rows_of(new, same[0])
+            results = [old for old in results if old not in same] + [new]
             report.write_text(json.dumps({"results": results}, indent=1) + "\n")
             report.with_suffix(".md").write_text(page(results))
             if readme:

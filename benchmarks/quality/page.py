@@ -42,9 +42,9 @@ def table(result: dict, rows: dict[str, str], base: str) -> str:
 
 
 def measured(result: dict) -> str:
-    return (
-        f"`{result['command']}`, {result['date']}, {result['seconds'] / 60:.0f} minutes, "
-        f"{msrc.threads(result)} of {result['machine']}"
+    return "\n\n".join(
+        f"`{run['command']}`, {run['date']}, {run['seconds'] / 60:.0f} minutes, {msrc.threads(run)} of {run['machine']}"
+        for run in msrc.commands(result)
     )
 
 
