@@ -33,52 +33,100 @@ def correspondence_loss(
     features_2: Tensor,
     codes_1: Tensor,
     codes_2: Tensor,
-    shift: float,
+    shift: float | Tensor,
     *,
     pointwise: bool = True,
     zero_clamp: bool = True,
     stabilize: bool = False,
+    reduction: str = "mean",
 ) -> Tensor:
     """-mean over images and pairs of points of clamp(S) (F - shift): one correspondence term of STEGO, a 0-dim tensor.
 
         F_pq = cos(f1_p, f2_q), S_pq = cos(s1_p, s2_q);  pointwise: F' = F - mean_q F, then the mean of F over all is
         restored ("spatial centring");  S is clamped at 0 from below (zero_clamp) and at 0.8 from above (stabilize).
 
+    Memory grows with the number of points, not of pairs; the gradient is made with the loss, and can be taken once.
+
     Args:
         features_1, features_2: (B, C, h, w) frozen features at sampled points; no gradient.
         codes_1, codes_2: (B, D, h, w) codes at the same points; the gradient flows to both.
-        shift: b, the similarity of features from which on codes are pulled together.
+        shift: b, the similarity of features from which on codes are pulled together. A float, or a 0-dim tensor, to
+            which a gradient flows if it requires one.
+        reduction: "mean", or "none" for the terms of all pairs, (B, points, points), of which "mean" is the mean.
 
     Raises:
         TypeError, ValueError: the argument, its value and what was expected.
     """
     _check_maps(dict(features_1=features_1, features_2=features_2, codes_1=codes_1, codes_2=codes_2))
+    b = _shift(shift, codes_1)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+    f_1, f_2, s_1, s_2 = map(_points, (features_1, features_2, codes_1, codes_2))
+    f_1, f_2 = f_1.detach(), f_2.detach()
+    bounds = (0.0 if zero_clamp else -math.inf, 0.8 if stabilize else math.inf)
+    centre = _centre(f_1, f_2) if pointwise else f_1.new_zeros(*f_1.shape[:2], 1)
+    if reduction == "none":
+        return -(s_1 @ s_2.mT).clamp(*bounds) * (f_1 @ f_2.mT + centre - b)
+    return _Correspondence.apply(f_1, f_2, s_1, s_2, centre, b, bounds)
+
+
+def _points(maps: Tensor) -> Tensor:
+    """Unit rows (B, points, channels) of maps (B, channels, h, w)."""
+    return F.normalize(maps.flatten(2), dim=1, eps=1e-10).mT
+
+
+def _centre(one: Tensor, other: Tensor) -> Tensor:
+    """What spatial centring adds to a point's similarities, (B, points, 1): their mean over q is <f1_p, mean f2>."""
+    means = one @ other.mean(1, keepdim=True).mT
+    return means.mean() - means
+
+
+def _shift(shift: float | Tensor, like: Tensor) -> Tensor:
+    """shift as a 0-dim tensor of the codes' dtype."""
+    if isinstance(shift, Tensor):
+        if shift.ndim != 0 or not shift.is_floating_point() or shift.device != like.device:
+            raise ValueError(f"shift: expected a float or a 0-dim floating-point tensor on {like.device}, got {shift}")
+        return shift.to(like.dtype)
     if not isinstance(shift, (int, float)) or not math.isfinite(shift):
         raise ValueError(f"shift: expected a finite number, got {shift!r}")
-    similarity = _feature_similarity(features_1, features_2, pointwise)
-    agreement = _cosines(codes_1, codes_2)
-    if zero_clamp:
-        agreement = agreement.clamp_min(0)
-    if stabilize:
-        agreement = agreement.clamp_max(0.8)
-    return -(agreement * (similarity - shift)).mean()
+    return like.new_tensor(shift)
 
 
-def _cosines(one: Tensor, other: Tensor) -> Tensor:
-    """(B, points, points) of maps (B, C, h, w)."""
-    one, other = (F.normalize(x.flatten(2), dim=1, eps=1e-10) for x in (one, other))
-    return one.transpose(1, 2) @ other
+PAIRS = 1 << 20  # whose similarities are held at a time
 
 
-@torch.no_grad()
-def _feature_similarity(features_1: Tensor, features_2: Tensor, pointwise: bool) -> Tensor:
-    """What a shift is taken from."""
-    similarity = _cosines(features_1, features_2)
-    if pointwise:
-        mean = similarity.mean()
-        similarity = similarity - similarity.mean(2, keepdim=True)
-        similarity = similarity - similarity.mean() + mean
-    return similarity
+class _Correspondence(torch.autograd.Function):
+    """(f_1, f_2, s_1, s_2, centre, b, bounds of S) -> the loss, of unit rows (B, points, channels)."""
+
+    @staticmethod
+    def forward(ctx, f_1, f_2, s_1, s_2, centre, b, bounds):
+        wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        grad_1, grad_2 = (torch.zeros_like(s) if wanted else None for s in (s_1, s_2))
+        pairs = len(s_1) * s_1.shape[1] * s_2.shape[1]
+        total, agreed = s_1.new_zeros(()), s_1.new_zeros(())
+        step = max(1, PAIRS // (len(s_1) * s_2.shape[1]))
+        for first in range(0, s_1.shape[1], step):
+            rows = slice(first, first + step)
+            over = torch.baddbmm(centre[:, rows] - b, f_1[:, rows], f_2.mT)  # F - shift
+            agreement = s_1[:, rows] @ s_2.mT
+            clamped = agreement.clamp(*bounds)
+            total -= torch.vdot(clamped.flatten(), over.flatten())
+            agreed += clamped.sum()
+            if wanted:
+                over.masked_fill_(clamped != agreement, 0)
+                grad_1[:, rows] = over @ s_2
+                grad_2.baddbmm_(over.mT, s_1[:, rows])
+        ctx.pairs = pairs
+        ctx.save_for_backward(grad_1, grad_2, agreed)
+        return total / pairs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_1, grad_2, agreed = ctx.saved_tensors
+        scale = grad / ctx.pairs
+        codes = (None, None) if grad_1 is None else (-scale * grad_1, -scale * grad_2)
+        return None, None, *codes, None, scale * agreed if ctx.needs_input_grad[5] else None, None
 
 
 def _check_maps(maps: dict[str, Tensor]) -> None:
@@ -184,7 +232,9 @@ class Stego(Method):
             one = sample_points(own, points)
             others = (one, sample_points(near, other_points), sample_points(random, other_points))
             for kind, other in zip(found, others, strict=True):
-                kind.append(_feature_similarity(one, other, config.pointwise).flatten())
+                f_1, f_2 = _points(one), _points(other)
+                similarity = f_1 @ f_2.mT + (_centre(f_1, f_2) if config.pointwise else 0)
+                kind.append(similarity.flatten())
         ranks = self.shifts.tolist()
         values = [np.quantile(torch.cat(kind).cpu(), rank) for kind, rank in zip(found, ranks, strict=True)]
         self.shifts = torch.tensor(values, dtype=torch.float64)

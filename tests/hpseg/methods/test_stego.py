@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import SMALL, paint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hpseg
+from hpseg.methods import stego
 from hpseg.methods.stego import Stego, correspondence_loss, other_images, sample_points
 from hpseg.models.backbone import Tokens
 from hpseg.run.config import make_config
@@ -50,12 +53,61 @@ FEATURES, CODES = torch.randn(2, 5, 3, 3), torch.randn(2, 4, 3, 3)
         ({"codes_1": CODES[..., :2]}, ValueError, "codes_1: expected the images and points of features_1"),
         ({"shift": float("nan")}, ValueError, "shift: expected a finite number, got nan"),
         ({"shift": "0.1"}, ValueError, "shift: expected a finite number, got '0.1'"),
+        ({"shift": torch.zeros(2)}, ValueError, "shift: expected a float or a 0-dim floating-point tensor on cpu, got"),
+        ({"reduction": "sum"}, ValueError, "reduction: expected 'mean' or 'none', got 'sum'"),
     ],
 )  # fmt: skip
 def test_maps_that_cannot_be_compared_are_refused(change, error, message):
     arguments = dict(features_1=FEATURES, features_2=FEATURES, codes_1=CODES, codes_2=CODES, shift=0.1) | change
     with pytest.raises(error, match=message):
         correspondence_loss(**arguments)
+
+
+@pytest.mark.parametrize("pointwise", [True, False])
+@pytest.mark.parametrize("zero_clamp, stabilize", [(True, False), (False, False), (True, True)])
+def test_gradients_and_pairs_a_few_points_at_a_time(pointwise, zero_clamp, stabilize, monkeypatch):
+    """Exact in fp64 whatever number of points is taken at a time; the mean is that of the pairs."""
+    generator = torch.Generator().manual_seed(3)
+    features, codes = (
+        [torch.randn(2, c, 3, 2 + i, generator=generator, dtype=torch.float64) for i in (0, 1)] for c in (5, 4)
+    )
+    shift = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    options = dict(pointwise=pointwise, zero_clamp=zero_clamp, stabilize=stabilize)
+
+    def loss(one, other, b, **more):
+        return correspondence_loss(*features, one, other, b, **options, **more)
+
+    whole = loss(*codes, 0.3)
+    pairs = loss(*codes, shift, reduction="none")
+    assert pairs.shape == (2, 6, 9)
+    torch.testing.assert_close(pairs.mean(), whole)
+    f, s = ([torch.nn.functional.normalize(x.flatten(2), dim=1) for x in maps] for maps in (features, codes))
+    similarity, agreement = (one.mT @ other for one, other in (f, s))
+    if pointwise:
+        centred = similarity - similarity.mean(2, keepdim=True)
+        similarity = centred - centred.mean() + similarity.mean()
+    expected = -agreement.clamp(0 if zero_clamp else -2, 0.8 if stabilize else 2) * (similarity - 0.3)
+    torch.testing.assert_close(pairs, expected)
+    for points in (1, 4):
+        monkeypatch.setattr(stego, "PAIRS", points * 2 * 9)
+        assert torch.autograd.gradcheck(loss, (codes[0].requires_grad_(), codes[1].requires_grad_(), shift))
+        torch.testing.assert_close(loss(*codes, 0.3), whole)
+
+
+def test_memory_grows_with_points_not_with_pairs():
+    """64 x 64 points: 16.8 million pairs, of which PAIRS are held at a time."""
+    maps = [torch.randn(1, 8, 64, 64) for _ in range(4)]
+    held = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            held.extend(x.numel() for x in tree_leaves(found) if isinstance(x, torch.Tensor))
+            return found
+
+    with Largest():
+        correspondence_loss(*maps[:2], *(codes.requires_grad_() for codes in maps[2:]), 0.1).backward()
+    assert max(held) <= stego.PAIRS
 
 
 def test_points_are_bilinear_with_the_corners_at_one():
