@@ -54,7 +54,7 @@ class Recipe(ABC):
     def batches(self, start: int) -> Iterator[Any]:
         """Endless batches, from that of step `start`."""
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 (nothing, unless a subclass says otherwise)
         """Called before the first step of a training that is not resumed."""
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Recipe(ABC):
         """What the learning rate of the learner's parameter `name` is multiplied by."""
         return 1.0
 
-    def after_step(self, progress: float) -> None:
+    def after_step(self, progress: float) -> None:  # noqa: B027 (the same)
         """Called after each step of the optimizer."""
 
     @abstractmethod
