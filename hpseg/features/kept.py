@@ -33,7 +33,7 @@ from hpseg.run.errors import UsageError
 from hpseg.run.files import Damaged, read_checked, remove_temporaries, save_checked, write_atomically
 
 logger = logging.getLogger(__name__)
-FORMAT = 1  # to be raised when the same pixels give other tokens
+FORMAT = 2  # to be raised when the same pixels give other tokens
 KEPT_BYTES = 2 << 30  # of one folder
 SPARE_BYTES = 1 << 30  # of the disk, left free
 FILE = re.compile(r"([0-9a-f]{16})-[0-9a-f]{32}\.safetensors")
