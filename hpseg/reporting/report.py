@@ -14,7 +14,8 @@ from typing import Any
 
 from hpkernels import __version__
 from hpseg.data.datasets import LABELS, NAMES, LabelledSet, open_data
-from hpseg.evaluation.evaluate import evaluate
+from hpseg.evaluation.evaluate import evaluate, evaluate_runs
+from hpseg.inference.label_map import Matching
 from hpseg.inference.segmenter import Segmenter, load
 from hpseg.reporting.about import Run, changed_settings, facts, kind_of, lead, notes
 from hpseg.reporting.curves import charts
@@ -60,7 +61,8 @@ def write_report(
 
     data: what to show and to score on, as `hpseg.evaluate` takes it with `root`, `split` and `void`; or a folder of
     photographs without labels. None shows training photographs, and the scores in RUN/eval.json if there are some.
-    With labels that RUN/eval.json is not about, the run is evaluated, which writes that file.
+    A run without scores is evaluated on labels, as by `hpseg eval`, which writes RUN/eval.json; one whose scores are on
+    other data is evaluated for the page alone.
     out: None is RUN/report.html, which is replaced; another file that is there is an error unless `overwrite` is set.
     compare: a second run, whose scores, curves and label maps stand beside those of the first.
     n: photographs to show, 1 to 60. seconds: about how long photographs are looked at; there are fewer of them where
@@ -82,6 +84,9 @@ def write_report(
     results = _scores(runs, data, labelled, dict(root=root, split=split, void=void, device=device))
     with _unsaid():  # the page says it
         segmenters = [load(one.folder, device) for one in runs if one.has_model and runs[0].has_model]
+    if labelled is not None:
+        for segmenter, scores in zip(segmenters, results):
+            segmenter.matching = Matching.of(scores)
     content = _about(runs) | _scored(runs, results)
     start, budget = time.monotonic(), math.inf if seconds is None else seconds
     photographs = _photographs(runs[0], data, labelled)
@@ -122,12 +127,19 @@ def _scores(
                 and "confusion" in results["trained"]
                 and "pictures" in results
             )
-            results = results if whole else evaluate(run.folder, data, **options)
+            results = results if whole else _evaluated(run, data, options)
         found.append(results)
     one = found[0]
     if found[1:] and not (one and about(found[1], one["data"], one.get("split", "val"), one.get("void", 255))):
         found[1] = {}
     return found
+
+
+def _evaluated(run: Run, data: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Scores on `data`. They stay in the run folder where there are none; others that are there are not replaced."""
+    if any((run.folder / name).exists() for name in ("eval.json", "labels.json")):
+        return evaluate_runs([run.folder], data, **options)[0]
+    return evaluate(run.folder, data, **options)
 
 
 def _photographs(run: Run, data: str | Path | None, labelled: LabelledSet | None) -> Photographs | None:

@@ -143,14 +143,30 @@ def test_data_that_was_not_scored_yet_is_scored(run, data, tmp_path):
     before = (out / "eval.json").stat().st_mtime_ns
     report(out, data)
     assert (out / "eval.json").stat().st_mtime_ns == before  # once is enough
-    other = shutil.copytree(data, tmp_path / "other")
-    assert "labelled pictures of other" in report(out, other).words["scores"]
+
+
+def test_scores_on_other_data_are_for_the_page_alone(scored, data, tmp_path):
+    out, other = shutil.copytree(scored, tmp_path / "run"), tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "classes.json").write_text('["rock", "scissors", "paper"]')
+    before = {name: (out / name).read_bytes() for name in ("eval.json", "labels.json")}
+    page = report(out, other)
+    assert "labelled pictures of other" in page.words["scores"] and "rock" in page.words["scores"]
+    assert "rock" in page.words["clusters"] + page.words["photographs"]  # by the match on the same data
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert "rock" not in report(out).html
+
+
+def test_scores_by_an_older_version(scored, data, tmp_path):
+    """They have no counts: what is asked for is counted anew, and the file stays as it is."""
+    out = shutil.copytree(scored, tmp_path / "run")
     old = json.loads((out / "eval.json").read_text())
     for name in ("trained", "kmeans_features"):
         del old[name]["confusion"]
     (out / "eval.json").write_text(json.dumps(old))
     assert "Confusion matrix" not in report(out).words["scores"]
-    assert "Confusion matrix" in report(out, other).words["scores"]
+    assert "Confusion matrix" in report(out, data).words["scores"]
+    assert json.loads((out / "eval.json").read_text()) == old
 
 
 def test_photographs_without_labels(run, tmp_path):
