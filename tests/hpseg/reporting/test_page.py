@@ -273,8 +273,13 @@ def test_two_runs_side_by_side(scored, photos, vit_file, data, tmp_path):
     assert len(page.all("path", class_="smooth run1")) == len(page.all("path", class_="smooth run0"))
     assert "other has no scores on these pictures" in page.words["scores"]
     assert "scored and other" in " ".join(page.words[""].split())
+    assert len(page.all("svg", class_="matrix run0")) == 1 and not page.all("svg", class_="matrix run1")
+    assert [held["value"] for held in page.all("input", name="run of the clusters")] == ["0", "1"]
+    assert "Those of scored." in page.words["clusters"] and "Those of other." in page.words["clusters"]
     both = report(scored, data, compare=other, out=tmp_path / "page.html")
+    assert [held["data-run"] for _, held in both.tags if "data-run" in held] == ["0", "1"] * 2
     theirs = json.loads((other / "eval.json").read_text())["trained"]
+    assert len(both.all("svg", class_="matrix run0")) == len(both.all("svg", class_="matrix run1")) == 1
     assert f"{theirs['miou']:.1f}" in both.words["scores"] and "other, trained head" in both.words["scores"]
 
 
