@@ -40,7 +40,8 @@ def _linear(linear, input: Tensor, weight: Tensor, bias: Tensor | None = None) -
 def _suits(input: Tensor, weight: Tensor) -> bool:
     """Many rows in fp32 on a CPU with both libraries, without a gradient, and not while torch compiles or exports."""
     return (
-        input.device.type == weight.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: an exported program's sizes are free, and a look at them binds them
+        and input.device.type == weight.device.type == "cpu"
         and input.dtype == weight.dtype == torch.float32
         and input.shape[:-1].numel() >= FEWEST_ROWS
         and torch.backends.mkl.is_available()
@@ -48,5 +49,4 @@ def _suits(input: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-        and not torch.compiler.is_compiling()
     )

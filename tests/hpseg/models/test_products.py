@@ -71,7 +71,7 @@ def test_what_it_is_not_meant_for_stays_as_it_is():
 
 
 def test_a_program_that_is_exported_has_linear_layers():
-    """An exported program is for any device."""
+    """An exported program is for any device, and any number of rows."""
 
     class Inside(nn.Module):
         def __init__(self):
@@ -82,7 +82,9 @@ def test_a_program_that_is_exported_has_linear_layers():
             with LinearByConvolution():
                 return self.layer(x)
 
-    program = torch.export.export(Inside(), (torch.randn(128, 16),), strict=False)
+    rows = {"x": {0: torch.export.Dim("rows", min=2)}}
+    program = torch.export.export(Inside(), (torch.randn(128, 16),), dynamic_shapes=rows, strict=False)
+    assert program.module()(torch.randn(3, 16)).shape == (3, 8)
     called = {str(node.target) for node in program.graph.nodes}
     assert "aten.linear.default" in called and not any("conv" in name for name in called)
 
