@@ -28,14 +28,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from hpseg.data.folder import PhotoFolder
 from hpseg.models.backbone import Backbone, Tokens
 from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
-from hpseg.run.files import remove_temporaries, require_folder, write_atomically
+from hpseg.run.files import Damaged, read_checked, remove_temporaries, require_folder, save_checked, write_atomically
 from hpseg.runtime.distributed import ALONE, Ranks
 from hpseg.runtime.messages import progress
 
@@ -184,14 +183,11 @@ class FeatureCache:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in TENSORS}
-            if metadata.get("sha256") != checksum(metadata.get("description", ""), tensors):
-                raise ValueError("its checksum is wrong")
-            description = json.loads(metadata["description"])
-        except (SafetensorError, ValueError, OSError) as error:
+            tensors, metadata = read_checked(path)
+        except Damaged as error:
             self.problems.append(f"{path.name} is damaged ({error}) and is made anew")
             return None
+        description = json.loads(metadata["description"])
         changed = [name for name, identity in description["files"].items() if file_identity(name) != identity]
         if changed:  # one that stood in for an unreadable one; the shard's own files are in its name
             self.problems.append(f"{changed[0]} has changed, {path.name} is made anew")
@@ -217,7 +213,7 @@ class FeatureCache:
         rows = [torch.cat(parts) for parts in (features, neighbors, colours)]
         tensors = dict(zip(TENSORS, [*rows, torch.tensor(grids)], strict=True))
         description = json.dumps({"recipe": self.recipe, "files": seen, "unreadable": sorted(set(unreadable))})
-        content = save(tensors, {"description": description, "sha256": checksum(description, tensors)})
+        content = save_checked(tensors, {"description": description})
         try:
             write_atomically(self.paths[number], content)
         except OSError as error:
@@ -291,11 +287,3 @@ def backbone_recipe(backbone: Backbone) -> dict[str, object]:
 
 def hashed(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def checksum(description: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(description.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

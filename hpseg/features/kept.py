@@ -21,25 +21,22 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from hpseg.data.datasets import training_images
 from hpseg.data.folder import PhotoFolder
-from hpseg.features.cache import FeatureCache, backbone_recipe, cache_folder, checksum, hashed
+from hpseg.features.cache import FeatureCache, backbone_recipe, cache_folder, hashed
 from hpseg.models.backbone import Backbone, Tokens
 from hpseg.run.config import Config
 from hpseg.run.errors import UsageError
-from hpseg.run.files import remove_temporaries, write_atomically
+from hpseg.run.files import Damaged, read_checked, remove_temporaries, save_checked, write_atomically
 
 logger = logging.getLogger(__name__)
-FORMAT = 1  # to be raised when the same pixels give other tokens
+FORMAT = 2  # to be raised when the same pixels give other tokens
 KEPT_BYTES = 2 << 30  # of one folder
 SPARE_BYTES = 1 << 30  # of the disk, left free
 FILE = re.compile(r"([0-9a-f]{16})-[0-9a-f]{32}\.safetensors")
-TENSORS = ("features", "colours", "grid")
 COLOUR_ROUNDING = 1e-6  # of a mean of numbers in [0, 1], on another device; another picture differs by more
 
 
@@ -108,19 +105,15 @@ class KeptTokens:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in TENSORS}
-        except (SafetensorError, OSError):
-            return None
-        if metadata.get("sha256") != checksum("", tensors):
+            tensors, _ = read_checked(path)
+        except Damaged:
             return None
         rows, columns = tensors["grid"].tolist()
         return Tokens(tensors["features"][None], None, (rows, columns), tensors["colours"][None])
 
     def _write(self, path: Path, tokens: Tokens) -> None:
         tensors = {"features": tokens.features[0], "colours": tokens.colours[0], "grid": torch.tensor(tokens.grid)}
-        tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
-        content = save(tensors, {"sha256": checksum("", tensors)})
+        content = save_checked({name: value.detach().contiguous() for name, value in tensors.items()}, {})
         try:
             if self.taken is None:
                 self.taken = self._prepare()

@@ -95,8 +95,17 @@ class Matching:
 
     @staticmethod
     def save(run: Path, results: dict) -> None:
-        """Writes RUN/labels.json from the results of an evaluation: class name, id and IoU in percent per cluster; name
-        and colour per class."""
+        """Writes RUN/labels.json from the results of an evaluation."""
+        write_json(run / "labels.json", Matching._described(results))
+
+    @staticmethod
+    def of(results: dict) -> Matching:
+        """That of an evaluation, as `save` and `load` would have it."""
+        return Matching._read(Matching._described(results))
+
+    @staticmethod
+    def _described(results: dict) -> dict:
+        """The content of labels.json: class name, id and IoU in percent per cluster; name and colour per class."""
         scores, ids = results["trained"], results["class_ids"]
         matched = {
             cluster: {"cluster": cluster, "id": number, "class": name, "iou": None if math.isnan(iou) else iou}
@@ -111,7 +120,7 @@ class Matching:
             for number, name, colour in zip(ids, results["classes"], results["colours"], strict=True)
         ]
         facts = {name: results[name] for name in ("data", "protocol", "images")}
-        write_json(run / "labels.json", {**facts, "clusters": clusters, "classes": classes})
+        return {**facts, "clusters": clusters, "classes": classes}
 
     @staticmethod
     def load(run: Path) -> Matching | None:
@@ -120,19 +129,22 @@ class Matching:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found = [entry for entry in content["clusters"] if entry["id"] is not None]
-            classes = content.get("classes", found)  # older files name the classes that have a cluster, no others
-            return Matching(
-                content["data"],
-                {int(entry["cluster"]): int(entry["id"]) for entry in found},
-                {int(entry["id"]): str(entry["class"]) for entry in classes},
-                {int(entry["id"]): as_rgb(entry["colour"]) for entry in classes if entry.get("colour")},
-            )
+            return Matching._read(json.loads(path.read_text(encoding="utf-8")))
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"run: {path} is not what `hpseg eval` writes ({type(error).__name__}: {error}); remove it"
             ) from None
+
+    @staticmethod
+    def _read(content: dict) -> Matching:
+        found = [entry for entry in content["clusters"] if entry["id"] is not None]
+        classes = content.get("classes", found)  # older files name the classes that have a cluster, no others
+        return Matching(
+            content["data"],
+            {int(entry["cluster"]): int(entry["id"]) for entry in found},
+            {int(entry["id"]): str(entry["class"]) for entry in classes},
+            {int(entry["id"]): as_rgb(entry["colour"]) for entry in classes if entry.get("colour")},
+        )
 
     @staticmethod
     def fit(labelled: LabelledSet, maps: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> Matching:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 import hpkernels
 from hpseg.assets import EMBEDDED
 from hpseg.models.architecture import build_vit
+from hpseg.models.products import LinearByConvolution
 from hpseg.models.weights import load_weights, missing_file, plain_vit, read_weights, require_reachable, timm_source
 from hpseg.run.errors import UsageError
 
@@ -119,7 +120,7 @@ class Backbone(nn.Module):
         return Tokens(features, weights, grid, colours)
 
     def _features(self, x: Tensor) -> Tensor:
-        with _DinoPositions() if self.pos_embed == "dino" else nullcontext():
+        with _DinoPositions() if self.pos_embed == "dino" else nullcontext(), LinearByConvolution():
             last = self.vit.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)
         return last[0].float()
 

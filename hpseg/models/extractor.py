@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hpseg.assets import EMBEDDED
 from hpseg.models.backbone import Backbone, Tokens, fingerprint, load_backbone
+from hpseg.models.products import LinearByConvolution
 from hpseg.models.weights import load_network, require_reachable, timm_source
 from hpseg.run.errors import UsageError
 
@@ -24,6 +25,7 @@ class ConvExtractor(nn.Module):
 
         self.network = network.eval().requires_grad_(False)
         self.name, self.source, self.fingerprint = name, source, fingerprint(network)
+        self.network.to(memory_format=torch.channels_last)  # takes three quarters of the time on a CPU
         last = network.feature_info[-1]
         self.patch, self.channels = last["reduction"], last["num_chs"]
         data = timm.data.resolve_model_data_config(network)
@@ -38,7 +40,10 @@ class ConvExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tokens:
         """images: (B, 3, H, W) uint8; H and W multiples of `patch`."""
         x = (images.float() / 255 - self.mean) / self.std
-        last = self.network.forward_intermediates(x, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)
+        with LinearByConvolution():
+            last = self.network.forward_intermediates(
+                x, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True
+            )
         return Tokens(last[0].flatten(2).transpose(1, 2).float(), None, tuple(last[0].shape[2:]))
 
 

@@ -15,23 +15,49 @@ from hpseg.runtime.messages import progress
 
 logger = logging.getLogger(__name__)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, the custom of timm's ViTs
+HELD_BYTES = 1 << 30  # of photographs in memory
+BYTES_A_PIXEL = 4  # as Pillow holds RGB
 STATISTICS = 42  # of texture and colour, per patch
 
 
-def decode(paths, longest, required=True):
-    """The photographs at no more than `longest` pixels a side; says which cannot be decoded, an error where all."""
-    photos = []
-    for path in progress(paths, "read", len(paths), "photograph"):
+class Album:
+    """Photographs at no more than `longest` pixels a side. As many of the first as HELD_BYTES take are held in memory;
+    the others are read again each time, so that any number of photographs can be learned from.
+
+    Says which of `paths` cannot be decoded and leaves them out; UsageError where that is all and one is `required`.
+    """
+
+    def __init__(self, paths, longest, required=True):
+        self.longest, self.paths, self.held, free = longest, [], [], HELD_BYTES
+        for path in progress(paths, "read", len(paths), "photograph"):
+            try:
+                image = self._read(path)
+            except UnreadableImage as error:
+                logger.warning(f"skipped {error}")
+                continue
+            free -= BYTES_A_PIXEL * image.width * image.height
+            if free >= 0:  # once it is not, it never is again
+                self.held.append(image)
+            self.paths.append(path)
+        if required and not self.paths:
+            raise UsageError(f"photos: none of the {len(paths)} pictures can be decoded, for example {paths[0]}")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, number):
+        """UsageError for a file that could be read before and cannot be any more."""
+        if number < len(self.held):
+            return self.held[number]
         try:
-            image = load_image(path)
+            return self._read(self.paths[number])
         except UnreadableImage as error:
-            logger.warning(f"skipped {error}")
-            continue
-        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-        photos.append(image)
-    if required and not photos:
-        raise UsageError(f"photos: none of the {len(paths)} pictures can be decoded, for example {paths[0]}")
-    return photos
+            raise UsageError(f"photos: a picture cannot be read any more ({error}); put it back and --resume") from None
+
+    def _read(self, path):
+        image = load_image(path)
+        image.thumbnail((self.longest, self.longest), Image.Resampling.LANCZOS)
+        return image
 
 
 def random_crop(rng, image, side, low, high, turn=False):
@@ -52,13 +78,13 @@ def random_crop(rng, image, side, low, high, turn=False):
 class Crops(torch.utils.data.IterableDataset):
     """Endless batches of uint8 crops: large (2, B, 3, s, s) and small (n, B, 3, s/2, s/2).
 
-    Photographs are decoded once, at no more than `longest` pixels a side. A pool of procedural images is kept and
-    partly redrawn at every step, which costs less than drawing every image anew.
+    longest: pixels a side of the photographs, see Album. A pool of procedural images is kept and partly redrawn at
+    every step, which costs less than drawing every image anew.
     """
 
     def __init__(self, photos, options, start, longest=560, redraw=1):
         self.options, self.start, self.redraw = options, start, redraw
-        self.photos = decode(photos, longest, required=options.procedural < 1)
+        self.photos = Album(photos, longest, required=options.procedural < 1)
         self.pool = 20 * options.batch_size if options.procedural > 0 else 0
 
     def __iter__(self):
@@ -81,6 +107,28 @@ class Crops(torch.utils.data.IterableDataset):
                 torch.stack([torch.stack(view) for view in crops]) if crops else torch.zeros(0)
                 for crops in (large, small)
             ]
+
+
+class _Told(torch.utils.data.IterableDataset):
+    """Batches of a dataset, and at last the UsageError that ends them: raised in a loading process, it would come with
+    a traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        try:
+            yield from self.dataset
+        except UsageError as error:
+            yield error
+
+
+def made_ahead(dataset):
+    """Batches of an IterableDataset, which another process makes a few ahead. UsageError as the dataset raises it."""
+    for batch in torch.utils.data.DataLoader(_Told(dataset), batch_size=None, num_workers=1, prefetch_factor=4):
+        if isinstance(batch, UsageError):
+            raise batch
+        yield batch
 
 
 def change_colours(x, generator):

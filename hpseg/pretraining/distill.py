@@ -25,7 +25,7 @@ from hpseg.data.attribution import attributed
 from hpseg.data.folder import find_images
 from hpseg.models.architecture import ConvStem, build_vit, fold_batch_norms
 from hpseg.models.backbone import Backbone
-from hpseg.pretraining.crops import MEAN, STD, change_colours
+from hpseg.pretraining.crops import MEAN, STD, change_colours, made_ahead
 from hpseg.pretraining.options import DistillOptions
 from hpseg.pretraining.teacher import ConvTeacher, Lesson, Teacher, load_teacher
 from hpseg.pretraining.trainer import Recipe, require_output, train_recipe
@@ -137,7 +137,7 @@ class Distillation(Recipe):
 
     def batches(self, start: int) -> Iterator[Tensor]:
         self.views.start = start
-        return iter(torch.utils.data.DataLoader(self.views, batch_size=None, num_workers=1, prefetch_factor=4))
+        return made_ahead(self.views)
 
     def coloured(self, batch: Tensor, step: int) -> Tensor:
         """A batch of uint8 crops as student and teacher see it: mixed, in other colours, in [0, 1]."""

@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from hpseg.data.folder import find_images
-from hpseg.pretraining.crops import MEAN, STATISTICS, STD, Crops, change_colours, random_masks, texture_statistics
+from hpseg.pretraining.crops import (
+    MEAN,
+    STATISTICS,
+    STD,
+    Crops,
+    change_colours,
+    made_ahead,
+    random_masks,
+    texture_statistics,
+)
 from hpseg.pretraining.options import Options
 from hpseg.pretraining.trainer import Recipe, require_output, train_recipe
 from hpseg.runtime.interruption import Stop
@@ -149,7 +158,7 @@ class SelfDistillation(Recipe):
 
     def batches(self, start):
         self.crops.start = start
-        return iter(torch.utils.data.DataLoader(self.crops, batch_size=None, num_workers=1, prefetch_factor=4))
+        return made_ahead(self.crops)
 
     def begin(self):
         large, _ = next(iter(self.crops))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hpseg.models.weights import load_network, require_reachable, timm_source
 from hpseg.run.errors import UsageError
 
 
-class Teacher(nn.Module):
+class Teacher(nn.Module, ABC):
     """A frozen network whose feature maps are the lesson.
 
     Attributes: name, source (the file its weights come from), licence (as timm states it, or None), fingerprint (of
@@ -33,9 +34,9 @@ class Teacher(nn.Module):
     levels: dict[int, float]
     normalisation: dict[str, tuple[float, ...]]
 
+    @abstractmethod
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """Pictures (B, 3, H, W) in [0, 1] -> a feature map (B, C, h, w), fp32, of each level."""
-        raise NotImplementedError
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode whatever is asked for: it is frozen."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 WEIGHT_DECAY = 0.05
 
 
-class Recipe:
+class Recipe(ABC):
     """What a ViT learns from. A subclass sets the attributes and defines the methods.
 
     name          of the verb, for the progress bar
@@ -49,31 +50,31 @@ class Recipe:
         self.photos, self.options = photos, options
         self.device = pick_device(options.device)
 
+    @abstractmethod
     def batches(self, start: int) -> Iterator[Any]:
         """Endless batches, from that of step `start`."""
-        raise NotImplementedError
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 (nothing, unless a subclass says otherwise)
         """Called before the first step of a training that is not resumed."""
 
+    @abstractmethod
     def losses(self, batch: Any, step: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the terms to show. progress: the fraction of the training that is done."""
-        raise NotImplementedError
 
     def rate(self, name: str) -> float:
         """What the learning rate of the learner's parameter `name` is multiplied by."""
         return 1.0
 
-    def after_step(self, progress: float) -> None:
+    def after_step(self, progress: float) -> None:  # noqa: B027 (the same)
         """Called after each step of the optimizer."""
 
+    @abstractmethod
     def result(self) -> dict[str, Tensor]:
         """The weights of the ViT as they are now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def description(self) -> dict[str, Any]:
         """What the .json says beside the architecture, the steps and the options."""
-        raise NotImplementedError
 
 
 def require_output(out: Path, resume: bool, overwrite: bool) -> None:

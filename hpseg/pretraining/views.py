@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from hpseg.pretraining.crops import decode, random_crop
+from hpseg.pretraining.crops import Album, random_crop
 
-LONGEST = 768  # pixels a side, of the photographs in memory
+LONGEST = 768  # pixels a side, to which photographs are brought before crops are cut
 AREA = (0.06, 1.0)  # of the photograph, that a crop shows
 
 
@@ -16,7 +16,7 @@ class Views(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, photos, sides, batch_size, seed):
-        self.photos, self.sides, self.batch_size = decode(photos, LONGEST), sides, batch_size
+        self.photos, self.sides, self.batch_size = Album(photos, LONGEST), sides, batch_size
         self.seed, self.start = seed, 0
 
     def batch(self, step):

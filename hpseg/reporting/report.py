@@ -14,7 +14,8 @@ from typing import Any
 
 from hpkernels import __version__
 from hpseg.data.datasets import LABELS, NAMES, LabelledSet, open_data
-from hpseg.evaluation.evaluate import evaluate
+from hpseg.evaluation.evaluate import evaluate, evaluate_runs
+from hpseg.inference.label_map import Matching
 from hpseg.inference.segmenter import Segmenter, load
 from hpseg.reporting.about import Run, changed_settings, facts, kind_of, lead, notes
 from hpseg.reporting.curves import charts
@@ -60,9 +61,11 @@ def write_report(
 
     data: what to show and to score on, as `hpseg.evaluate` takes it with `root`, `split` and `void`; or a folder of
     photographs without labels. None shows training photographs, and the scores in RUN/eval.json if there are some.
-    With labels that RUN/eval.json is not about, the run is evaluated, which writes that file.
+    A run without scores is evaluated on labels, as by `hpseg eval`, which writes RUN/eval.json; one whose scores are on
+    other data is evaluated for the page alone.
     out: None is RUN/report.html, which is replaced; another file that is there is an error unless `overwrite` is set.
-    compare: a second run, whose scores, curves and label maps stand beside those of the first.
+    compare: a second run, whose scores, curves and label maps stand beside those of the first. Its clusters and its
+    confusion matrix take the place of the first's by a switch.
     n: photographs to show, 1 to 60. seconds: about how long photographs are looked at; there are fewer of them where
     that is not enough for all. None looks at all.
 
@@ -82,6 +85,9 @@ def write_report(
     results = _scores(runs, data, labelled, dict(root=root, split=split, void=void, device=device))
     with _unsaid():  # the page says it
         segmenters = [load(one.folder, device) for one in runs if one.has_model and runs[0].has_model]
+    if labelled is not None:
+        for segmenter, scores in zip(segmenters, results):
+            segmenter.matching = Matching.of(scores)
     content = _about(runs) | _scored(runs, results)
     start, budget = time.monotonic(), math.inf if seconds is None else seconds
     photographs = _photographs(runs[0], data, labelled)
@@ -122,12 +128,19 @@ def _scores(
                 and "confusion" in results["trained"]
                 and "pictures" in results
             )
-            results = results if whole else evaluate(run.folder, data, **options)
+            results = results if whole else _evaluated(run, data, options)
         found.append(results)
     one = found[0]
     if found[1:] and not (one and about(found[1], one["data"], one.get("split", "val"), one.get("void", 255))):
         found[1] = {}
     return found
+
+
+def _evaluated(run: Run, data: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Scores on `data`. They stay in the run folder where there are none; others that are there are not replaced."""
+    if any((run.folder / name).exists() for name in ("eval.json", "labels.json")):
+        return evaluate_runs([run.folder], data, **options)[0]
+    return evaluate(run.folder, data, **options)
 
 
 def _photographs(run: Run, data: str | Path | None, labelled: LabelledSet | None) -> Photographs | None:
@@ -175,7 +188,7 @@ def _scored(runs: list[Run], results: list[dict[str, Any]]) -> dict[str, Any]:
             "data": Path(str(results[0]["data"])).name,
             "methods": [(run.name, methods(one)) for run, one in zip(runs, results) if one],
             "bars": bars(held),
-            "matrix": matrix(results[0]),
+            "matrices": [(number, found) for number, found in enumerate(map(matrix, held)) if found],
             "other_data": len(runs) > len(held),
         }
     }
@@ -186,29 +199,30 @@ def _seen(
 ) -> dict[str, Any]:
     """Photographs and clusters; neither for a run without a model, or whose photographs are gone."""
     if not segmenters or photographs is None:
-        return {"photographs": [], "gallery": [], "looked_at": 0, "missing": "model" if not segmenters else "pictures"}
-    first = segmenters[0]
-    shown, seen, kept = {}, Seen(first.config.classes), Kept(runs[0], first)
+        return {"photographs": [], "galleries": [], "missing": "model" if not segmenters else "pictures"}
+    shown, kept = {}, [Kept(run, segmenter) for run, segmenter in zip(runs, segmenters)]
+    found = [Seen(segmenter.config.classes) for segmenter in segmenters]
     for path, picture in photographs.spread(n):
         codes = [codes_of(segmenter, picture) for segmenter in segmenters]
         most = PICTURE_BYTES // 2 // n
         shown[path] = draw(photographs.name(path), picture, list(zip(segmenters, codes, strict=True)), most)
-        if not kept.photographs:
-            seen.add(path, likeness(first, codes[0]).cpu())
+        for segmenter, seen, own, of_run in zip(segmenters, found, kept, codes):
+            if not own.photographs:
+                seen.add(path, likeness(segmenter, of_run).cpu())
         if time.monotonic() > ends[0]:
             break
-    if kept.photographs:
-        look(first, seen, kept.codes(), ends[1])
-        photographs = training_photographs(runs[0]) or photographs
-    else:
-        others = ((path, picture) for path, picture in photographs.spread(LOOKED_AT) if path not in shown)
-        look(first, seen, ((path, codes_of(first, picture)) for path, picture in others), ends[1])
-    return {
-        "photographs": [shown[path] for path in sorted(shown)],
-        "gallery": gallery(first, seen, photographs, PICTURE_BYTES // 4 // seen.clusters),
-        "looked_at": seen.photographs,
-        "missing": None,
-    }
+    galleries = []
+    for run, segmenter, seen, own in zip(runs, segmenters, found, kept):
+        pictures = photographs
+        if own.photographs:
+            look(segmenter, seen, own.codes(), ends[1])
+            pictures = training_photographs(run) or photographs
+        else:
+            others = ((path, picture) for path, picture in photographs.spread(LOOKED_AT) if path not in shown)
+            look(segmenter, seen, ((path, codes_of(segmenter, picture)) for path, picture in others), ends[1])
+        most = PICTURE_BYTES // 4 // len(segmenters) // seen.clusters
+        galleries.append({"clusters": gallery(segmenter, seen, pictures, most), "looked_at": seen.photographs})
+    return {"photographs": [shown[path] for path in sorted(shown)], "galleries": galleries, "missing": None}
 
 
 def _judged(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -13,13 +14,16 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
 from hpseg.run.errors import UsageError
+
+if TYPE_CHECKING:  # torch is slow to import, and `hpseg --help` needs none
+    from torch import Tensor
 
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -91,6 +95,44 @@ def read_torch(argument: str, path: Path, advice: str = "") -> Any:
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{argument}: {path} is not a torch file of plain tensors ({reason}){advice}") from None
+
+
+class Damaged(ValueError):
+    """What a file holds is not what was written; the message says how that shows, without the file's name."""
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of all metadata and tensors with their names; of tensors their bytes."""
+    import torch
+
+    digest = hashlib.sha256("".join(metadata[name] for name in sorted(metadata)).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The content of a safetensors file whose metadata has, as "sha256", the checksum that `read_checked` asks for.
+    tensors: on the CPU, contiguous."""
+    from safetensors.torch import save
+
+    return save(tensors, {**metadata, "sha256": checksum(tensors, metadata)})
+
+
+def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, which are mapped into memory, and metadata of a file with the content of `save_checked`. Damaged where
+    it is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Damaged(str(error)) from None
+    if metadata.pop("sha256", None) != checksum(tensors, metadata):
+        raise Damaged("its checksum is wrong")
+    return tensors, metadata
 
 
 def require_folder(argument: str, path: Path) -> None:

@@ -20,23 +20,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hpkernels
 from hpseg.data.folder import PhotoFolder, hash_seed, load_batches
-from hpseg.features.cache import checksum, file_identity
+from hpseg.features.cache import file_identity
 from hpseg.features.clustering import FeatureStream, assign_features, cluster_features
 from hpseg.run.config import Config
-from hpseg.run.files import write_atomically
+from hpseg.run.files import Damaged, checksum, read_checked, save_checked, write_atomically
 from hpseg.runtime.distributed import Ranks
 from hpseg.runtime.messages import progress
 
 FILE = "auxiliary.safetensors"
 SCOPES = {"per_cluster": "cluster", "global": "all"}  # as hpkernels calls them
-TENSORS = ("labels", "grids", "centroids", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -67,22 +64,19 @@ class AuxiliaryLabels:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in TENSORS}
-        except (SafetensorError, OSError):
+            tensors, metadata = read_checked(path)
+        except Damaged:
             return None
-        text = json.dumps(recipe)
-        if metadata.get("recipe") != text or metadata.get("sha256") != checksum(text, tensors):
+        if metadata != {"recipe": json.dumps(recipe)}:
             return None
-        return AuxiliaryLabels(tensors, metadata["sha256"])
+        return AuxiliaryLabels(tensors, checksum(tensors, metadata))
 
     @staticmethod
     def make(path: Path, recipe: dict, tensors: dict[str, Tensor]) -> AuxiliaryLabels:
         """Writes the file."""
-        text, tensors = json.dumps(recipe), {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        digest = checksum(text, tensors)
-        write_atomically(path, save(tensors, {"recipe": text, "sha256": digest}))
-        return AuxiliaryLabels(tensors, digest)
+        tensors, metadata = {n: x.cpu().contiguous() for n, x in tensors.items()}, {"recipe": json.dumps(recipe)}
+        write_atomically(path, save_checked(tensors, metadata))
+        return AuxiliaryLabels(tensors, checksum(tensors, metadata))
 
 
 def recipe_of(extractor: nn.Module, photographs: PhotoFolder, config: Config) -> dict:

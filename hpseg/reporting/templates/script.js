@@ -12,7 +12,7 @@ function place(slider, value) {
 }
 
 const sliders = [...document.querySelectorAll(".slider input")];
-const views = [...document.querySelectorAll(".views input")];
+const views = [...document.querySelectorAll("#photographs .views input")];
 for (const slider of sliders) {
   slider.addEventListener("input", () => {
     place(slider, Number(slider.value));
@@ -29,6 +29,15 @@ for (const view of views) {
   view.addEventListener("change", () => sliders.forEach((slider) => place(slider, Number(view.value))));
 }
 for (const slider of sliders) place(slider, 100); // a browser may keep where it was before
+
+// Of two runs one at a time.
+const choices = [...document.querySelectorAll(".runs input")];
+function show(run) {
+  for (const choice of choices) choice.checked = choice.value === run;
+  for (const part of document.querySelectorAll("[data-run]")) part.hidden = part.dataset.run !== run;
+}
+for (const choice of choices) choice.addEventListener("change", () => show(choice.value));
+if (choices.length) show("0");
 
 // Values below the pointer.
 const curves = document.getElementById("curves");

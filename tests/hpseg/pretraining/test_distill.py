@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hpseg.cli.main import main
 from hpseg.models.backbone import load_backbone
-from hpseg.pretraining import distill
+from hpseg.pretraining import crops, distill
 from hpseg.pretraining.options import DistillOptions
 from hpseg.pretraining.teacher import ConvTeacher, Lesson, VitTeacher, load_teacher, parse_levels
 from hpseg.pretraining.views import Views, mixed
@@ -71,6 +71,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(lesson, photos, tmp_pa
         with pytest.raises(KeyboardInterrupt, match="SIGTERM after step 2, which is saved"):
             distill.distill(photos, cut, **lesson, **SMALL)
     assert made == [0, 1] and cut.read_bytes() != whole.read_bytes()
+    monkeypatch.setattr(crops, "HELD_BYTES", 0)  # nor does it matter where photographs are held
     distill.distill(photos, cut, resume=True, **lesson, **SMALL)
     assert whole.read_bytes() == cut.read_bytes()
 
@@ -177,6 +178,38 @@ def test_a_batch_of_views_is_a_function_of_its_step(photos):
     assert {x.shape[-1] for x in batches} == {64, 96} and {len(x) for x in batches} == {4, 2}
     again.start = 5
     assert torch.equal(next(iter(again)), batches[5])
+
+
+def test_an_album_holds_what_fits_and_reads_the_rest_again(photos, tmp_path, monkeypatch, caplog):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    files = [*sorted(photos.glob("*.*")), tmp_path / "broken.png"]
+    whole = crops.Album(files, 40)
+    sizes = [4 * image.width * image.height for image in whole.held]
+    assert len(whole) == len(whole.held) == 4 and "broken.png" in caplog.text
+    assert max(max(image.size) for image in whole.held) == 40
+    for budget, held in ((sum(sizes), 4), (sum(sizes[:2]) + 1, 2), (sizes[0] - 1, 0), (0, 0)):
+        monkeypatch.setattr(crops, "HELD_BYTES", budget)
+        part = crops.Album(files, 40)
+        assert len(part) == 4 and len(part.held) == held
+        assert [part[n].tobytes() for n in range(4)] == [whole[n].tobytes() for n in range(4)]
+
+
+def test_a_photograph_that_is_gone_ends_the_training_in_a_sentence(vit_file, photos, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "b.png").write_bytes((photos / "b.png").read_bytes())
+    monkeypatch.setattr(crops, "HELD_BYTES", 0)
+    begin = distill.Distillation.begin
+
+    def lost(recipe):
+        begin(recipe)
+        (folder / "b.png").unlink()
+
+    monkeypatch.setattr(distill.Distillation, "begin", lost)
+    words = ["distill", folder, "--teacher", vit_file, "--out", tmp_path / "a.safetensors", "--steps", "3"]
+    assert main([str(word) for word in [*words, "--sides", "32", "--device", "cpu"]]) == 2
+    said = capsys.readouterr().err
+    assert "hpseg distill: error: photos: a picture cannot be read any more" in said and "Traceback" not in said
 
 
 def test_mixed_pictures_hold_a_box_of_the_next():

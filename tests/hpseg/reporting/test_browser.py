@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import SMALL
 
 import hpseg
 
@@ -144,3 +145,42 @@ def test_what_is_not_the_pages_own_does_not_run(page_file, visit, tmp_path):
     other.goto(added.as_uri())
     assert other.title() == "run, hpseg report"
     context.close()
+
+
+@pytest.fixture(scope="module")
+def compared_file(run, photos, data, vit_file, tmp_path_factory):
+    """Two runs of three and of four clusters."""
+    root = tmp_path_factory.mktemp("compared")
+    one, other = shutil.copytree(run, root / "one"), root / "other"
+    hpseg.train(photos, other, weights=vit_file, steps=5, **{**SMALL, "classes": 4, "seed": 1})
+    return hpseg.write_report(one, data, compare=other, n=2, device="cpu")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_clusters_and_matrix_are_those_of_the_chosen_run(compared_file, visit, scheme):
+    page = visit(compared_file, "desk", scheme)
+    clusters, matrices = page.locator("#clusters article"), page.locator("svg.matrix")
+
+    def shown():
+        return [part.is_visible() for part in (*matrices.all(), *page.locator("#clusters [data-run]").all())]
+
+    assert shown() == [True, False] * 2 and page.locator("#clusters article:visible").count() <= 3
+    first = pixels(page.locator("#scores svg.matrix:visible").screenshot())
+    page.locator("#clusters .runs label", has_text="other").click()
+    assert shown() == [False, True] * 2 and clusters.count() > page.locator("#clusters article:visible").count() > 0
+    assert page.locator(".runs input:checked").evaluate_all("all => all.map(one => one.value)") == ["1", "1"]
+    second = page.locator("#scores svg.matrix:visible")
+    assert second.get_attribute("class") == "matrix run1"
+    colours = [pixels_of.reshape(-1, 3).mean(0) for pixels_of in (first, pixels(second.screenshot()))]
+    assert np.abs(colours[0] - colours[1]).max() > 1  # in the colour of the run
+    page.keyboard.press("ArrowLeft")
+    assert shown() == [True, False] * 2
+    page.locator("#photographs .views label", has_text="clusters").click()
+    assert shown() == [True, False] * 2  # the other switch is another one
+    assert pixels(page.locator("#clusters").screenshot()).std() > 5
+
+
+def test_on_paper_are_both_runs(compared_file, visit):
+    page = visit(compared_file)
+    page.emulate_media(media="print")
+    assert [part.is_visible() for part in page.locator("[data-run]").all()] == [True] * 4

@@ -143,14 +143,30 @@ def test_data_that_was_not_scored_yet_is_scored(run, data, tmp_path):
     before = (out / "eval.json").stat().st_mtime_ns
     report(out, data)
     assert (out / "eval.json").stat().st_mtime_ns == before  # once is enough
-    other = shutil.copytree(data, tmp_path / "other")
-    assert "labelled pictures of other" in report(out, other).words["scores"]
+
+
+def test_scores_on_other_data_are_for_the_page_alone(scored, data, tmp_path):
+    out, other = shutil.copytree(scored, tmp_path / "run"), tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "classes.json").write_text('["rock", "scissors", "paper"]')
+    before = {name: (out / name).read_bytes() for name in ("eval.json", "labels.json")}
+    page = report(out, other)
+    assert "labelled pictures of other" in page.words["scores"] and "rock" in page.words["scores"]
+    assert "rock" in page.words["clusters"] + page.words["photographs"]  # by the match on the same data
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert "rock" not in report(out).html
+
+
+def test_scores_by_an_older_version(scored, data, tmp_path):
+    """They have no counts: what is asked for is counted anew, and the file stays as it is."""
+    out = shutil.copytree(scored, tmp_path / "run")
     old = json.loads((out / "eval.json").read_text())
     for name in ("trained", "kmeans_features"):
         del old[name]["confusion"]
     (out / "eval.json").write_text(json.dumps(old))
     assert "Confusion matrix" not in report(out).words["scores"]
-    assert "Confusion matrix" in report(out, other).words["scores"]
+    assert "Confusion matrix" in report(out, data).words["scores"]
+    assert json.loads((out / "eval.json").read_text()) == old
 
 
 def test_photographs_without_labels(run, tmp_path):
@@ -257,8 +273,13 @@ def test_two_runs_side_by_side(scored, photos, vit_file, data, tmp_path):
     assert len(page.all("path", class_="smooth run1")) == len(page.all("path", class_="smooth run0"))
     assert "other has no scores on these pictures" in page.words["scores"]
     assert "scored and other" in " ".join(page.words[""].split())
+    assert len(page.all("svg", class_="matrix run0")) == 1 and not page.all("svg", class_="matrix run1")
+    assert [held["value"] for held in page.all("input", name="run of the clusters")] == ["0", "1"]
+    assert "Those of scored." in page.words["clusters"] and "Those of other." in page.words["clusters"]
     both = report(scored, data, compare=other, out=tmp_path / "page.html")
+    assert [held["data-run"] for _, held in both.tags if "data-run" in held] == ["0", "1"] * 2
     theirs = json.loads((other / "eval.json").read_text())["trained"]
+    assert len(both.all("svg", class_="matrix run0")) == len(both.all("svg", class_="matrix run1")) == 1
     assert f"{theirs['miou']:.1f}" in both.words["scores"] and "other, trained head" in both.words["scores"]
 
 
