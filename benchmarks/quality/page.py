@@ -73,8 +73,8 @@ def what_helps() -> list[str]:
         f"{miou('msrc', 'kmeans_features')} on `embedded` and "
         f"{miou('msrc', 'kmeans_features', 'embedded-selfsup')} on `embedded-selfsup`.",
         "**STEGO wants shifts fitted to the features**: `--shifts quantiles`, without labels. Against k-means it has "
-        f"{against('msrc', 'stego')} on MSRC v2 and {against('coco27', 'stego')} on the 84 photographs of COCO. With the "
-        f"shifts published for Potsdam it has {miou('choices', 'stego_values')} mIoU on MSRC v2.",
+        f"{against('msrc', 'stego')} on MSRC v2 and {against('coco27', 'stego')} on the 84 photographs of COCO. With "
+        f"the shifts published for Potsdam it has {miou('choices', 'stego_values')} mIoU on MSRC v2.",
         f"**Hidden Positives** against k-means: {against('msrc', 'hp')} on MSRC v2, {against('coco27', 'hp')} on "
         f"COCO. With task-agnostic positives alone it has {miou('msrc', 'agnostic')} and "
         f"{miou('coco27', 'agnostic')}: its other two parts are not shown to help here.",
