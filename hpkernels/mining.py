@@ -52,6 +52,9 @@ class Graph(NamedTuple):
     pool: Tensor | None
     neighbors: int | None  # k
 
+    def inputs(self) -> tuple[tuple[str, Tensor | None], ...]:
+        return (self.name, self.features), (self.pool_name, self.pool)
+
 
 class PairRule(Protocol):
     """A decision for each pair of N patches, from a few numbers of each patch."""

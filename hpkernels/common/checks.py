@@ -169,3 +169,10 @@ def poison(*witnesses: Tensor) -> Tensor:
 def witness(unit: Tensor) -> Tensor:
     """A number of each unit row, for `poison`; a view."""
     return unit[..., :1]
+
+
+def extremes(x: Tensor) -> Tensor:
+    """The least and the largest number of x (..., D), for `poison`, where no unit rows are made of it."""
+    if x.numel() == 0:
+        return x.new_zeros(0)
+    return torch.stack(torch.aminmax(x.detach()))

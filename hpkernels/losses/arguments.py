@@ -20,6 +20,8 @@ from hpkernels.common.checks import (
     check_positive,
     check_rate,
     describe,
+    extremes,
+    look_finite,
     look_number,
 )
 from hpkernels.losses.panels import bits_bytes
@@ -58,9 +60,17 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """All that is given by rows, by the names of the arguments."""
-        of_graphs = [((graph.name, graph.features), (graph.pool_name, graph.pool)) for graph in self.graphs]
-        named = [*zip(("z", "z_local"), self.streams), *(part for parts in of_graphs for part in parts)]
+        named = [*zip(("z", "z_local"), self.streams), *(part for graph in self.graphs for part in graph.inputs())]
         return {name: x for name, x in named if x is not None}
+
+    def searched(self) -> list[Graph]:
+        """The graphs whose pairs the loss depends on: not Q's where lambda is the number 0 and E holds no Q.
+
+        In what torch.compile makes all of them, as a branch on lambda would be one more graph of its own.
+        """
+        given = self.options
+        without_head = is_zero(given.head_weight) and not given.head_in_denominator
+        return self.graphs[:1] if without_head else self.graphs
 
     def describe(self) -> tuple[dict[str, int], dict[str, object]]:
         """(rows by name, options that all ranks must agree on by name) for `ranks.meet`.
@@ -86,6 +96,15 @@ class Batch:
                 sizes[name] = x.shape[0]
         options["requires_grad"] = torch.is_grad_enabled() and any(x.requires_grad for x in self.streams)
         return sizes, options
+
+
+def witnesses_of(graphs: list[Graph]) -> list[Tensor]:
+    """What a search does for its inputs beside finding pairs: it refuses bad numbers on the CPU, and hands on witnesses
+    of them elsewhere."""
+    given = [(name, x) for graph in graphs for name, x in graph.inputs() if x is not None]
+    for name, x in given:
+        look_finite(name, x)
+    return [extremes(x) for _, x in given if not x.is_cpu]
 
 
 def check_batch(z: Tensor, z_local: Tensor | None, graphs: list[Graph], options: Options, shared: bool) -> Batch:
@@ -199,6 +218,11 @@ def check_weight(name: str, weight: float | Tensor, pairs_name: str, pairs: obje
         raise ValueError(f"{name}: expected 0.0 without {pairs_name}, got {weight}")
     if not torch.compiler.is_compiling() and not 0.0 <= weight <= LARGEST:
         raise ValueError(f"{name}: expected a finite number from 0 to {LARGEST:g}, got {weight}")
+
+
+def is_zero(weight: float | Tensor) -> bool:
+    """Whether a weight is the number 0; never of a tensor, nor in what torch.compile makes, where numbers vary."""
+    return not torch.compiler.is_compiling() and not isinstance(weight, Tensor) and weight == 0
 
 
 def check_loss_options(temperature: float, base_temperature: float, weighting: str) -> None:

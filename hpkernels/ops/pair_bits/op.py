@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.common.bits import words
+from hpkernels.common.bits import pack, words
 
 
 @torch.library.custom_op("hpkernels::check_padding", mutates_args=())
@@ -26,6 +26,17 @@ def check_padding(bits: Tensor, columns: int) -> Tensor:
 @check_padding.register_fake
 def _(bits, columns):
     return bits.new_empty(0)
+
+
+@torch.library.custom_op("hpkernels::pack_bits", mutates_args=())
+def pack_bits(dense: Tensor) -> Tensor:
+    """bool (N, M) -> (N, words(M)), in plain torch on every device: an op, as its loop would be a graph for each N."""
+    return pack(dense)
+
+
+@pack_bits.register_fake
+def _(dense):
+    return dense.new_empty((dense.shape[0], words(dense.shape[1])), dtype=torch.int32)
 
 
 @torch.library.custom_op("hpkernels::random_bits", mutates_args=())
