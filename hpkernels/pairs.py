@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.common.bits import clear_diagonal, pack, unpack, words
-from hpkernels.common.checks import check_dense, check_flag, check_int, check_int_tensor, check_rate, describe
+from hpkernels.common.bits import clear_diagonal, unpack, words
+from hpkernels.common.checks import (
+    check_dense,
+    check_flag,
+    check_ignore_index,
+    check_int,
+    check_int_tensor,
+    check_rate,
+    describe,
+    takes_part,
+)
 from hpkernels.ops.pair_bits import op
 
 
@@ -42,28 +51,19 @@ class PairMask:
         if not isinstance(dense, Tensor) or dense.dtype != torch.bool or dense.ndim != 2:
             raise TypeError(f"dense: expected a bool tensor of 2 dimensions, got {describe(dense)}")
         check_dense("dense", dense)
-        return cls(pack(dense), dense.shape[1], symmetric=symmetric)
+        return cls(op.pack_bits(dense), dense.shape[1], symmetric=symmetric)
 
     @classmethod
-    def from_labels(cls, labels: Tensor, *, ignore_index: int = -1) -> PairMask:
-        """Pairs i != j with equal labels, (N, N), symmetric; rows labelled `ignore_index` have none."""
+    def from_labels(cls, labels: Tensor, *, ignore_index: int | None = -1) -> PairMask:
+        """Pairs i != j with equal labels, (N, N), symmetric; rows labelled `ignore_index` have none (None: all count).
+
+        labels: integers or bools (N,). Numbers are compared, so that -1 ignores no row of a uint8 tensor.
+        """
         if not isinstance(labels, Tensor) or labels.ndim != 1:
             raise TypeError(f"labels: expected an integer tensor of 1 dimension, got {describe(labels)}")
         check_int_tensor("labels", labels, labels.shape, labels.device)
-        check_int("ignore_index", ignore_index)
-        n = labels.shape[0]
-        column = torch.arange(n, device=labels.device)
-        step = max(1, (1 << 26) // max(1, n))
-        rows = [
-            pack(
-                (labels[i : i + step, None] == labels)
-                & (column[i : i + step, None] != column)
-                & (labels != ignore_index)
-            )
-            for i in range(0, n, step)
-        ]
-        bits = torch.cat(rows) if rows else labels.new_empty((0, words(n)), dtype=torch.int32)
-        return cls(bits, n, symmetric=True)
+        kept = takes_part(labels, check_ignore_index(ignore_index))
+        return cls(op.pairs_of_labels(labels, kept), labels.shape[0], symmetric=True)
 
     @classmethod
     def random(
@@ -128,7 +128,7 @@ class PairMask:
         return PairMask(self.bits | other.bits, self.columns, symmetric=self.symmetric and other.symmetric)
 
     def __invert__(self) -> PairMask:
-        valid = pack(torch.ones(1, self.columns, dtype=torch.bool, device=self.device))
+        valid = op.pack_bits(torch.ones(1, self.columns, dtype=torch.bool, device=self.device))
         return PairMask(~self.bits & valid, self.columns, symmetric=self.symmetric)
 
     def _check_same(self, other: PairMask) -> None:

@@ -45,13 +45,30 @@ def check_float_tensor(name: str, x: object, *, ndim: int | tuple[int, ...] = 2,
 
 
 def check_int_tensor(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """x, or the error that says why it is no tensor of integers of that shape on that device."""
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+    """x, or the error that says why it is no tensor of integers of that shape on that device. Bools are 0 and 1."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.is_quantized:
         raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
     check_dense(name, x)
     if x.shape != shape or x.device != device:
         raise ValueError(f"{name}: expected shape {tuple(shape)} on {device}, got {describe(x)}")
     return x
+
+
+def check_ignore_index(value: object) -> int | None:
+    """The label that takes no part, None where each does, or the error that says why it is no label."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"ignore_index: expected an int or None, got {describe(value)}")
+    return None if value is None else check_int("ignore_index", value)
+
+
+def takes_part(labels: Tensor, ignore_index: int | None) -> Tensor:
+    """bool: which labels are not ignore_index, as numbers. torch compares in the labels' dtype, where -1 is 255 too."""
+    if labels.dtype == torch.bool:
+        labels = labels.to(torch.uint8)
+    range_of = torch.iinfo(labels.dtype)
+    if ignore_index is None or not range_of.min <= ignore_index <= range_of.max:
+        return torch.ones_like(labels, dtype=torch.bool)
+    return labels != ignore_index
 
 
 def check_columns(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

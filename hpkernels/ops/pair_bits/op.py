@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.common.bits import pack, words
+from hpkernels.common.bits import clear_diagonal, pack, words
+
+# In plain torch on every device, and ops all the same: torch.compile would make of a loop over blocks of rows one graph
+# for each number of rows.
 
 
 @torch.library.custom_op("hpkernels::check_padding", mutates_args=())
@@ -30,13 +33,33 @@ def _(bits, columns):
 
 @torch.library.custom_op("hpkernels::pack_bits", mutates_args=())
 def pack_bits(dense: Tensor) -> Tensor:
-    """bool (N, M) -> (N, words(M)), in plain torch on every device: an op, as its loop would be a graph for each N."""
+    """bool (N, M) -> (N, words(M))."""
     return pack(dense)
 
 
 @pack_bits.register_fake
 def _(dense):
     return dense.new_empty((dense.shape[0], words(dense.shape[1])), dtype=torch.int32)
+
+
+_BLOCK_PAIRS = 1 << 22  # pairs of labels that are compared at a time
+
+
+@torch.library.custom_op("hpkernels::pairs_of_labels", mutates_args=())
+def pairs_of_labels(labels: Tensor, takes_part: Tensor) -> Tensor:
+    """The mask (N, words(N)) of the pairs i != j with equal labels (N,), of the rows that take part (N,)."""
+    n = labels.shape[0]
+    bits = torch.empty((n, words(n)), dtype=torch.int32, device=labels.device)
+    step = max(1, _BLOCK_PAIRS // max(1, n))
+    for first in range(0, n, step):  # what equals a row that takes part does, too
+        bits[first : first + step] = pack((labels[first : first + step, None] == labels) & takes_part)
+    return clear_diagonal(bits, n)
+
+
+@pairs_of_labels.register_fake
+def _(labels, takes_part):
+    n = labels.shape[0]
+    return labels.new_empty((n, words(n)), dtype=torch.int32)
 
 
 @torch.library.custom_op("hpkernels::random_bits", mutates_args=())
