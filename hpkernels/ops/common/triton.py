@@ -8,7 +8,6 @@ int64. A pair mask is int32 words, bit j of a row is bit j % 32 of word j // 32.
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import torch
 import triton
@@ -29,7 +28,15 @@ HAS_BF16X6 = torch.torch_version.TorchVersion(triton.__version__) >= (3, 6) and 
 # ------------------------------------------------------------------ host side
 
 
-require_supported = functools.partial(gpu.require_supported, "triton")
+def require_supported(**tensors: Tensor | None) -> None:
+    """TypeError, naming the argument, unless every tensor is fp16, bf16 or fp32; bf16 not under the interpreter, whose
+    `tl.dot` multiplies the bit patterns of bf16 numbers as if they were integers (up to Triton 3.8)."""
+    gpu.require_supported("triton", **tensors)
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+            raise TypeError(
+                f"{name}: Triton's interpreter multiplies bfloat16 wrongly; pass float32 or float16, or another backend"
+            )
 
 
 def same_dtype(*tensors: Tensor) -> list[Tensor]:
