@@ -92,7 +92,7 @@ def pairs_above(
     With keys: P_ij = [ <x_i, keys_j> > t_i ], or > min(t_i, key_thresholds_j) if those are given.
 
     Args:
-        x: (N, C), any floating dtype, taken as given (not normalised). thresholds: (N,).
+        x: (N, C), any floating dtype, taken as given (not normalised). thresholds: (N,), infinite ones too.
         keys: (M, C). key_thresholds: (M,), only with keys.
         backend: see `python -m hpkernels.info`; None chooses.
 

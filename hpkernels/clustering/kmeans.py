@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.clustering.rows import Rows, scores
+from hpkernels.clustering.rows import Rows, look_centroids, scores
 from hpkernels.common.checks import (
     check_choice,
     check_columns,
@@ -61,7 +61,7 @@ def assign_clusters(x: Tensor, centroids: Tensor, *, spherical: bool = False, ba
         adding their sums and counts.
 
     Raises:
-        TypeError, ValueError: the argument, its value and what was expected. Non-finite x on the CPU.
+        TypeError, ValueError: the argument, its value and what was expected. Non-finite x or centroids on the CPU.
     """
     check_float_tensor("x", x)
     check_float_tensor("centroids", centroids, like=x)
@@ -75,6 +75,7 @@ def assign_clusters(x: Tensor, centroids: Tensor, *, spherical: bool = False, ba
         x, centroids = x.double(), centroids.double()
     else:
         centroids = centroids.float()
+    look_centroids("centroids", centroids, spherical)
     if spherical:
         x, centroids = normalize_rows(x, "x", chosen), normalize_rows(centroids, "centroids", chosen)
     return Assignment(*cluster_assign(x, centroids, *scores(centroids, spherical), chosen))
@@ -255,5 +256,6 @@ def _check_init(init: str | Tensor, k: int, restarts: int, rows: Rows) -> None:
     check_float_tensor("init", init)
     if tuple(init.shape) != (k, rows.width) or init.device != rows.device:
         raise ValueError(f"init: expected shape {(k, rows.width)} on {rows.device}, got {describe(init)}")
+    look_centroids("init", init.detach().to(rows.dtype), rows.spherical)
     if restarts != 1:
         raise ValueError(f"restarts: expected 1 with centroids in init, got {restarts}")

@@ -126,7 +126,7 @@ def check_finite(name: str, x: Tensor, most: float = float("inf")) -> None:
     On the CPU always; elsewhere, where looking would synchronise the device, only with HPKERNELS_CHECK=1 (there the
     losses answer NaN instead).
     """
-    if x.numel() == 0 or (x.device.type != "cpu" and os.environ.get("HPKERNELS_CHECK") != "1"):
+    if not _looked_at(x):
         return
     low, high = torch.aminmax(x.detach())
     if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -135,6 +135,16 @@ def check_finite(name: str, x: Tensor, most: float = float("inf")) -> None:
     largest = torch.maximum(-low, high)
     if largest > most:
         raise ValueError(f"{name}: expected numbers of at most {most:g} in size, got {float(largest):g}")
+
+
+def check_no_nan(name: str, x: Tensor) -> None:
+    """The same of NaN alone."""
+    if _looked_at(x) and x.isnan().any():
+        raise ValueError(f"{name}: expected no NaN, got {int(x.isnan().sum())} of {x.numel()} in {describe(x)}")
+
+
+def _looked_at(x: Tensor) -> bool:
+    return x.numel() > 0 and (x.device.type == "cpu" or os.environ.get("HPKERNELS_CHECK") == "1")
 
 
 @torch.library.custom_op("hpkernels::check_finite", mutates_args=())
