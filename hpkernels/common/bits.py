@@ -41,6 +41,23 @@ def unpack(bits: Tensor, columns: int) -> Tensor:
     return ((bits.contiguous().view(torch.uint8)[..., None] >> shifts) & 1).bool().flatten(1)[:, :columns]
 
 
+def list_pairs(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64, of the bits that are set, in the order of the rows. Waits for a GPU."""
+    row, word = bits.nonzero(as_tuple=True)
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    entry, bit = ((bits[row, word][:, None] >> shifts) & 1).nonzero(as_tuple=True)
+    return row[entry], word[entry] * 32 + bit
+
+
+def set_pairs(row: Tensor, column: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, words(columns)) from rows and columns, int64, in any order, some of them twice. Waits for a GPU."""
+    width = words(columns) * 32
+    places = torch.unique(row * width + column)  # no bit is added twice
+    octets = torch.zeros(rows * width // 8, dtype=torch.uint8, device=row.device)
+    octets.index_add_(0, places >> 3, torch.bitwise_left_shift(1, places & 7).to(torch.uint8))
+    return octets.view(torch.int32).view(rows, words(columns))
+
+
 def clear_diagonal(bits: Tensor, columns: int, first_row: int = 0) -> Tensor:
     """Clears the pairs (i, i) of the rows i = first_row + r, in place; returns `bits`."""
     row = torch.arange(max(0, min(bits.shape[0], columns - first_row)), device=bits.device)
