@@ -16,6 +16,7 @@ from hpkernels.common.checks import (
     check_int_tensor,
     check_rate,
     describe,
+    plain,
     takes_part,
 )
 from hpkernels.ops.pair_bits import op
@@ -41,7 +42,7 @@ class PairMask:
         if not isinstance(bits, Tensor) or bits.dtype != torch.int32 or bits.ndim != 2:
             raise TypeError(f"bits: expected an int32 tensor of 2 dimensions, got {describe(bits)}")
         check_dense("bits", bits)
-        check_int("columns", columns, least=0)
+        columns = check_int("columns", columns, least=0)
         check_flag("symmetric", symmetric)
         if bits.shape[1] != words(columns):
             raise ValueError(f"bits: expected {words(columns)} words a row for {columns} columns, got {describe(bits)}")
@@ -57,7 +58,7 @@ class PairMask:
     def from_dense(cls, dense: Tensor, *, symmetric: bool = False) -> PairMask:
         """Pack a bool tensor (N, M). Pass `symmetric=True` only for a mask that equals its transpose."""
         if not isinstance(dense, Tensor) or dense.dtype != torch.bool or dense.ndim != 2:
-            raise TypeError(f"dense: expected a bool tensor of 2 dimensions, got {describe(dense)}")
+            raise TypeError(f"dense: expected a bool tensor of 2 dimensions, got {describe(dense)}{as_bools(dense)}")
         check_dense("dense", dense)
         return cls(op.pack_bits(dense), dense.shape[1], symmetric=symmetric)
 
@@ -264,6 +265,12 @@ def _check_indices(name: str, indices: object, ndim: int, device: torch.device |
     check_int_tensor(name, indices, indices.shape, indices.device if device is None else device)
 
 
+def as_bools(mask: object) -> str:
+    """What to write in the place of numbers, for an error."""
+    numbers = isinstance(mask, Tensor) and mask.dtype != torch.bool
+    return "; write mask.bool() where all numbers but 0 mean yes" if numbers else ""
+
+
 def as_seed(seed: int | Tensor | None, device: torch.device | str | None) -> Tensor:
     """A 0-dim int64 seed tensor on `device`; None draws one from torch's default generator of that device."""
     try:
@@ -278,6 +285,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str | None) -> Ten
         if seed.is_meta and device is not None and device.type != "meta":
             raise ValueError(f"seed: expected a tensor on {device}, got {describe(seed)}")
         return seed if device is None else seed.to(device)
+    seed = plain(seed)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an int or a 0-dim int64 tensor, got {seed!r}")
     check_int("seed", seed)

@@ -64,7 +64,7 @@ def topk_similarity(
         values float32 (N, k) and indices int64 (N, k). Places without a key hold -inf and -1. No gradient.
     """
     _check_operands("queries", queries, "keys", keys)
-    check_int("k", k)
+    k = check_int("k", k)
     check_flag("exclude_self", exclude_self)
     if not 1 <= k <= keys.shape[0]:
         raise ValueError(f"k: expected 1 <= k <= {keys.shape[0]} (the number of keys), got {k}")

@@ -18,6 +18,7 @@ from hpkernels.common.checks import (
     check_float_tensor,
     check_int,
     describe,
+    plain,
 )
 from hpkernels.common.sums import sum_all
 from hpkernels.ops.cluster_assign.op import cluster_assign
@@ -121,11 +122,12 @@ def kmeans(
     Raises:
         TypeError, ValueError: the argument, its value and what was expected. Non-finite x on the CPU.
     """
+    k, iterations, tolerance, restarts, batch_size = map(plain, (k, iterations, tolerance, restarts, batch_size))
     rows = Rows(x, spherical, backend)
     _check_counts(k, iterations, restarts, batch_size, rows)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance: expected a finite number >= 0, got {tolerance!r}")
-    check_int("seed", seed)
+    seed = check_int("seed", seed)
     _check_init(init, k, restarts, rows)
     generator = torch.Generator().manual_seed(seed)
     movement = tolerance * rows.mean_variance() if tolerance and batch_size is None else 0.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,7 @@ def check_int_tensor(name: str, x: object, shape: tuple[int, ...], device: torch
 
 def check_ignore_index(value: object) -> int | None:
     """The label that takes no part, None where each does, or the error that says why it is no label."""
+    value = plain(value)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"ignore_index: expected an int or None, got {describe(value)}")
     return None if value is None else check_int("ignore_index", value)
@@ -77,8 +80,14 @@ def check_columns(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: expected vectors of length {other.shape[-1]} as in {other_name}, got {describe(x)}")
 
 
+def plain(value: object) -> Any:
+    """A numpy scalar as a number of Python's; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_positive(name: str, value: object) -> float:
     """Raise unless `value` is a number from SMALLEST to LARGEST; return it as a float."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a Python number > 0, got {describe(value)}")
     if not 0.0 < value < float("inf"):
@@ -90,6 +99,7 @@ def check_positive(name: str, value: object) -> float:
 
 def check_int(name: str, value: object, least: int = -(2**63)) -> int:
     """Raise unless `value` is an int of at least that size, and of 64 bits; return it."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
     if value < least:
@@ -107,6 +117,7 @@ def check_flag(name: str, value: object) -> None:
 
 def check_rate(name: str, value: object) -> float:
     """Raise unless `value` is a number in [0, 1]; return it as a float."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a Python number in [0, 1], got {describe(value)}")
     if not 0.0 <= value <= 1.0:

@@ -23,10 +23,11 @@ from hpkernels.common.checks import (
     extremes,
     look_finite,
     look_number,
+    plain,
 )
 from hpkernels.losses.panels import bits_bytes
 from hpkernels.mining import Graph, check_graph
-from hpkernels.pairs import as_seed
+from hpkernels.pairs import as_bools, as_seed
 
 WEIGHTINGS = ("pairs", "anchors", "separate")
 
@@ -145,6 +146,7 @@ def graphs_of(
     positives_per_anchor: int | None,
 ) -> list[Graph]:
     """What P is found from, and Q: head_features need a head_pool exactly when the features have a pool."""
+    positives_per_anchor = plain(positives_per_anchor)
     graphs = [Graph("features", features, "pool", pool, positives_per_anchor)]
     if head_features is not None:
         if (pool is None) != (head_pool is None):
@@ -161,7 +163,7 @@ def tokens_of(z: Tensor, tokens_per_image: int | None) -> int:
     count = z.shape[0] if z.ndim == 2 else z.shape[0] * z.shape[1]
     if tokens_per_image is None:
         return max(1, z.shape[1] if z.ndim == 3 else count)
-    check_int("tokens_per_image", tokens_per_image)
+    tokens_per_image = check_int("tokens_per_image", tokens_per_image)
     if z.ndim == 3 and tokens_per_image != z.shape[1]:
         raise ValueError(f"tokens_per_image: expected {z.shape[1]} as in z {tuple(z.shape)}, got {tokens_per_image}")
     if tokens_per_image < 1 or count % tokens_per_image:
@@ -184,7 +186,7 @@ def _check_negative_mask(mask: object, z: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"negative_mask: expected a bool tensor, got {describe(mask)}")
+        raise TypeError(f"negative_mask: expected a bool tensor, got {describe(mask)}{as_bools(mask)}")
     check_dense("negative_mask", mask)
     if mask.device != z.device:
         raise ValueError(f"negative_mask: expected a tensor on {z.device}, got {describe(mask)}")

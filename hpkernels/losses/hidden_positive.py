@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from hpkernels.common.checks import check_flag, describe, poison, witness
+from hpkernels.common.checks import check_flag, describe, plain, poison, witness
 from hpkernels.common.ranks import ALONE, Ranks, meet
 from hpkernels.losses.arguments import Batch, Options, check_batch, graphs_of, witnesses_of
 from hpkernels.losses.panels import Anchors, panel_rows, panel_statistics
@@ -148,9 +148,10 @@ def hidden_positive_loss(
         non-finite input makes the loss NaN (HPKERNELS_CHECK=1 raises instead).
     """
 
+    head_weight = plain(head_weight)
     options = Options(
-        tokens_per_image, temperature, base_temperature, weighting,
-        negative_rate, negative_mask, seed, head_weight, head_in_denominator, backend,
+        tokens_per_image, plain(temperature), plain(base_temperature), weighting,
+        plain(negative_rate), negative_mask, seed, head_weight, head_in_denominator, backend,
     )  # fmt: skip
 
     def check() -> Batch:
@@ -161,7 +162,7 @@ def hidden_positive_loss(
     batch, ranks = (check(), ALONE) if process_group is None else meet(process_group, check, Batch.describe)
     total = ranks.total("z", batch.streams[0])
     statistics, witnesses = _statistics(batch, ranks, total)
-    scale = float(temperature) / float(base_temperature)
+    scale = float(options.temperature) / float(options.base_temperature)
     loss = average(statistics, head_weight, batch.tokens, total, weighting, scale, batch.backend)
     if not z.is_cpu:
         loss = loss + poison(*witnesses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.common.checks import check_flag, poison, witness
+from hpkernels.common.checks import check_flag, plain, poison, witness
 from hpkernels.losses.arguments import check_loss_options, check_weight, is_zero, streams_of, tokens_of
 from hpkernels.losses.routes import form_of_masks
 from hpkernels.losses.statistics import Denominator, average, statistics_of_all, unit_rows
@@ -41,6 +41,7 @@ def masked_contrastive_loss(
     Returns:
         0-dim fp32 loss (fp64 if z is fp64), scaled by temperature / base_temperature.
     """
+    extra_weight, temperature, base_temperature = map(plain, (extra_weight, temperature, base_temperature))
     tokens = tokens_of(z, tokens_per_image)
     (rows,) = streams_of(z, None)
     count = rows.shape[0]
