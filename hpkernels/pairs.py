@@ -221,7 +221,7 @@ class PairMask:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Checked, as it may come out of a file."""
-        self.__init__(state["bits"], state["columns"], symmetric=state["symmetric"])  # type: ignore[misc, arg-type]
+        self.__init__(state["bits"], state["columns"], symmetric=state["symmetric"])  # type: ignore[misc]
 
     def __and__(self, other: PairMask) -> PairMask:
         self._check_same(other)
