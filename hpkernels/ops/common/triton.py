@@ -8,6 +8,7 @@ int64. A pair mask is int32 words, bit j of a row is bit j % 32 of word j // 32.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -28,15 +29,7 @@ HAS_BF16X6 = torch.torch_version.TorchVersion(triton.__version__) >= (3, 6) and 
 # ------------------------------------------------------------------ host side
 
 
-def require_supported(**tensors: Tensor | None) -> None:
-    """TypeError, naming the argument, unless every tensor is fp16, bf16 or fp32; bf16 not under the interpreter, whose
-    `tl.dot` multiplies the bit patterns of bf16 numbers as if they were integers (up to Triton 3.8)."""
-    gpu.require_supported("triton", **tensors)
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-            raise TypeError(
-                f"{name}: Triton's interpreter multiplies bfloat16 wrongly; pass float32 or float16, or another backend"
-            )
+require_supported = functools.partial(gpu.require_supported, "triton")
 
 
 def same_dtype(*tensors: Tensor) -> list[Tensor]:
@@ -54,7 +47,14 @@ def precision(dtype: torch.dtype, full: bool = False) -> str:
     `gpu.ieee_requested`) and on AMD GPUs, whose matrix units multiply fp32. Triton 3.5 has no "bf16x6": there IEEE, or
     three TF32 products where the user accepts TF32. Kernels whose registers are `full` of what they find take IEEE
     products, too: the parts of the operands would be spilled.
+
+    Every kernel with a product asks here, so that here bf16 is refused under the interpreter: it multiplies the bit
+    patterns of bf16 numbers as if they were integers (up to Triton 3.8).
     """
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        raise TypeError(
+            "bfloat16: Triton's interpreter multiplies it wrongly; expected float32 or float16, or another backend"
+        )
     if dtype != torch.float32 or full or torch.version.hip or gpu.ieee_requested():
         return "ieee"
     if HAS_BF16X6:
