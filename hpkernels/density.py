@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.common.checks import check_columns, check_float_tensor, poison, witness
+from hpkernels.common.checks import check_columns, check_float_tensor, plain, poison, witness
 from hpkernels.ops.normalize.op import normalize_rows
 from hpkernels.search import check_groups, topk_similarity
 
@@ -96,6 +96,8 @@ def _rank_weights(found: Tensor, scales: tuple[int, ...]) -> Tensor:
 
 
 def _check_scales(scales: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(scales, (tuple, list)):
+        scales = tuple(map(plain, scales))
     if not isinstance(scales, (tuple, list)) or not all(isinstance(k, int) and not isinstance(k, bool) for k in scales):
         raise TypeError(f"scales: expected a tuple of ints, got {scales!r}")
     if not scales or min(scales) < 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpkernels import dispatch
 from hpkernels.common.bits import clear_diagonal
-from hpkernels.common.checks import check_columns, check_float_tensor, check_int, describe, witness
+from hpkernels.common.checks import check_columns, check_float_tensor, check_int, describe, plain, witness
 from hpkernels.common.ranks import ALONE, Ranks
 from hpkernels.ops.normalize.op import normalize_rows
 from hpkernels.ops.pair_bits import op as pair_bits
@@ -38,7 +38,7 @@ def hidden_positives(
     Returns:
         Symmetric PairMask (N, N) without a diagonal. No gradient.
     """
-    graph = Graph("features", features, "pool", pool, positives_per_anchor)
+    graph = Graph("features", features, "pool", pool, plain(positives_per_anchor))
     check_graph(graph)
     return find_rule(graph, dispatch.choose(features.device, backend, features, pool)).mask()
 
@@ -51,6 +51,9 @@ class Graph(NamedTuple):
     pool_name: str
     pool: Tensor | None
     neighbors: int | None  # k
+
+    def inputs(self) -> tuple[tuple[str, Tensor | None], ...]:
+        return (self.name, self.features), (self.pool_name, self.pool)
 
 
 class PairRule(Protocol):

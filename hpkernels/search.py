@@ -64,7 +64,7 @@ def topk_similarity(
         values float32 (N, k) and indices int64 (N, k). Places without a key hold -inf and -1. No gradient.
     """
     _check_operands("queries", queries, "keys", keys)
-    check_int("k", k)
+    k = check_int("k", k)
     check_flag("exclude_self", exclude_self)
     if not 1 <= k <= keys.shape[0]:
         raise ValueError(f"k: expected 1 <= k <= {keys.shape[0]} (the number of keys), got {k}")
@@ -92,7 +92,7 @@ def pairs_above(
     With keys: P_ij = [ <x_i, keys_j> > t_i ], or > min(t_i, key_thresholds_j) if those are given.
 
     Args:
-        x: (N, C), any floating dtype, taken as given (not normalised). thresholds: (N,).
+        x: (N, C), any floating dtype, taken as given (not normalised). thresholds: (N,), infinite ones too.
         keys: (M, C). key_thresholds: (M,), only with keys.
         backend: see `python -m hpkernels.info`; None chooses.
 

@@ -33,6 +33,7 @@ CASES = {
     "dense": {"negative_rate": 0.5},
     "two_streams_and_head": {"z_local": True, "head": True},
     "nearest_head": {"z_local": True, "head": True, "k": 3, "weighting": "separate"},
+    "head_without_weight": {"head": True, "head_weight": 0.0},
     "anchors": {"head": True, "weighting": "anchors"},
     "separate": {"head": True, "weighting": "separate", "negative_rate": 0.5},
     "head_in_denominator": {"z_local": True, "head": True, "head_in_denominator": True},
@@ -76,7 +77,7 @@ def whole(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def run(part, total_images, group=None, *, k=None, z_local=False, head=False, mask=None, flat=False, shared_pool=False,
-        dtype=None, images=None, empty=False, bits_bytes=None, **options):  # fmt: skip
+        head_weight=0.4, dtype=None, images=None, empty=False, bits_bytes=None, **options):  # fmt: skip
     """(loss, stats, gradients) of one process's part of a case."""
     leaves = {name: part[name].clone().requires_grad_() for name in ("z", "z_local")[: 2 if z_local else 1]}
     arguments = dict(leaves, features=part["features"], seed=3, process_group=group, return_stats=True, **options)
@@ -85,7 +86,7 @@ def run(part, total_images, group=None, *, k=None, z_local=False, head=False, ma
     else:
         arguments |= {"positives_per_anchor": k}
     if head:
-        arguments |= {"head_features": part["head"], "head_weight": 0.4}
+        arguments |= {"head_features": part["head"], "head_weight": head_weight}
     if mask:
         rows = TOKENS if mask == "tokens" else total_images * TOKENS
         generator = torch.Generator().manual_seed(8)
@@ -134,6 +135,11 @@ ERRORS = {
     "non_finite": (lambda p: {"z": p["z"] * torch.nan}, ValueError, f"{FAULT}z: expected finite"),
     "no_tokens": (lambda p: {"z": p["z"].flatten(0, 1)}, ValueError, f"{FAULT}tokens_per_image: expected"),
     "temperature": (lambda p: {"temperature": 0.5}, ValueError, f"temperature: {SAME} 0.8 on rank 0 and 0.5"),
+    "no_search": (
+        lambda p: {"head_features": p["features"], "head_pool": p["pool"]},
+        ValueError,
+        f"head_features: {SAME} None",
+    ),
     "detached": (lambda p: {"z": p["z"].detach()}, ValueError, f"requires_grad: {SAME} True"),
 }
 

@@ -213,8 +213,11 @@ SEARCH_ERRORS = [
     ),
     (lambda: hk.PairMask(torch.full((3, 4), -1).int(), 100), ValueError, "bits: expected zeros past the 100 columns"),
     (lambda: hk.PairMask(torch.zeros(3, 0).int(), -1), ValueError, "columns: expected at least 0, got -1"),
-    (lambda: hk.PairMask.from_labels(LABELS > 0), TypeError, "labels: expected an integer tensor, got a bool tensor"),
-    (lambda: hk.PairMask.from_labels(LABELS, ignore_index=None), TypeError, "ignore_index: expected an int, got None"),
+    (lambda: hk.PairMask.from_labels(LABELS * 1j), TypeError, "labels: expected an integer tensor, got a complex64"),
+    (
+        lambda: hk.PairMask.from_labels(LABELS, ignore_index="1"), TypeError,
+        "ignore_index: expected an int or None, got '1'",
+    ),
     (lambda: hk.PairMask.random(0.5, 3, 1), TypeError, r"shape: expected a pair of ints \(N, M\), got 3"),
     (lambda: hk.PairMask.random(0.5, (-4, 3), 1), ValueError, "shape: expected at least 0, got -4"),
     (

@@ -65,6 +65,8 @@ def op_calls(backend: str, device) -> list[tuple]:
         ("count_bits", pair_bits.count_bits, ([P.bits], backend)),
         ("transpose_bits", pair_bits.transpose_bits, (M.bits, n, backend)),
         ("pairs_from_indices", pair_bits.pairs_from_indices, (members, n, True, 5, 20, backend)),
+        ("pack_bits", pair_bits.pack_bits, (rows > 0,)),
+        ("pairs_of_labels", pair_bits.pairs_of_labels, (groups, groups > 0)),
         ("cluster_assign", cluster_assign.cluster_assign, (rows, rows[:7], rows[:7], table[0, :7], backend)),
         ("normalize_rows", normalize._normalize_rows, (rows.clone().requires_grad_(), "x", backend)),
         ("normalize_rows_grad", normalize._normalize_rows_grad, (rows, rows, backend)),

@@ -40,6 +40,28 @@ def test_from_labels(device):
         assert torch.equal(mask.to_dense(), dense) and mask.symmetric
 
 
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("ignore", [-1, 3, 255, 256, 65535, 2**32 - 1, None])
+def test_labels_are_compared_as_numbers(dtype, ignore, device):
+    """In torch a uint8 of 255 equals -1."""
+    largest = torch.iinfo(dtype).max
+    numbers = [largest, largest, 3, 3, 0] if dtype != torch.uint64 else [2**63 - 1, 2**63 - 1, 3, 3, 0]
+    labels = torch.tensor(numbers, dtype=torch.int64).to(dtype).to(device)
+    mask = hk.PairMask.from_labels(labels, ignore_index=ignore).to_dense()
+    for i, j in np.ndindex(5, 5):
+        assert mask[i, j] == (i != j and numbers[i] == numbers[j] != ignore)
+
+
+def test_bools_are_labels(device):
+    labels = torch.tensor([True, False, True, False, True], device=device)
+    mask, as_numbers = (hk.PairMask.from_labels(each, ignore_index=None) for each in (labels, labels.long()))
+    assert torch.equal(mask.bits, as_numbers.bits) and mask.sum() == 8
+    assert hk.PairMask.from_labels(labels, ignore_index=0).sum() == 6
+
+
 def philox_words(seed: int, row: int, word: int, group: int) -> list[int]:
     """Philox4x32-10 with Python integers."""
     c, k = [word, row, group, 0], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]

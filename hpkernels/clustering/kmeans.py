@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.clustering.rows import Rows, scores
+from hpkernels.clustering.rows import Rows, look_centroids, scores
 from hpkernels.common.checks import (
     check_choice,
     check_columns,
@@ -18,6 +18,7 @@ from hpkernels.common.checks import (
     check_float_tensor,
     check_int,
     describe,
+    plain,
 )
 from hpkernels.common.sums import sum_all
 from hpkernels.ops.cluster_assign.op import cluster_assign
@@ -61,7 +62,7 @@ def assign_clusters(x: Tensor, centroids: Tensor, *, spherical: bool = False, ba
         adding their sums and counts.
 
     Raises:
-        TypeError, ValueError: the argument, its value and what was expected. Non-finite x on the CPU.
+        TypeError, ValueError: the argument, its value and what was expected. Non-finite x or centroids on the CPU.
     """
     check_float_tensor("x", x)
     check_float_tensor("centroids", centroids, like=x)
@@ -75,6 +76,7 @@ def assign_clusters(x: Tensor, centroids: Tensor, *, spherical: bool = False, ba
         x, centroids = x.double(), centroids.double()
     else:
         centroids = centroids.float()
+    look_centroids("centroids", centroids, spherical)
     if spherical:
         x, centroids = normalize_rows(x, "x", chosen), normalize_rows(centroids, "centroids", chosen)
     return Assignment(*cluster_assign(x, centroids, *scores(centroids, spherical), chosen))
@@ -120,11 +122,12 @@ def kmeans(
     Raises:
         TypeError, ValueError: the argument, its value and what was expected. Non-finite x on the CPU.
     """
+    k, iterations, tolerance, restarts, batch_size = map(plain, (k, iterations, tolerance, restarts, batch_size))
     rows = Rows(x, spherical, backend)
     _check_counts(k, iterations, restarts, batch_size, rows)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance: expected a finite number >= 0, got {tolerance!r}")
-    check_int("seed", seed)
+    seed = check_int("seed", seed)
     _check_init(init, k, restarts, rows)
     generator = torch.Generator().manual_seed(seed)
     movement = tolerance * rows.mean_variance() if tolerance and batch_size is None else 0.0
@@ -255,5 +258,6 @@ def _check_init(init: str | Tensor, k: int, restarts: int, rows: Rows) -> None:
     check_float_tensor("init", init)
     if tuple(init.shape) != (k, rows.width) or init.device != rows.device:
         raise ValueError(f"init: expected shape {(k, rows.width)} on {rows.device}, got {describe(init)}")
+    look_centroids("init", init.detach().to(rows.dtype), rows.spherical)
     if restarts != 1:
         raise ValueError(f"restarts: expected 1 with centroids in init, got {restarts}")

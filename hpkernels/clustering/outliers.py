@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpkernels.clustering.kmeans import assign_clusters
 from hpkernels.clustering.rows import Rows
-from hpkernels.common.checks import check_choice, check_flag, check_float_tensor
+from hpkernels.common.checks import check_choice, check_flag, check_float_tensor, plain
 
 SCOPES = ("cluster", "all")
 _BINS = 4096
@@ -37,6 +37,7 @@ def outlier_distances(
     Raises:
         TypeError, ValueError: the argument, its value and what was expected.
     """
+    fraction = plain(fraction)
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
         raise ValueError(f"fraction: expected a number in [0, 1), got {fraction!r}")
     check_choice("scope", scope, SCOPES)

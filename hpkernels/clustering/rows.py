@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.common.checks import check_flag, check_float_tensor, describe
+from hpkernels.common.checks import check_flag, check_float_tensor, describe, look_finite
 from hpkernels.common.sums import sum_last
 from hpkernels.ops.normalize.op import normalize_rows
 
@@ -80,6 +80,12 @@ class Rows:
             total = total + sum_last((batch - shift).T)
             squares = squares + sum_last((batch - shift).T.square())
         return float((squares / self.count - (total / self.count).square()).clamp_min(0).mean())
+
+
+def look_centroids(name: str, centroids: Tensor, spherical: bool) -> None:
+    """ValueError, on the CPU, for centroids so large that squared distances from them are no numbers."""
+    width = max(1, centroids.shape[-1])
+    look_finite(name, centroids, float("inf") if spherical else (torch.finfo(centroids.dtype).max / width) ** 0.5 / 2)
 
 
 def scores(centroids: Tensor, spherical: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_PAIRS = 1 << 26  # bounds the one-byte-per-pair scratch of packing and unpacking
+_CHUNK_PAIRS = 1 << 22  # bounds the scratch of packing, so that it stays in a cache
 
 
 def words(columns: int) -> int:
@@ -21,18 +21,16 @@ def pack(dense: Tensor) -> Tensor:
     """bool (N, M) -> int32 (N, words(M))."""
     rows, columns = dense.shape
     width = words(columns) * 32
-    weights = (1 << torch.arange(8, device=dense.device)).to(torch.uint8)
+    if columns == 0:  # no view of such a tensor as other numbers
+        return torch.empty(rows, 0, dtype=torch.int32, device=dense.device)
+    octets = torch.empty(rows, width // 8, dtype=torch.uint8, device=dense.device)
     step = max(1, _CHUNK_PAIRS // max(width, 1))
-    packed = [
-        (
-            torch.nn.functional.pad(dense[i : i + step].to(torch.uint8), (0, width - columns)).unflatten(1, (-1, 8))
-            * weights
-        ).sum(-1, dtype=torch.uint8)
-        for i in range(0, rows, step)
-    ]
-    if not packed or width == 0:
-        return torch.zeros(rows, words(columns), dtype=torch.int32, device=dense.device)
-    return torch.cat(packed).view(torch.int32)
+    for first in range(0, rows, step):
+        chunk = dense[first : first + step]
+        chunk = (torch.nn.functional.pad(chunk, (0, width - columns)) if width > columns else chunk).contiguous()
+        # Eight bools are an int64, and byte 7 of its product is their octet: bool n, of weight 2^8n, times 2^(56 - 7n).
+        octets[first : first + step] = chunk.view(torch.int64) * 0x0102040810204080 >> 56
+    return octets.view(torch.int32)
 
 
 def unpack(bits: Tensor, columns: int) -> Tensor:
@@ -41,6 +39,23 @@ def unpack(bits: Tensor, columns: int) -> Tensor:
         return torch.zeros(bits.shape[0], columns, dtype=torch.bool, device=bits.device)
     shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
     return ((bits.contiguous().view(torch.uint8)[..., None] >> shifts) & 1).bool().flatten(1)[:, :columns]
+
+
+def list_pairs(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64, of the bits that are set, in the order of the rows. Waits for a GPU."""
+    row, word = bits.nonzero(as_tuple=True)
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    entry, bit = ((bits[row, word][:, None] >> shifts) & 1).nonzero(as_tuple=True)
+    return row[entry], word[entry] * 32 + bit
+
+
+def set_pairs(row: Tensor, column: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, words(columns)) from rows and columns, int64, in any order, some of them twice. Waits for a GPU."""
+    width = words(columns) * 32
+    places = torch.unique(row * width + column)  # no bit is added twice
+    octets = torch.zeros(rows * width // 8, dtype=torch.uint8, device=row.device)
+    octets.index_add_(0, places >> 3, torch.bitwise_left_shift(1, places & 7).to(torch.uint8))
+    return octets.view(torch.int32).view(rows, words(columns))
 
 
 def clear_diagonal(bits: Tensor, columns: int, first_row: int = 0) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,13 +47,31 @@ def check_float_tensor(name: str, x: object, *, ndim: int | tuple[int, ...] = 2,
 
 
 def check_int_tensor(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """x, or the error that says why it is no tensor of integers of that shape on that device."""
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+    """x, or the error that says why it is no tensor of integers of that shape on that device. Bools are 0 and 1."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.is_quantized:
         raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
     check_dense(name, x)
     if x.shape != shape or x.device != device:
         raise ValueError(f"{name}: expected shape {tuple(shape)} on {device}, got {describe(x)}")
     return x
+
+
+def check_ignore_index(value: object) -> int | None:
+    """The label that takes no part, None where each does, or the error that says why it is no label."""
+    value = plain(value)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"ignore_index: expected an int or None, got {describe(value)}")
+    return None if value is None else check_int("ignore_index", value)
+
+
+def takes_part(labels: Tensor, ignore_index: int | None) -> Tensor:
+    """bool: which labels are not ignore_index, as numbers. torch compares in the labels' dtype, where -1 is 255 too."""
+    if labels.dtype == torch.bool:
+        labels = labels.to(torch.uint8)
+    range_of = torch.iinfo(labels.dtype)
+    if ignore_index is None or not range_of.min <= ignore_index <= range_of.max:
+        return torch.ones_like(labels, dtype=torch.bool)
+    return labels != ignore_index
 
 
 def check_columns(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -60,8 +80,14 @@ def check_columns(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: expected vectors of length {other.shape[-1]} as in {other_name}, got {describe(x)}")
 
 
+def plain(value: object) -> Any:
+    """A numpy scalar as a number of Python's; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_positive(name: str, value: object) -> float:
     """Raise unless `value` is a number from SMALLEST to LARGEST; return it as a float."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a Python number > 0, got {describe(value)}")
     if not 0.0 < value < float("inf"):
@@ -73,6 +99,7 @@ def check_positive(name: str, value: object) -> float:
 
 def check_int(name: str, value: object, least: int = -(2**63)) -> int:
     """Raise unless `value` is an int of at least that size, and of 64 bits; return it."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
     if value < least:
@@ -90,6 +117,7 @@ def check_flag(name: str, value: object) -> None:
 
 def check_rate(name: str, value: object) -> float:
     """Raise unless `value` is a number in [0, 1]; return it as a float."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a Python number in [0, 1], got {describe(value)}")
     if not 0.0 <= value <= 1.0:
@@ -109,7 +137,7 @@ def check_finite(name: str, x: Tensor, most: float = float("inf")) -> None:
     On the CPU always; elsewhere, where looking would synchronise the device, only with HPKERNELS_CHECK=1 (there the
     losses answer NaN instead).
     """
-    if x.numel() == 0 or (x.device.type != "cpu" and os.environ.get("HPKERNELS_CHECK") != "1"):
+    if not _looked_at(x):
         return
     low, high = torch.aminmax(x.detach())
     if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -118,6 +146,16 @@ def check_finite(name: str, x: Tensor, most: float = float("inf")) -> None:
     largest = torch.maximum(-low, high)
     if largest > most:
         raise ValueError(f"{name}: expected numbers of at most {most:g} in size, got {float(largest):g}")
+
+
+def check_no_nan(name: str, x: Tensor) -> None:
+    """The same of NaN alone."""
+    if _looked_at(x) and x.isnan().any():
+        raise ValueError(f"{name}: expected no NaN, got {int(x.isnan().sum())} of {x.numel()} in {describe(x)}")
+
+
+def _looked_at(x: Tensor) -> bool:
+    return x.numel() > 0 and (x.device.type == "cpu" or os.environ.get("HPKERNELS_CHECK") == "1")
 
 
 @torch.library.custom_op("hpkernels::check_finite", mutates_args=())
@@ -169,3 +207,10 @@ def poison(*witnesses: Tensor) -> Tensor:
 def witness(unit: Tensor) -> Tensor:
     """A number of each unit row, for `poison`; a view."""
     return unit[..., :1]
+
+
+def extremes(x: Tensor) -> Tensor:
+    """The least and the largest number of x (..., D), for `poison`, where no unit rows are made of it."""
+    if x.numel() == 0:
+        return x.new_zeros(0)
+    return torch.stack(torch.aminmax(x.detach()))

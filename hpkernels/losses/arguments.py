@@ -20,11 +20,14 @@ from hpkernels.common.checks import (
     check_positive,
     check_rate,
     describe,
+    extremes,
+    look_finite,
     look_number,
+    plain,
 )
 from hpkernels.losses.panels import bits_bytes
 from hpkernels.mining import Graph, check_graph
-from hpkernels.pairs import as_seed
+from hpkernels.pairs import as_bools, as_seed
 
 WEIGHTINGS = ("pairs", "anchors", "separate")
 
@@ -58,9 +61,17 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """All that is given by rows, by the names of the arguments."""
-        of_graphs = [((graph.name, graph.features), (graph.pool_name, graph.pool)) for graph in self.graphs]
-        named = [*zip(("z", "z_local"), self.streams), *(part for parts in of_graphs for part in parts)]
+        named = [*zip(("z", "z_local"), self.streams), *(part for graph in self.graphs for part in graph.inputs())]
         return {name: x for name, x in named if x is not None}
+
+    def searched(self) -> list[Graph]:
+        """The graphs whose pairs the loss depends on: not Q's where lambda is the number 0 and E holds no Q.
+
+        In what torch.compile makes all of them, as a branch on lambda would be one more graph of its own.
+        """
+        given = self.options
+        without_head = is_zero(given.head_weight) and not given.head_in_denominator
+        return self.graphs[:1] if without_head else self.graphs
 
     def describe(self) -> tuple[dict[str, int], dict[str, object]]:
         """(rows by name, options that all ranks must agree on by name) for `ranks.meet`.
@@ -86,6 +97,15 @@ class Batch:
                 sizes[name] = x.shape[0]
         options["requires_grad"] = torch.is_grad_enabled() and any(x.requires_grad for x in self.streams)
         return sizes, options
+
+
+def witnesses_of(graphs: list[Graph]) -> list[Tensor]:
+    """What a search does for its inputs beside finding pairs: it refuses bad numbers on the CPU, and hands on witnesses
+    of them elsewhere."""
+    given = [(name, x) for graph in graphs for name, x in graph.inputs() if x is not None]
+    for name, x in given:
+        look_finite(name, x)
+    return [extremes(x) for _, x in given if not x.is_cpu]
 
 
 def check_batch(z: Tensor, z_local: Tensor | None, graphs: list[Graph], options: Options, shared: bool) -> Batch:
@@ -126,6 +146,7 @@ def graphs_of(
     positives_per_anchor: int | None,
 ) -> list[Graph]:
     """What P is found from, and Q: head_features need a head_pool exactly when the features have a pool."""
+    positives_per_anchor = plain(positives_per_anchor)
     graphs = [Graph("features", features, "pool", pool, positives_per_anchor)]
     if head_features is not None:
         if (pool is None) != (head_pool is None):
@@ -142,7 +163,7 @@ def tokens_of(z: Tensor, tokens_per_image: int | None) -> int:
     count = z.shape[0] if z.ndim == 2 else z.shape[0] * z.shape[1]
     if tokens_per_image is None:
         return max(1, z.shape[1] if z.ndim == 3 else count)
-    check_int("tokens_per_image", tokens_per_image)
+    tokens_per_image = check_int("tokens_per_image", tokens_per_image)
     if z.ndim == 3 and tokens_per_image != z.shape[1]:
         raise ValueError(f"tokens_per_image: expected {z.shape[1]} as in z {tuple(z.shape)}, got {tokens_per_image}")
     if tokens_per_image < 1 or count % tokens_per_image:
@@ -165,7 +186,7 @@ def _check_negative_mask(mask: object, z: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"negative_mask: expected a bool tensor, got {describe(mask)}")
+        raise TypeError(f"negative_mask: expected a bool tensor, got {describe(mask)}{as_bools(mask)}")
     check_dense("negative_mask", mask)
     if mask.device != z.device:
         raise ValueError(f"negative_mask: expected a tensor on {z.device}, got {describe(mask)}")
@@ -199,6 +220,11 @@ def check_weight(name: str, weight: float | Tensor, pairs_name: str, pairs: obje
         raise ValueError(f"{name}: expected 0.0 without {pairs_name}, got {weight}")
     if not torch.compiler.is_compiling() and not 0.0 <= weight <= LARGEST:
         raise ValueError(f"{name}: expected a finite number from 0 to {LARGEST:g}, got {weight}")
+
+
+def is_zero(weight: float | Tensor) -> bool:
+    """Whether a weight is the number 0; never of a tensor, nor in what torch.compile makes, where numbers vary."""
+    return not torch.compiler.is_compiling() and not isinstance(weight, Tensor) and weight == 0
 
 
 def check_loss_options(temperature: float, base_temperature: float, weighting: str) -> None:

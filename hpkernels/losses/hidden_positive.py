@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from hpkernels.common.bits import pack
-from hpkernels.common.checks import check_flag, describe, poison, witness
+from hpkernels.common.checks import check_flag, describe, plain, poison, witness
 from hpkernels.common.ranks import ALONE, Ranks, meet
-from hpkernels.losses.arguments import Batch, Options, check_batch, graphs_of
+from hpkernels.losses.arguments import Batch, Options, check_batch, graphs_of, witnesses_of
 from hpkernels.losses.panels import Anchors, panel_rows, panel_statistics
+from hpkernels.losses.routes import form_of_masks, form_of_rate
 from hpkernels.losses.statistics import (
     Denominator,
     LossStats,
@@ -50,13 +50,6 @@ if TYPE_CHECKING:
         seed: int | Tensor | None
         process_group: ProcessGroup | None
         backend: str | None
-
-
-# Up to this rate, for each image that shares a row of random columns and at most the second figure, the columns are
-# gathered instead of swept. Measured break-even on a CPU: 0.06 for one image, 0.3 for eight (op README). On a GPU,
-# where it was not measured, the limit is what the column lists have room for, with a margin
-# (ops/contrastive/triton/lists.py: 5 / 32).
-SPARSE_RATE_PER_IMAGE, SPARSE_RATE_LIMIT = 0.06, {"cpu": 0.25, "cuda": 0.125}
 
 
 @overload
@@ -113,13 +106,15 @@ def hidden_positive_loss(
         pool: (M, C) reference patches. Exactly one of pool and positives_per_anchor.
         z_local: like z, the locally mixed stream; the loss is the mean over both streams.
         head_features: (N, H) or (B, T, H), momentum-head features for Q; head_pool (M', H) goes with pool.
-        head_weight: lambda, a float or 0-dim tensor; may change every step.
+        head_weight: lambda, a float or 0-dim tensor; may change every step. At 0.0 (the number, outside of
+            torch.compile) Q is not searched for, unless head_in_denominator.
         positives_per_anchor: k; P_ij = j among the k nearest of i, or i among the k nearest of j.
         tokens_per_image: T, divides N; taken from z if it is (B, T, D), else N (one group).
         temperature, base_temperature: tau and tau_b, > 0.
         negative_rate: probability in [0, 1] that a column is in a token position's denominator, drawn once per call
             from a counter-based generator and shared by all images; 1 means all.
-        negative_mask: bool (T, N) shared by all images, or (N, N); replaces the random draw.
+        negative_mask: bool (T, N) shared by all images, or (N, N); replaces the random draw. As fast as a draw of its
+            density on a CPU; on a GPU, where counting would wait, and in torch.compile all pairs are swept.
         weighting: "pairs" (published: every positive pair counts the same), "anchors" (every kept row counts the
             same), "separate" (loss version 2: P over rows with P plus lambda times Q over rows with Q).
         head_in_denominator: E holds the head positives too, so that no pair's probability exceeds 1. Published: not.
@@ -153,9 +148,10 @@ def hidden_positive_loss(
         non-finite input makes the loss NaN (HPKERNELS_CHECK=1 raises instead).
     """
 
+    head_weight = plain(head_weight)
     options = Options(
-        tokens_per_image, temperature, base_temperature, weighting,
-        negative_rate, negative_mask, seed, head_weight, head_in_denominator, backend,
+        tokens_per_image, plain(temperature), plain(base_temperature), weighting,
+        plain(negative_rate), negative_mask, seed, head_weight, head_in_denominator, backend,
     )  # fmt: skip
 
     def check() -> Batch:
@@ -166,7 +162,7 @@ def hidden_positive_loss(
     batch, ranks = (check(), ALONE) if process_group is None else meet(process_group, check, Batch.describe)
     total = ranks.total("z", batch.streams[0])
     statistics, witnesses = _statistics(batch, ranks, total)
-    scale = float(temperature) / float(base_temperature)
+    scale = float(options.temperature) / float(options.base_temperature)
     loss = average(statistics, head_weight, batch.tokens, total, weighting, scale, batch.backend)
     if not z.is_cpu:
         loss = loss + poison(*witnesses)
@@ -180,11 +176,13 @@ def hidden_positive_loss(
 def _statistics(batch: Batch, ranks: Ranks, total: int) -> tuple[Rows, list[Tensor]]:
     """The statistics of this rank's anchors, all bits at once or in panels, and the witnesses of bad numbers."""
     temperature, backend, count = float(batch.options.temperature), batch.backend, len(batch.streams[0])
-    rows_at_a_time = panel_rows(count, total, len(batch.graphs), batch.streams[0].device)
+    graphs = batch.searched()
+    witnesses = witnesses_of(batch.graphs[len(graphs) :])
+    rows_at_a_time = panel_rows(count, total, len(graphs), batch.streams[0].device)
     denominator = _denominator(batch, total, rows_at_a_time, ranks)
     if ranks is ALONE and rows_at_a_time == count:
-        pairs, witnesses = [], []
-        for graph in batch.graphs:
+        pairs = []
+        for graph in graphs:
             rule = find_rule(graph, backend)
             pairs.append(rule.mask())
             witnesses.append(rule.witness)
@@ -192,8 +190,8 @@ def _statistics(batch: Batch, ranks: Ranks, total: int) -> tuple[Rows, list[Tens
         x = unit_rows(batch.streams, backend)
         found = statistics_of_all(x, pairs, denominator, temperature, backend)
     else:
-        rules = [find_rule(graph, backend, ranks) for graph in batch.graphs]
-        witnesses = [rule.witness for rule in rules]
+        rules = [find_rule(graph, backend, ranks) for graph in graphs]
+        witnesses += [rule.witness for rule in rules]
         x = unit_rows(batch.streams, backend)
         anchors = Anchors(rules, rows_at_a_time, denominator, temperature, backend, ranks, count)
         found = panel_statistics(x, anchors)
@@ -208,13 +206,11 @@ def _denominator(batch: Batch, total: int, rows_at_a_time: int, ranks: Ranks) ->
         if tuple(mask.shape) not in ((tokens, total), (total, total)):
             expected = f"expected shape {(tokens, total)} or {(total, total)}"
             raise ValueError(f"negative_mask: {expected}, got {describe(mask)}")
-        return Denominator(pack(mask), "dense", with_head)
+        given = pair_bits.pack_bits(mask)
+        return Denominator(given, form_of_masks(given, total, rows_at_a_time, batch.backend), with_head)
     if rate == 1.0:
         return Denominator(None, "all", with_head)
     if batch.seed is None:  # rate 0
         return Denominator(None, "sparse", with_head)
-    negatives = pair_bits.random_bits(ranks.of_first(batch.seed), tokens, total, rate, batch.backend)
-    limit = SPARSE_RATE_LIMIT.get(negatives.device.type, SPARSE_RATE_LIMIT["cpu"])
-    images = rows_at_a_time // tokens
-    form = "sparse" if rate <= min(limit, SPARSE_RATE_PER_IMAGE * images) else "dense"
-    return Denominator(negatives, form, with_head)
+    drawn = pair_bits.random_bits(ranks.of_first(batch.seed), tokens, total, rate, batch.backend)
+    return Denominator(drawn, form_of_rate(rate, rows_at_a_time // tokens, drawn.device), with_head)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from hpkernels import dispatch
-from hpkernels.common.checks import check_flag, poison, witness
-from hpkernels.losses.arguments import check_loss_options, check_weight, streams_of, tokens_of
+from hpkernels.common.checks import check_flag, plain, poison, witness
+from hpkernels.losses.arguments import check_loss_options, check_weight, is_zero, streams_of, tokens_of
+from hpkernels.losses.routes import form_of_masks
 from hpkernels.losses.statistics import Denominator, average, statistics_of_all, unit_rows
 from hpkernels.pairs import PairMask
 
@@ -33,12 +34,14 @@ def masked_contrastive_loss(
         extra_positives: PairMask (N, N), Q, weighted by extra_weight (float or 0-dim tensor); in the denominator
             only with extra_in_denominator.
         negatives: PairMask (R, N), R divides N; row i's denominator holds P and the columns of row i mod R.
-            None: every other row (as in SupCon, Khosla et al. 2020).
+            None: every other row (as in SupCon, Khosla et al. 2020). On a CPU the density of all pairs decides how
+            they are walked; on a GPU, where counting would wait, and in torch.compile all pairs are swept.
         tokens_per_image, temperature, base_temperature, weighting, backend: as in `hidden_positive_loss`.
 
     Returns:
         0-dim fp32 loss (fp64 if z is fp64), scaled by temperature / base_temperature.
     """
+    extra_weight, temperature, base_temperature = map(plain, (extra_weight, temperature, base_temperature))
     tokens = tokens_of(z, tokens_per_image)
     (rows,) = streams_of(z, None)
     count = rows.shape[0]
@@ -52,10 +55,14 @@ def masked_contrastive_loss(
         _check_pairs("negatives", negatives, (None, count), z)
         if count and (negatives.shape[0] == 0 or count % negatives.shape[0]):
             raise ValueError(f"negatives: expected a number of rows that divides N = {count}, got {negatives!r}")
+    if is_zero(extra_weight) and not extra_in_denominator:
+        extra_positives = None  # checked, and without any effect
     masks = [mask.off_diagonal() for mask in (positives, extra_positives) if mask is not None]
     chosen = dispatch.choose(z.device, backend, z)
-    bits, form = (None, "all") if negatives is None else (negatives.bits, "dense")
-    denominator = Denominator(bits, form, extra_in_denominator)
+    denominator = Denominator(None, "all", extra_in_denominator)
+    if negatives is not None:
+        form = form_of_masks(negatives.bits, count, count, chosen, *(mask.bits for mask in masks))
+        denominator = denominator._replace(negatives=negatives.bits, form=form)
     x = unit_rows([rows], chosen)
     statistics = statistics_of_all(x, masks, denominator, float(temperature), chosen)
     loss = average(statistics, extra_weight, tokens, count, weighting, temperature / base_temperature, chosen)

@@ -16,7 +16,7 @@ BAD = [torch.nan, torch.inf, -torch.inf]
 def _unseen(monkeypatch):
     """As on a GPU: inputs are not looked at before."""
     monkeypatch.setattr(normalize, "look_finite", lambda name, x: None)
-    monkeypatch.setattr(search, "_refuse_non_finite", lambda backend, **tensors: None)
+    monkeypatch.setattr(search, "_refuse_non_finite", lambda backend, *thresholds, **vectors: None)
 
 
 def _inputs(where, bad, dtype=torch.float32):

@@ -12,7 +12,7 @@ _CONVERTED_NUMBERS = 1 << 23  # of x in fp32 at a time, where x is fp16 or bf16
 def cluster_assign(
     x: Tensor, centroids: Tensor, directions: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """labels, distances, sums and counts; see reference.py. ValueError, naming x, where a distance is not finite."""
+    """labels, distances, sums and counts; see reference.py. ValueError, by name, where a distance is not finite."""
     (rows, depth), clusters = x.shape, centroids.shape[0]
     centroids, directions, bias = (part.contiguous() for part in (centroids, directions, bias))
     labels = torch.empty(rows, dtype=torch.int64)
@@ -30,5 +30,6 @@ def cluster_assign(
         )  # fmt: skip
         if not finite:
             check_finite("x", x)
+            check_finite("centroids", centroids)
             raise ValueError(f"x: expected numbers whose squared distances are finite, got {describe(x)}")
     return labels, distances, sums.to(centroids.dtype), counts

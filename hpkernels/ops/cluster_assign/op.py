@@ -26,6 +26,7 @@ def cluster_assign(
     """
     if backend != "cpu":  # the C++ kernel looks at every distance
         check_finite("x", x)
+        check_finite("centroids", centroids)
     return dispatch.function("cluster_assign", "cluster_assign", backend, x)(x, centroids, directions, bias)
 
 

@@ -47,7 +47,14 @@ def precision(dtype: torch.dtype, full: bool = False) -> str:
     `gpu.ieee_requested`) and on AMD GPUs, whose matrix units multiply fp32. Triton 3.5 has no "bf16x6": there IEEE, or
     three TF32 products where the user accepts TF32. Kernels whose registers are `full` of what they find take IEEE
     products, too: the parts of the operands would be spilled.
+
+    Every kernel with a product asks here, so that here bf16 is refused under the interpreter: it multiplies the bit
+    patterns of bf16 numbers as if they were integers (up to Triton 3.8).
     """
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        raise TypeError(
+            "bfloat16: Triton's interpreter multiplies it wrongly; expected float32 or float16, or another backend"
+        )
     if dtype != torch.float32 or full or torch.version.hip or gpu.ieee_requested():
         return "ieee"
     if HAS_BF16X6:

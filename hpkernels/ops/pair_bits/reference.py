@@ -41,6 +41,12 @@ def pairs_from_indices(indices: Tensor, columns: int, symmetric: bool, first_row
     return pack(dense)
 
 
+def pair_sum(bits: Tensor, x: Tensor) -> Tensor:
+    """out_i = sum_j B_ij x_j, (N, D), for the mask B (N, words(M)) and x (M, D) in fp32 or fp64."""
+    with torch.autocast(x.device.type, enabled=False):
+        return unpack(bits, x.shape[0]).to(x.dtype) @ x
+
+
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a * b, both below 2^32, in int64 without overflow."""
     low = (b & 0xFFFF) * a

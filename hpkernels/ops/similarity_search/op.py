@@ -10,14 +10,18 @@ from torch import Tensor
 
 from hpkernels import dispatch
 from hpkernels.common.bits import words
-from hpkernels.common.checks import check_finite
+from hpkernels.common.checks import check_finite, check_no_nan
 
 
-def _refuse_non_finite(backend: str, **tensors: Tensor | None) -> None:
-    if backend == "cpu":  # the C++ kernels look while they pack
-        return
-    for name, x in tensors.items():
+def _refuse_non_finite(
+    backend: str, thresholds: Tensor | None = None, key_thresholds: Tensor | None = None, **vectors: Tensor | None
+) -> None:
+    """Thresholds may be infinite, and are no vectors that the C++ kernels look at while they pack them."""
+    for name, x in (("thresholds", thresholds), ("key_thresholds", key_thresholds)):
         if x is not None:
+            check_no_nan(name, x)
+    for name, x in vectors.items():
+        if x is not None and backend != "cpu":
             check_finite(name, x)
 
 
@@ -57,7 +61,7 @@ def _(queries, keys, k, exclude_self, query_groups, key_groups, backend):
 def pairs_above(
     x: Tensor, thresholds: Tensor, keys: Tensor | None, key_thresholds: Tensor | None, backend: str
 ) -> Tensor:
-    _refuse_non_finite(backend, x=x, keys=keys)
+    _refuse_non_finite(backend, thresholds, key_thresholds, x=x, keys=keys)
     search = dispatch.function("similarity_search", "pairs_above", backend, x)
     return search(x, thresholds, keys, key_thresholds)
 
