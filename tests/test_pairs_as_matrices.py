@@ -73,6 +73,13 @@ def test_gradients(symmetric, how, backend, monkeypatch):
     assert torch.equal(half.grad, dense.sum(0)[:, None].half().expand(9, 3))
 
 
+def test_a_gradient_that_is_not_finite_is_handed_on():
+    """As torch does: it is not the caller's x."""
+    x = torch.ones(70, 2, requires_grad=True)
+    (MASK @ x).backward(torch.full((len(MASK.bits), 2), torch.inf))
+    assert not x.grad.isfinite().all()
+
+
 def test_op_checks(backend):
     mask, x = hk.PairMask.random(0.3, (9, 40), 1), torch.randn(40, 3, requires_grad=True)
     torch.library.opcheck(op._pair_sum, (mask.bits, False, x, "cpu" if backend == "reference" else backend))
