@@ -57,6 +57,11 @@ ROWS = {
 }
 
 
+def base(row: str) -> str:
+    """The row of the same network and optimiser on labels alone, for as many steps."""
+    return "dgcl_labels" if row.startswith("dgcl") else "labels"
+
+
 def measure(split: Path, weights: str | None, seeds: int, methods: list[str], rows: list[str], settings: dict) -> dict:
     """Trains a run per row and seed on SPLIT/train and scores it on SPLIT/test."""
     began, folder = time.perf_counter(), Path(tempfile.mkdtemp(dir=split))

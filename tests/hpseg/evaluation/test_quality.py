@@ -126,3 +126,5 @@ def test_the_page_of_results_is_made_of_the_committed_ones():
     assert page.PAGE.read_text() == page.page()
     one, other = {"mean": 20.0, "sd": 1.0}, {"mean": 17.0, "sd": 1.0}
     assert page.difference(one, other) == "+3.0" and page.difference(other, {"mean": 18, "sd": 1}).startswith("-1.0 (")
+    one, other = {"mean": 20.0, "sd": 7, "values": [15, 25]}, {"mean": 17.0, "sd": 7, "values": [12, 22]}
+    assert page.difference(one, other, paired=True) == "+3.0" and "within" in page.difference(one, other)
