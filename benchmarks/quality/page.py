@@ -135,7 +135,7 @@ def page() -> str:
         "## From few labels",
         "An eighth of the training photographs have labels. Each method stands beside as many steps on labels alone, "
         "from the same labels: a seed draws them, so scores of two seeds differ far more than two methods of one seed. "
-        "Differences are within a seed. Three seeds; cross-image contrast on `embedded` two.",
+        "Differences are within a seed. Three seeds; two of cross-image contrast on `embedded`.",
     ]
     for result in read("few_labels"):
         parts += [table(result, few_labels.ROWS), measured(result)]
