@@ -143,3 +143,12 @@ def test_pairs_above_with_keys(with_key_thresholds, backend, device):
     mask = hk.pairs_above(x, t, keys=keys, key_thresholds=kt, backend=backend)
     theta = t[:, None] if kt is None else torch.minimum(t[:, None], kt)
     assert torch.equal(mask.to_dense(), x.double() @ keys.double().T > theta) and not mask.symmetric
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("columns", [31, 32, 64])
+def test_views_of_a_larger_mask_are_packed(rows, columns):
+    """Whatever their strides and where they begin."""
+    whole = torch.rand(7, 131, generator=torch.Generator().manual_seed(0)) < 0.5
+    for view in (whole[1 : 1 + rows, :columns], whole[2 : 2 + rows, 5 : 5 + columns], whole.T[3 : 3 + rows, :7]):
+        assert torch.equal(hk.PairMask.from_dense(view).to_dense(), view)

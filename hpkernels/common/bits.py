@@ -27,9 +27,11 @@ def pack(dense: Tensor) -> Tensor:
     step = max(1, _CHUNK_PAIRS // max(width, 1))
     for first in range(0, rows, step):
         chunk = dense[first : first + step]
-        chunk = (torch.nn.functional.pad(chunk, (0, width - columns)) if width > columns else chunk).contiguous()
+        # A copy whose rows follow one another: what is contiguous to torch may still have the strides of its source.
+        padded = dense.new_zeros(chunk.shape[0], width)
+        padded[:, :columns] = chunk
         # Eight bools are an int64, and byte 7 of its product is their octet: bool n, of weight 2^8n, times 2^(56 - 7n).
-        octets[first : first + step] = chunk.view(torch.int64) * 0x0102040810204080 >> 56
+        octets[first : first + step] = padded.view(torch.int64) * 0x0102040810204080 >> 56
     return octets.view(torch.int32)
 
 
